@@ -1,0 +1,152 @@
+"""The cell contract: a recurrent cell is a few elementwise lines, forward and backward, for one unit at one time step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from gpurnn.cells.trace import Graph, Symbol
+
+STATE_NAMES = ("h", "c")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recurrent cell.  The engine multiplies matrices, adds biases and walks through time; the cell does the rest.
+
+    name      as shown to people.
+    gates     G: weight_ih is (G*H, I), weight_hh is (G*H, H).
+    states    how many values of shape (N, H) are carried from step to step; state[0] is h: the output, and what
+              weight_hh multiplies.
+    forward   (x, r, state, params) -> next_state, saved.  x[g] is gate g of x_t weight_ih^T + bias_ih, r[g] of
+              h_{t-1} weight_hh^T + bias_hh; `saved` is whatever tuple backward wants to see again.
+    backward  (dnext, saved, state, next_state, params) -> dx, dr, dstate, dparams.  dnext[s] is dL/dnext_state[s], dx
+              and dr are the gradients of x and r, `dstate` that of `state` by the direct path only (the path through
+              weight_hh is the engine's), dparams that of the per-unit parameters.
+    params    names of per-unit parameters of shape (H,): peephole weights, IndRNN's recurrent vector.
+
+    Both functions are elementwise: tuples in and out, numbers, + - * /, comparisons, and `tanh sigmoid exp log sqrt abs
+    maximum minimum where relu` of gpurnn (NumPy's own do as well).  They run on NumPy or CuPy arrays as they stand; the
+    compiled executors trace them once.  The cell is traced when it is made, so a mistake in its shape shows at once:
+    TypeError where it does something that is not elementwise, ValueError where it returns the wrong number of values.
+    """
+
+    name: str
+    gates: int
+    states: int
+    forward: Callable
+    backward: Callable
+    params: tuple[str, ...] = ()
+    trace: "Trace" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for what, given in (("gates", self.gates), ("states", self.states)):
+            if not isinstance(given, int) or given < 1:
+                raise ValueError(f"cell {self.name}: expected {what} to be a whole number from 1, got {given!r}")
+        object.__setattr__(self, "params", tuple(self.params))
+        object.__setattr__(self, "trace", Trace(self))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """h, c, and s2, s3, ... for cells that carry more."""
+        return tuple(STATE_NAMES[s] if s < len(STATE_NAMES) else f"s{s}" for s in range(self.states))
+
+
+class Trace:
+    """A cell's two graphs, and the memory layout that follows from them.
+
+    The engine keeps one row of H-wide slots for each (step, batch row).  Where forward uses x[g] and r[g] only as the
+    sum x[g] + r[g], and backward gives both the same gradient, gate g is *joint*: the recurrent product accumulates
+    onto the input projection, in one slot.  Other gates are *split*: r has a slot of its own.  The slots are
+
+        r of the split gates | joint gates | x of the split gates
+
+    so that the recurrent product fills the first G slots and the input projection the G slots from `len(split)` on,
+    each in one GEMM.  Forward overwrites the slots with what backward needs to see (`kept`), backward overwrites that
+    with the gradients dr and dx, in the same places: a training step moves one buffer and not three.
+    """
+
+    def __init__(self, cell: Cell):
+        self.cell = cell
+        self._trace_forward()
+        self._trace_backward()
+        self._lay_out()
+
+    def _trace_forward(self) -> None:
+        cell, graph = self.cell, Graph()
+        self.forward = graph
+        self.x = [graph.input("x", g) for g in range(cell.gates)]
+        self.r = [graph.input("r", g) for g in range(cell.gates)]
+        self.state = [graph.input("state", s) for s in range(cell.states)]
+        self.params = [graph.input("param", p) for p in range(len(cell.params))]
+        result = cell.forward(tuple(self.x), tuple(self.r), tuple(self.state), tuple(self.params))
+        next_state, saved = _parts(cell, "forward", result, ("next_state", "saved"))
+        self.next_state = _values(cell, "forward", "next_state", next_state, cell.states, graph)
+        self.saved = _values(cell, "forward", "saved", saved, None, graph)
+
+    def _trace_backward(self) -> None:
+        """Values in `saved` that are a constant, a state or a next state by another name are not kept twice."""
+        cell, graph = self.cell, Graph()
+        self.backward = graph
+        state = [graph.input("state", s) for s in range(cell.states)]
+        next_state = [graph.input("next_state", s) for s in range(cell.states)]
+        known = {symbol.index: state[s] for s, symbol in enumerate(self.state)}
+        known |= {symbol.index: next_state[s] for s, symbol in enumerate(self.next_state)}
+        known |= {s.index: graph.constant(s.node.value) for s in self.saved if s.node.op == "const"}
+        known |= {p.index: graph.input("param", i) for i, p in enumerate(self.params)}
+        saved = [known[s.index] if s.index in known else graph.input("saved", s.index) for s in self.saved]
+        dnext = tuple(graph.input("dnext", s) for s in range(cell.states))
+        params = tuple(graph.input("param", p) for p in range(len(cell.params)))
+        result = cell.backward(dnext, tuple(saved), tuple(state), tuple(next_state), params)
+        dx, dr, dstate, dparams = _parts(cell, "backward", result, ("dx", "dr", "dstate", "dparams"))
+        self.dx = _values(cell, "backward", "dx", dx, cell.gates, graph)
+        self.dr = _values(cell, "backward", "dr", dr, cell.gates, graph)
+        self.dstate = _values(cell, "backward", "dstate", dstate, cell.states, graph)
+        self.dparams = _values(cell, "backward", "dparams", dparams, len(cell.params), graph)
+
+    def _lay_out(self) -> None:
+        gates = range(self.cell.gates)
+        joint = tuple(g for g in gates if self._meets_only_in_a_sum(g) and self.dx[g].index == self.dr[g].index)
+        self.split = tuple(g for g in gates if g not in joint)
+        self.r_order = (*self.split, *joint)
+        self.x_order = (*joint, *self.split)
+        self.x_start = len(self.split)
+        needed = self.backward.reachable(s.index for s in (*self.dx, *self.dr, *self.dstate, *self.dparams))
+        reads = [self.backward.nodes[i].value for i in sorted(needed) if self.backward.nodes[i].op == "input"]
+        self.kept = tuple(name[1] for name in reads if name[0] == "saved")
+        self.slots = max(len(self.split) + self.cell.gates, len(self.kept))
+
+    def _meets_only_in_a_sum(self, gate: int) -> bool:
+        x, r = self.x[gate].index, self.r[gate].index
+        outputs = {s.index for s in (*self.next_state, *self.saved)}
+        users = set(self.forward.users(x)) | set(self.forward.users(r))
+        sums = all(self.forward.nodes[u].op == "add" and set(self.forward.nodes[u].args) == {x, r} for u in users)
+        return sums and not outputs & {x, r}
+
+    @cached_property
+    def text(self) -> str:
+        """Both graphs as text: the mathematics of the cell, and the key of the compile caches."""
+        forward = self.forward.text([s.index for s in (*self.next_state, *self.saved)])
+        backward = self.backward.text([s.index for s in (*self.dx, *self.dr, *self.dstate, *self.dparams)])
+        return f"gates {self.cell.gates}\nforward\n{forward}\nbackward\n{backward}\n"
+
+
+def _parts(cell: Cell, function: str, result: Any, names: tuple[str, ...]) -> tuple:
+    if not isinstance(result, tuple) or len(result) != len(names):
+        came = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise ValueError(f"cell {cell.name}: {function} returns {', '.join(names)}, got {came}")
+    return result
+
+
+def _values(cell: Cell, function: str, what: str, given: Any, count: int | None, graph: Graph) -> list[Symbol]:
+    if not isinstance(given, tuple | list) or count not in (None, len(given)):
+        came = f"{len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+        raise ValueError(f"cell {cell.name}: {function} returns {what} as a tuple of {count} values, got {came}")
+    symbols = []
+    for value in given:
+        if isinstance(value, int | float):
+            value = graph.constant(value)
+        if not isinstance(value, Symbol):
+            raise ValueError(f"cell {cell.name}: {function} returned {type(value).__name__} within {what}")
+        symbols.append(value)
+    return symbols

@@ -1,0 +1,239 @@
+"""Turns a cell's Python functions into expression graphs, by running them once on symbolic values.
+
+A cell is elementwise, so its forward or backward is a straight line of operations on the values of one unit.  Running
+it on a `Symbol` records that line, whatever Python was used to write it: helper functions, closures, loops over gates.
+The compiled executors emit their code from the graph: explicit SIMD on a CPU, float32 registers on a GPU.  Equal
+expressions become one node, which is how the engine sees that two gradients are the same value and stores it once.  The
+graph's text is also the exact key of a compile cache: it changes if, and only if, the cell's mathematics does.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+BINARY: dict[str, Callable[[float, float], float]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "maximum": max,
+    "minimum": min,
+}
+UNARY: dict[str, Callable[[float], float]] = {
+    "neg": operator.neg,
+    "abs": abs,
+    "exp": math.exp,
+    "log": math.log,
+    "sqrt": math.sqrt,
+    "tanh": math.tanh,
+}
+COMMUTATIVE = ("add", "mul")  # exactly so in floating point: a*b and b*a are one node
+COMPARISONS = ("less", "less_equal")
+UFUNCS = {
+    np.add: "add",
+    np.subtract: "sub",
+    np.multiply: "mul",
+    np.divide: "div",
+    np.maximum: "maximum",
+    np.minimum: "minimum",
+    np.negative: "neg",
+    np.absolute: "abs",
+    np.exp: "exp",
+    np.log: "log",
+    np.sqrt: "sqrt",
+    np.tanh: "tanh",
+}
+ALLOWED = "+ - * / ** 2, comparisons, tanh sigmoid exp log sqrt abs maximum minimum where relu"
+
+
+class Node(NamedTuple):
+    """`op` on earlier nodes; `value` is the constant of a `const`, and the name of an `input`."""
+
+    op: str
+    args: tuple[int, ...] = ()
+    value: Any = None
+
+
+class Graph:
+    """Nodes in an order in which each stands behind its arguments; equal expressions are one node."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self._index: dict[Node, int] = {}
+
+    def add(self, op: str, *args: int, value: Any = None) -> int:
+        node = Node(op, args, value)
+        if node not in self._index:
+            self._index[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self._index[node]
+
+    def input(self, *name: Any) -> "Symbol":
+        return Symbol(self, self.add("input", value=name))
+
+    def constant(self, value: float) -> "Symbol":
+        return Symbol(self, self.add("const", value=float(value)))
+
+    def users(self, index: int) -> list[int]:
+        return [user for user, node in enumerate(self.nodes) if index in node.args]
+
+    def reachable(self, outputs: Iterable[int]) -> set[int]:
+        """The nodes that `outputs` need, themselves included."""
+        seen: set[int] = set()
+        stack = list(outputs)
+        while stack:
+            index = stack.pop()
+            if index not in seen:
+                seen.add(index)
+                stack.extend(self.nodes[index].args)
+        return seen
+
+    def text(self, outputs: Sequence[int]) -> str:
+        """The expressions behind `outputs`, a line each: what a reader wants to see, and what a cache is keyed by."""
+        needed = self.reachable(outputs)
+        lines = [
+            f"%{i} = {n.op} {' '.join(f'%{a}' for a in n.args)} {n.value if n.value is not None else ''}".rstrip()
+            for i, n in enumerate(self.nodes)
+            if i in needed
+        ]
+        return "\n".join([*lines, "return " + " ".join(f"%{i}" for i in outputs)])
+
+
+class Symbol:
+    """One value of one unit, not known yet.  Operators and NumPy's elementwise functions record themselves."""
+
+    __slots__ = ("graph", "index")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, graph: Graph, index: int):
+        self.graph, self.index = graph, index
+
+    @property
+    def node(self) -> Node:
+        return self.graph.nodes[self.index]
+
+    def _lift(self, other: Any) -> "Symbol":
+        if isinstance(other, Symbol):
+            return other
+        if isinstance(other, int | float | np.integer | np.floating) and not isinstance(other, bool):
+            return self.graph.constant(float(other))
+        raise TypeError(f"a cell may combine its values with each other and with numbers, got {type(other).__name__}")
+
+    def _binary(self, op: str, left: Any, right: Any) -> "Symbol":
+        a, b = self._lift(left), self._lift(right)
+        for operand in (a, b):
+            if operand.node.op in COMPARISONS:
+                raise TypeError(f"{op} of a comparison: choose values with where(condition, a, b)")
+        if a.node.op == b.node.op == "const":
+            return self.graph.constant(BINARY[op](a.node.value, b.node.value))
+        pair = sorted((a.index, b.index)) if op in COMMUTATIVE else (a.index, b.index)
+        return _simplified(op, a, b) or Symbol(self.graph, self.graph.add(op, *pair))
+
+    def _unary(self, op: str) -> "Symbol":
+        if self.node.op == "const":
+            return self.graph.constant(UNARY[op](self.node.value))
+        return Symbol(self.graph, self.graph.add(op, self.index))
+
+    def _compare(self, op: str, left: Any, right: Any) -> "Symbol":
+        a, b = self._lift(left), self._lift(right)
+        return Symbol(self.graph, self.graph.add(op, a.index, b.index))
+
+    def __add__(self, other):
+        return self._binary("add", self, other)
+
+    def __radd__(self, other):
+        return self._binary("add", other, self)
+
+    def __sub__(self, other):
+        return self._binary("sub", self, other)
+
+    def __rsub__(self, other):
+        return self._binary("sub", other, self)
+
+    def __mul__(self, other):
+        return self._binary("mul", self, other)
+
+    def __rmul__(self, other):
+        return self._binary("mul", other, self)
+
+    def __truediv__(self, other):
+        return self._binary("div", self, other)
+
+    def __rtruediv__(self, other):
+        return self._binary("div", other, self)
+
+    def __pow__(self, exponent):
+        if not isinstance(exponent, int) or exponent < 1:
+            raise TypeError(f"a power in a cell is a positive whole number, got {exponent!r}")
+        result = self
+        for _ in range(exponent - 1):
+            result = result * self
+        return result
+
+    def __neg__(self):
+        return self._unary("neg")
+
+    def __pos__(self):
+        return self
+
+    def __abs__(self):
+        return self._unary("abs")
+
+    def __lt__(self, other):
+        return self._compare("less", self, other)
+
+    def __le__(self, other):
+        return self._compare("less_equal", self, other)
+
+    def __gt__(self, other):
+        return self._compare("less", other, self)
+
+    def __ge__(self, other):
+        return self._compare("less_equal", other, self)
+
+    def __eq__(self, other):
+        raise TypeError("== compares the values of a whole array: a cell is elementwise, use where(a < b, c, d)")
+
+    def __bool__(self):
+        raise TypeError("a cell has no `if`: it works on many units at once, choose with where(condition, a, b)")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method == "__call__" and not kwargs:
+            if ufunc is np.square:
+                return inputs[0] * inputs[0]
+            if ufunc in (np.less, np.less_equal):
+                return self._compare(ufunc.__name__, *inputs)
+            if ufunc in (np.greater, np.greater_equal):
+                return self._compare(ufunc.__name__.replace("greater", "less"), *reversed(inputs))
+            if ufunc in UFUNCS:
+                op = UFUNCS[ufunc]
+                return self._binary(op, *inputs) if op in BINARY else inputs[0]._unary(op)
+        raise TypeError(f"a cell may not use {ufunc.__name__}; it may use {ALLOWED}")
+
+    def __array_function__(self, function, types, args, kwargs):
+        if function is np.where and len(args) == 3 and not kwargs:
+            condition, a, b = args
+            if not isinstance(condition, Symbol) or condition.node.op not in COMPARISONS:
+                raise TypeError("the condition of where is a comparison such as `x > 0`")
+            a, b = self._lift(a), self._lift(b)
+            return Symbol(self.graph, self.graph.add("where", condition.index, a.index, b.index))
+        raise TypeError(f"a cell may not use {function.__name__}; it may use {ALLOWED}")
+
+    def __getattr__(self, name):
+        raise TypeError(f"a cell is elementwise, its values have no `{name}`; it may use {ALLOWED}")
+
+
+def _simplified(op: str, a: Symbol, b: Symbol) -> Symbol | None:
+    """x+0, x-0, x*1, x/1 are x and x*0 is 0 (a zero that stands in a cell's source means `no such path`)."""
+    left = a.node.value if a.node.op == "const" else None
+    right = b.node.value if b.node.op == "const" else None
+    if op == "mul" and 0 in (left, right):
+        return a.graph.constant(0)
+    if (op in ("add", "sub") and right == 0) or (op in ("mul", "div") and right == 1):
+        return a
+    if (op == "add" and left == 0) or (op == "mul" and left == 1):
+        return b
+    return None

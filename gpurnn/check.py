@@ -1,0 +1,110 @@
+"""check_gradients: holds a cell's or a layer's backward against central differences, entry by entry, in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend
+from gpurnn.cells import Cell
+from gpurnn.recurrent import Recurrent
+
+EPSILON = 1e-5  # central differences err by about eps^2 and 1e-16/eps: both near 1e-10 here
+
+
+class GradientError(AssertionError):
+    """A gradient differs from central differences by more than the tolerance."""
+
+
+def check_gradients(
+    subject: Cell | Recurrent,
+    *,
+    T: int = 4,
+    N: int = 3,
+    lengths: Any = None,
+    tolerance: float = 1e-6,
+    executor: str | None = None,
+    rng: Any = 0,
+) -> dict[str, float]:
+    """Compares every gradient of a cell or a recurrent layer with float64 central differences through T steps.
+
+    subject    a Cell (checked in a small layer of its own), or a recurrent layer with dtype float64, small enough that
+               two forward passes for each of its values are affordable.  Its parameters come back as they were.
+    lengths    each row's length, N whole numbers in 0..T.
+    Returns for x, each initial state and each parameter the largest error relative to that gradient's largest entry.
+    Raises GradientError naming all that exceed `tolerance`.
+    """
+    rng = np.random.default_rng(rng)
+    layer = subject if isinstance(subject, Recurrent) else _layer_around(subject, rng)
+    if layer.dtype != np.float64:
+        raise ValueError(f"layer: expected dtype float64, which central differences need, got {layer.dtype}")
+    before, layer.executor = layer.executor, executor or layer.executor
+    try:
+        errors = _errors(layer, T, N, lengths, rng)
+    finally:
+        layer.executor = before
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        listed = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+        raise GradientError(f"{layer.cell.name}: gradients differ from central differences (tolerance {tolerance:g}): {listed}")
+    return errors
+
+
+def _layer_around(cell: Cell, rng: np.random.Generator) -> Recurrent:
+    layer = Recurrent(cell, 3, 5, dtype="float64", rng=rng)
+    for view in layer.params.values():
+        view += backend.asarray(rng.normal(0, 0.3, view.shape), layer.dtype, "noise")
+    return layer
+
+
+def _errors(layer: Recurrent, T: int, N: int, lengths: Any, rng: np.random.Generator) -> dict[str, float]:
+    shape = (layer.num_layers * layer.directions, N, layer.hidden_size)
+    x = rng.standard_normal((T, N, layer.input_size))
+    state = tuple(rng.standard_normal(shape) for _ in layer.cell.state_names)
+    dy = rng.standard_normal((T, N, layer.directions * layer.hidden_size))
+    dstate = tuple(rng.standard_normal(shape) for _ in state)
+    # a layer with trained initial states uses them only where none is given
+    given: Any = None if layer.trainable_h0 else (state if len(state) > 1 else state[0])
+    generator_state = layer.rng.bit_generator.state
+
+    def forward() -> tuple:
+        layer.rng.bit_generator.state = generator_state  # dropout must draw the same masks each time
+        return layer(x, given, lengths=lengths)
+
+    def loss() -> float:
+        y, final, _ = forward()
+        finals = final if isinstance(final, tuple) else (final,)
+        pairs = ((y, dy), *zip(finals, dstate, strict=True))
+        return sum(float((backend.to_numpy(value) * weight).sum()) for value, weight in pairs)
+
+    kept = backend.to_numpy(layer.grads.flat).copy()
+    layer.zero_grad()
+    _, _, backward = forward()
+    dx, dinitial = backward(dy, dstate if len(dstate) > 1 else dstate[0])
+    gradients = {name: backend.to_numpy(value).copy() for name, value in layer.grads.items()}
+    layer.grads.flat[...] = backend.asarray(kept, layer.dtype, "grads")
+    gradients["x"] = backend.to_numpy(dx)
+    values: dict[str, Any] = {"x": x, **layer.params}
+    if given is not None:
+        for s, (name, part) in enumerate(zip(layer.cell.state_names, state, strict=True)):
+            values[f"{name}_0"] = part
+            gradients[f"{name}_0"] = backend.to_numpy(dinitial[s] if len(state) > 1 else dinitial)
+    return {name: _error(loss, value, gradients[name]) for name, value in values.items()}
+
+
+def _error(loss: Callable[[], float], value: Any, gradient: np.ndarray) -> float:
+    """Largest difference to central differences over the entries of `value`, relative to the largest gradient."""
+    numeric = np.empty(gradient.shape)
+    for index in np.ndindex(*gradient.shape):
+        keep = float(value[index])
+        value[index] = keep + EPSILON
+        up = loss()
+        value[index] = keep - EPSILON
+        down = loss()
+        value[index] = keep
+        numeric[index] = (up - down) / (2 * EPSILON)
+    if not gradient.size:
+        return 0.0
+    scale = float(np.abs(numeric).max())
+    error = float(np.abs(numeric - gradient).max())
+    return error / scale if scale > 0 else error

@@ -1,0 +1,112 @@
+"""Compiled loops on disk, under our own key.
+
+Numba's `cache=True` looks at one function's bytecode: it misses closures over intrinsics, and does not notice an edit
+in another file.  Our key is everything that decides the machine code: the cell's traced mathematics, the element type,
+the vector width, the sources of this package, the versions of Numba, LLVM and Python, and the CPU.  Entries are written
+to a temporary name and renamed, so processes may share the folder; a damaged entry is compiled again.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from llvmlite import binding
+from numba import njit
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+
+DIGEST_BYTES = 32
+
+
+def folder() -> Path | None:
+    """Where compiled code is kept: GPURNN_CACHE_DIR, or the user's cache folder; None where neither can be written."""
+    given = os.environ.get("GPURNN_CACHE_DIR")
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+        place = Path(given) if given else _user_cache() / "gpurnn"
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(place, os.W_OK):
+            return place
+    return None
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def compiled(function: Callable, signature: Any, *key: Any) -> Callable:
+    """`function` compiled for `signature`, from the disk if an earlier process compiled it under the same key."""
+    dispatcher = njit(nogil=True)(function)
+    place = folder()
+    if place is not None:
+        text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
+        name = f"{function.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.bin"
+        dispatcher._cache = _File(place / name)
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher
+
+
+@functools.cache
+def _environment_key() -> str:
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    features = binding.get_host_cpu_features().flatten()
+    versions = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:3])
+    return f"{sources.hexdigest()} {versions} {binding.get_process_triple()} {binding.get_host_cpu_name()} {features}"
+
+
+class _File(_Cache):
+    """One compiled function in one file: a digest of what follows, then Numba's own serialised form.
+
+    It is unpickled, and so executed: the folder belongs to the user and is made for the user alone.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def cache_path(self) -> str:
+        return str(self.path.parent)
+
+    def load_overload(self, sig, target_context):
+        target_context.refresh()
+        try:
+            entry = self.path.read_bytes()
+        except OSError:
+            return None
+        digest, payload = entry[:DIGEST_BYTES], entry[DIGEST_BYTES:]
+        if hashlib.sha256(payload).digest() != digest:
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(payload))
+
+    def save_overload(self, sig, data):
+        payload = pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
+        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
+        try:
+            temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
+            os.replace(temporary, self.path)
+        except OSError:  # a full or read-only disk costs the next process a compilation, nothing else
+            temporary.unlink(missing_ok=True)
+
+    def enable(self):
+        """Always on; part of Numba's interface."""
+
+    def disable(self):
+        """Always on; part of Numba's interface."""
+
+    def flush(self):
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""The oracle: the time loop in plain array code, one cell call a step.  It runs on NumPy and on CuPy arrays.
+
+It shares no layout, no graph and no compiled code with the other executors: what they compute is what stands here.
+"""
+
+from typing import Any, NamedTuple
+
+from gpurnn import backend
+from gpurnn.cells import Cell
+
+Array = Any
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer in one direction, or their gradients.
+
+    weight_ih (G*H, I), weight_hh (G*H, H), bias_ih and bias_hh (G*H,) or None, params: per-unit (H,), one per cell.params.
+    """
+
+    weight_ih: Array
+    weight_hh: Array
+    bias_ih: Array | None
+    bias_hh: Array | None
+    params: tuple[Array, ...]
+
+
+class Backward(NamedTuple):
+    """Options of a backward pass.
+
+    clip  the largest magnitude that a gradient may carry from one step to the one before; None: no limit.
+    flow  (S, T) float64 that receives the sums of squares of dL/dstate_t; None: not asked for.
+    keep  the tape must survive, for another backward.
+    """
+
+    clip: float | None = None
+    flow: Array | None = None
+    keep: bool = False
+
+
+class States(NamedTuple):
+    """h (T+1, N, H): y_t is h[t+1], in reverse h[t], and zero where a row has ended.  final: S arrays (N, H)."""
+
+    h: Array
+    final: tuple[Array, ...]
+
+
+class Tape(NamedTuple):
+    """What backward needs, step by step in the order in which forward went."""
+
+    cell: Cell
+    x: Array
+    weights: Weights
+    reverse: bool
+    steps: list[tuple]  # (t, m, saved, state, next_state) of the m rows that live at t
+
+
+def forward(
+    cell: Cell,
+    x: Array,
+    weights: Weights,
+    state: tuple[Array, ...],
+    rows: Array,
+    reverse: bool,
+    training: bool,
+) -> tuple[States, Tape | None]:
+    """Runs `cell` over x.
+
+    x      (T, N, I), zero behind each row's end.
+    state  S arrays (N, H), copied.
+    rows   (T,) NumPy integers: at step t the batch rows 0..rows[t]-1 live; never increasing.
+    Returns the states, and the tape if `training`.
+    """
+    xp = backend.xp
+    T, N, _ = x.shape
+    H = weights.weight_hh.shape[1]
+    gates_x = x @ weights.weight_ih.T
+    if weights.bias_ih is not None:
+        gates_x = gates_x + weights.bias_ih
+    h = xp.zeros((T + 1, N, H), x.dtype)
+    if T:
+        h[T if reverse else 0] = state[0]  # overwritten where a row begins later; y never shows it
+    current = tuple(part.copy() for part in state)
+    steps: list[tuple] = []
+    for t in range(T - 1, -1, -1) if reverse else range(T):
+        m = int(rows[t])
+        before = tuple(part[:m].copy() for part in current)
+        gates_r = before[0] @ weights.weight_hh.T
+        if weights.bias_hh is not None:
+            gates_r = gates_r + weights.bias_hh
+        split_x = tuple(gates_x[t, :m, g * H : (g + 1) * H] for g in range(cell.gates))
+        split_r = tuple(gates_r[:, g * H : (g + 1) * H] for g in range(cell.gates))
+        after, saved = cell.forward(split_x, split_r, before, weights.params)
+        for part, value in zip(current, after, strict=True):
+            part[:m] = value
+        h[t if reverse else t + 1, :m] = after[0]
+        if training:
+            steps.append((t, m, saved, before, tuple(part[:m].copy() for part in current)))
+    tape = Tape(cell, x, weights, reverse, steps) if training else None
+    return States(h, current), tape
+
+
+def backward(
+    tape: Tape, dy: Array, dstate: tuple[Array, ...], grads: Weights, options: Backward
+) -> tuple[Array, tuple[Array, ...]]:
+    """Backpropagation through time.  Adds to `grads`; returns dx (T, N, I) and dL/d(initial state), S arrays (N, H).
+
+    dy (T, N, H) is read at living rows only; dstate: S arrays (N, H), dL/d(final state).
+    """
+    xp = backend.xp
+    cell, x, weights = tape.cell, tape.x, tape.weights
+    T, N, _ = x.shape
+    H = weights.weight_hh.shape[1]
+    dgates_x = xp.zeros((T, N, cell.gates * H), x.dtype)
+    passed = tuple(part.copy() for part in dstate)
+    for t, m, saved, before, after in reversed(tape.steps):
+        dnext = tuple(part[:m] + (dy[t, :m] if s == 0 else 0) for s, part in enumerate(passed))
+        if options.flow is not None:
+            for s, part in enumerate(dnext):
+                options.flow[s, t] += (part.astype("float64") ** 2).sum()
+        dx, dr, direct, dparams = cell.backward(dnext, saved, before, after, weights.params)
+        dgates_r = xp.zeros((m, cell.gates * H), x.dtype)
+        for g in range(cell.gates):
+            dgates_x[t, :m, g * H : (g + 1) * H] = dx[g]
+            dgates_r[:, g * H : (g + 1) * H] = dr[g]
+        for s, part in enumerate(passed):
+            part[:m] = direct[s]
+            if s == 0:
+                part[:m] += dgates_r @ weights.weight_hh
+            if options.clip is not None:
+                part[:m] = xp.clip(part[:m], -options.clip, options.clip)
+        grads.weight_hh[...] += dgates_r.T @ before[0]
+        if grads.bias_hh is not None:
+            grads.bias_hh[...] += dgates_r.sum(0)
+        for gradient, value in zip(grads.params, dparams, strict=True):
+            gradient[...] += xp.broadcast_to(value, dnext[0].shape).sum(0)
+    flat = dgates_x.reshape(T * N, -1)
+    grads.weight_ih[...] += flat.T @ x.reshape(T * N, -1)
+    if grads.bias_ih is not None:
+        grads.bias_ih[...] += flat.sum(0)
+    return dgates_x @ weights.weight_ih, passed

@@ -1,0 +1,59 @@
+"""How parameters begin.  An initialiser is a function (rng, rows, columns) -> float64 (rows, columns) for one gate.
+
+Values are drawn on the host in float64 whatever the layer's type and device, so a seed gives the same model everywhere.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Initializer = Callable[[np.random.Generator, int, int], np.ndarray]
+
+
+def glorot_uniform(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Uniform within sqrt(6 / (rows + columns)): keeps variances through a linear map (Glorot & Bengio 2010)."""
+    limit = math.sqrt(6 / max(1, rows + columns))
+    return rng.uniform(-limit, limit, (rows, columns))
+
+
+def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Orthonormal rows or columns, from the QR of a Gaussian matrix (Saxe et al. 2014): every singular value is 1."""
+    q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
+    q = q * np.sign(np.diag(r))  # makes the distribution uniform over orthogonal matrices
+    return q if rows >= columns else q.T
+
+
+def identity(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """The identity: with relu, the IRNN of Le, Jaitly & Hinton 2015."""
+    return np.eye(rows, columns)
+
+
+def zeros(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    return np.zeros((rows, columns))
+
+
+def uniform(limit: float) -> Initializer:
+    """Uniform within [-limit, limit]; PyTorch's recurrent layers use 1/sqrt(H) for every parameter."""
+
+    def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return rng.uniform(-limit, limit, (rows, columns))
+
+    return draw
+
+
+def normal(deviation: float) -> Initializer:
+    """Gaussian with mean 0."""
+
+    def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return rng.normal(0, deviation, (rows, columns))
+
+    return draw
+
+
+INITIALIZERS: dict[str, Initializer] = {
+    "glorot_uniform": glorot_uniform,
+    "identity": identity,
+    "orthogonal": orthogonal,
+    "zeros": zeros,
+}

@@ -1,0 +1,116 @@
+"""One flat buffer for all parameters, one for all gradients; named views into both.
+
+An optimiser then updates a whole model with a handful of vector operations, a global gradient norm is one dot product,
+and a checkpoint is a walk over names.  Views start on 64-byte boundaries; the padding between them stays zero in both
+buffers, so that whole-buffer operations need no mask.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gpurnn import backend
+
+Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
+Shapes = Mapping[str, tuple[int, ...]]
+
+ALIGNMENT = 64  # bytes: one cache line, one AVX-512 vector
+
+
+class Parameters(Mapping[str, Array]):
+    """Arrays by name, all views of one buffer: `parameters[name]`, and `parameters.flat` for the whole of it."""
+
+    def __init__(self, shapes: Shapes, dtype: Any, symbols: Mapping[str, str] | None = None):
+        """`symbols` says shapes in letters, such as `(4*H, I)`, for the messages of `load`."""
+        self.shapes = dict(shapes)
+        self.symbols = dict(symbols or {})
+        self._joined = False
+        self.dtype = backend.xp.dtype(dtype)
+        self._bind(backend.xp.zeros(_extent(self.shapes, self.dtype), self.dtype))
+
+    def _bind(self, flat: Array) -> None:
+        """Makes `flat` the buffer behind every name; the values become those of `flat`."""
+        self.flat = flat
+        self._views: dict[str, Array] = {}
+        start = 0
+        for name, shape in self.shapes.items():
+            size = _size(shape)
+            self._views[name] = flat[start : start + size].reshape(shape)
+            start += _padded(size, self.dtype)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __repr__(self) -> str:
+        lines = (f"  {name}: {shape}" for name, shape in self.shapes.items())
+        return "\n".join((f"Parameters({self.count} values, {self.dtype})", *lines))
+
+    @property
+    def count(self) -> int:
+        """How many values there are, padding left out."""
+        return sum(_size(shape) for shape in self.shapes.values())
+
+    @classmethod
+    def join(cls, parts: Mapping[str, "Parameters"]) -> "Parameters":
+        """Moves several parts into one new buffer.  The parts stay alive, as views of it; names become `part.name`."""
+        dtypes = {str(part.dtype) for part in parts.values()}
+        if len(dtypes) != 1:
+            given = ", ".join(f"{name}: {part.dtype}" for name, part in parts.items())
+            raise ValueError(f"expected parts of one dtype, got {given}")
+        taken = [name for name, part in parts.items() if part._joined]
+        if taken:
+            raise ValueError(f"{', '.join(taken)}: belongs to another model already; its values live in that model's buffer")
+        shapes = {f"{prefix}.{name}": s for prefix, part in parts.items() for name, s in part.shapes.items()}
+        symbols = {f"{prefix}.{name}": s for prefix, part in parts.items() for name, s in part.symbols.items()}
+        whole = cls(shapes, dtypes.pop(), symbols)
+        start = 0
+        for part in parts.values():
+            flat = whole.flat[start : start + part.flat.size]
+            flat[...] = part.flat
+            part._bind(flat)
+            part._joined = True
+            start += part.flat.size
+        return whole
+
+
+def load(parameters: Parameters, values: Mapping[str, Any]) -> None:
+    """Copies `values` into `parameters`, name by name; every shape is checked before the first value is written.
+
+    Raises KeyError where names are missing or unknown, ValueError where a shape differs or a value is not finite.
+    """
+    missing = [name for name in parameters if name not in values]
+    unknown = [name for name in values if name not in parameters]
+    if missing or unknown:
+        raise KeyError(f"expected the names {list(parameters)}; missing {missing}, unknown {unknown}")
+    arrays = {}
+    for name, view in parameters.items():
+        array = backend.asarray(values[name], parameters.dtype, name)
+        if array.shape != view.shape:
+            meaning = f"{parameters.symbols[name]} = " if name in parameters.symbols else ""
+            raise ValueError(f"{name}: expected {meaning}{view.shape}, got {array.shape}")
+        if not bool(backend.xp.isfinite(array).all()):
+            raise ValueError(f"{name}: expected finite values, got some that are not")
+        arrays[name] = array
+    for name, array in arrays.items():
+        parameters[name][...] = array
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
+
+
+def _padded(size: int, dtype: Any) -> int:
+    step = ALIGNMENT // dtype.itemsize
+    return -(-size // step) * step
+
+
+def _extent(shapes: Shapes, dtype: Any) -> int:
+    return sum(_padded(_size(shape), dtype) for shape in shapes.values())

@@ -1,0 +1,273 @@
+"""Recurrent layers: RNN, LSTM, GRU, and Recurrent for any cell.  Several layers, both directions, one executor below."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend
+from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
+from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
+from gpurnn.layers import Layer, checked, dropout_mask, probability, whole
+from gpurnn.sequence import prepare_lengths, run
+
+Array = Any
+
+
+class Recurrent(Layer):
+    """Layers of any cell over a sequence, time-major: T steps, N batch rows, I inputs, H hidden units.
+
+    cell            a `gpurnn.Cell`.
+    num_layers      L; layer k reads what layer k-1 wrote.
+    bias            False: no bias_ih and bias_hh.
+    bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
+    dropout         between layers, not behind the last.
+    trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
+    clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
+                    clips within LSTM; here elementwise, for every state); None: no limit.
+    init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
+                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; everything else 0.
+    dtype           float32 or float64.
+    executor        forces one: numpy or compiled; None: GPURNN_EXECUTOR, or the best.
+
+    Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0,
+    bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        trainable_h0: bool = False,
+        clip_in_time: float | None = None,
+        init: Mapping[str, str | Initializer] | None = None,
+        dtype: Any = "float32",
+        executor: str | None = None,
+        rng: Any = None,
+    ):
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell: expected a gpurnn.Cell, got {type(cell).__name__}")
+        if clip_in_time is not None and not clip_in_time > 0:
+            raise ValueError(f"clip_in_time: expected a positive limit or None, got {clip_in_time!r}")
+        self.cell = cell
+        self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
+        self.num_layers, self.directions = whole("num_layers", num_layers), 2 if bidirectional else 1
+        self.bias, self.dropout, self.clip_in_time = bool(bias), probability("dropout", dropout), clip_in_time
+        self.trainable_h0, self.executor = bool(trainable_h0), executor
+        self.rng = np.random.default_rng(rng)
+        shapes, symbols = self._shapes()
+        super().__init__(shapes, dtype, symbols)
+        self._initialise(init or {})
+
+    def _shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        G, H, D = self.cell.gates, self.hidden_size, self.directions
+        shapes: dict[str, tuple[int, ...]] = {}
+        symbols: dict[str, str] = {}
+        for layer, direction in itertools.product(range(self.num_layers), range(D)):
+            wide = f"{G}*H"
+            inputs, letter = (self.input_size, "I") if layer == 0 else (D * H, f"{D}*H" if D > 1 else "H")
+            own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})"), "weight_hh": ((G * H, H), f"({wide}, H)")}
+            if self.bias:
+                own |= {"bias_ih": ((G * H,), f"({wide},)"), "bias_hh": ((G * H,), f"({wide},)")}
+            own |= {name: ((H,), "(H,)") for name in self.cell.params}
+            for name, (shape, symbol) in own.items():
+                full = name + _suffix(layer, direction)
+                shapes[full], symbols[full] = shape, symbol
+        if self.trainable_h0:
+            for name in self.cell.state_names:
+                shapes[f"{name}_0"], symbols[f"{name}_0"] = (self.num_layers * D, H), "(L*D, H)"
+        return shapes, symbols
+
+    def _initialise(self, init: Mapping[str, str | Initializer]) -> None:
+        kinds = {"weight_ih": glorot_uniform, "weight_hh": orthogonal, "bias_ih": zeros, "bias_hh": zeros}
+        kinds |= dict.fromkeys((*self.cell.params, *(f"{name}_0" for name in self.cell.state_names)), zeros)
+        for kind, given in init.items():
+            if kind not in kinds:
+                raise ValueError(f"init: expected names among {', '.join(kinds)}, got {kind!r}")
+            if isinstance(given, str) and given not in INITIALIZERS:
+                raise ValueError(f"init: expected one of {', '.join(INITIALIZERS)}, got {given!r}")
+            kinds[kind] = INITIALIZERS[given] if isinstance(given, str) else given
+        for name, shape in self.params.shapes.items():
+            draw = kinds[name.removesuffix("_reverse").rsplit("_l", 1)[0]]
+            gates = self.cell.gates if name.startswith(("weight_", "bias_")) else 1
+            rows, columns = shape[0] // gates, shape[1] if len(shape) > 1 else 1
+            blocks = [draw(self.rng, rows, columns) for _ in range(gates)]
+            self._set(name, np.concatenate(blocks).reshape(shape))
+
+    def __call__(
+        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True
+    ) -> tuple[Array, Any, Callable | None]:
+        """Runs over a sequence: `y, state, backward = layer(x)`.
+
+        x        (T, N, I); kept until backward, so do not change it before.
+        state    initial states (L*D, N, H): one array, or a tuple where the cell has several, (h, c) for an LSTM;
+                 None: zeros, or the trained initial states.
+        lengths  N whole numbers in 0..T: each row's own length.  Behind it y = 0, and x and dy are not read.
+        Returns y (T, N, D*H), the states behind each row's last step (L*D, N, H), and
+        `dx, dstate0 = backward(dy, dstate=None, keep=False, flow=None)`, None without training.  It adds to `grads`.
+        dy may be None, for a loss of the final state alone; `keep` lets it be called again; `flow`, a float64 array
+        (L*D, S, T), is filled with the L2 norms of dL/dstate_t over batch and units.
+        Raises ValueError where a shape is wrong, RuntimeError where backward is called again without keep.
+        """
+        x = backend.asarray(x, self.dtype, "x")
+        if x.ndim != 3 or x.shape[2] != self.input_size:
+            raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
+        T, N, _ = x.shape
+        initial = self._initial_states(state, N)
+        prepared = prepare_lengths(lengths, T, N)
+        levels: list[tuple[list[Callable | None], Array | None]] = []
+        finals: list[tuple[Array, ...]] = []
+        for layer in range(self.num_layers):
+            outputs, backwards = [], []
+            for direction in range(self.directions):
+                at = layer * self.directions + direction
+                y, final, step_back = run(
+                    self.cell,
+                    x,
+                    self._weights(self.params, layer, direction),
+                    tuple(part[at] for part in initial),
+                    lengths=prepared,
+                    reverse=direction == 1,
+                    executor=self.executor,
+                    training=training,
+                )
+                outputs.append(y)
+                backwards.append(step_back)
+                finals.append(final)
+            x = outputs[0] if self.directions == 1 else backend.xp.concatenate(outputs, axis=2)
+            mask = None
+            if training and self.dropout and layer < self.num_layers - 1:
+                mask = dropout_mask(self.rng, self.dropout, x.shape, self.dtype)
+                x = x * mask
+            levels.append((backwards, mask))
+        out = self._packed(tuple(backend.xp.stack(parts) for parts in zip(*finals, strict=True)))
+        if not training:
+            return x, out, None
+        if backend.name == "numpy":  # y shares memory with what backward reads: a change to it must not go unseen
+            x = x.view()
+            x.flags.writeable = False
+        return x, out, self._backward(levels, T, N, given=state is not None)
+
+    def _backward(self, levels: list, T: int, N: int, given: bool) -> Callable:
+        used = False
+
+        def backward(dy: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
+            nonlocal used
+            if used:
+                raise RuntimeError("backward was called before and its tape is gone: the first call needs keep=True")
+            H, D, S = self.hidden_size, self.directions, self.cell.states
+            xp = backend.xp
+            if dy is None:
+                dy = xp.broadcast_to(xp.zeros((), self.dtype), (T, N, D * H))
+            dy = checked(dy, self.dtype, "dy", (T, N, D * H), "(T, N, D*H)")
+            dfinal = self._unpacked(dstate, N, "dstate")
+            if flow is not None and (flow.shape != (self.num_layers * D, S, T) or flow.dtype != np.float64):
+                expected = f"float64 (L*D, S, T) = {(self.num_layers * D, S, T)}"
+                raise ValueError(f"flow: expected {expected}, got {flow.dtype} {flow.shape}")
+            used = not keep
+            dinitial: list[tuple[Array, ...]] = [()] * (self.num_layers * D)
+            for layer in reversed(range(self.num_layers)):
+                backwards, mask = levels[layer]
+                if mask is not None:
+                    dy = dy * mask
+                dx = None
+                for direction in range(D):
+                    at = layer * D + direction
+                    squares = xp.zeros((S, T)) if flow is not None else None
+                    part, dinitial[at] = backwards[direction](
+                        dy[..., direction * H : (direction + 1) * H],
+                        tuple(state[at] for state in dfinal),
+                        self._weights(self.grads, layer, direction),
+                        Backward(self.clip_in_time, squares, keep),
+                    )
+                    dx = part if dx is None else dx + part
+                    if flow is not None:
+                        flow[at] = xp.sqrt(squares)
+                dy = dx
+            dstates = tuple(xp.stack(parts) for parts in zip(*dinitial, strict=True))
+            if self.trainable_h0 and not given:
+                for name, part in zip(self.cell.state_names, dstates, strict=True):
+                    self.grads[f"{name}_0"][...] += part.sum(1)
+            return dy, self._packed(dstates)
+
+        return backward
+
+    def _weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
+        def get(name: str) -> Array:
+            return values[name + _suffix(layer, direction)]
+
+        biases = (get("bias_ih"), get("bias_hh")) if self.bias else (None, None)
+        return Weights(get("weight_ih"), get("weight_hh"), *biases, tuple(get(name) for name in self.cell.params))
+
+    def _initial_states(self, state: Any, N: int) -> tuple[Array, ...]:
+        if state is not None or not self.trainable_h0:
+            return self._unpacked(state, N, "state")
+        shape = (self.num_layers * self.directions, N, self.hidden_size)
+        names = (f"{name}_0" for name in self.cell.state_names)
+        return tuple(backend.xp.broadcast_to(self.params[name][:, None, :], shape) for name in names)
+
+    def _unpacked(self, state: Any, N: int, what: str) -> tuple[Array, ...]:
+        """One array (L*D, N, H) per state of the cell; zeros for None, of the whole or of a part."""
+        S, shape = self.cell.states, (self.num_layers * self.directions, N, self.hidden_size)
+        if state is None:
+            state = (None,) * S
+        elif S == 1:
+            state = (state,)
+        if not isinstance(state, tuple | list) or len(state) != S:
+            came = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
+            names = ", ".join(self.cell.state_names)
+            raise ValueError(f"{what}: expected a tuple of {S} arrays ({names}) of shape (L*D, N, H) = {shape}, got {came}")
+        return tuple(
+            backend.xp.zeros(shape, self.dtype)
+            if part is None
+            else checked(part, self.dtype, f"{what} {name}", shape, "(L*D, N, H)")
+            for name, part in zip(self.cell.state_names, state, strict=True)
+        )
+
+    def _packed(self, states: tuple[Array, ...]) -> Any:
+        return states[0] if self.cell.states == 1 else states
+
+
+class RNN(Recurrent):
+    """The vanilla recurrent network of Elman 1990, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh); see `Recurrent`.
+
+    nonlinearity: tanh, relu, sigmoid or identity.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *, nonlinearity: str = "tanh", **options: Any):
+        if nonlinearity not in RNN_CELLS:
+            raise ValueError(f"nonlinearity: expected one of {', '.join(RNN_CELLS)}, got {nonlinearity!r}")
+        super().__init__(RNN_CELLS[nonlinearity], input_size, hidden_size, num_layers, **options)
+
+
+class LSTM(Recurrent):
+    """Long short-term memory, gates i, f, g, o as in PyTorch; the state is the pair (h, c).  See `Recurrent`.
+
+    forget_bias: added to bias_ih of the forget gate at the start (Gers et al. 2000; 1 after Jozefowicz et al. 2015), so
+    that the cell remembers until it learns to forget.  Without biases it has no place and is left out.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *, forget_bias: float = 1.0, **options: Any):
+        super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
+        for name in self.params:
+            if name.startswith("bias_ih"):
+                self.params[name][hidden_size : 2 * hidden_size] += forget_bias
+
+
+class GRU(Recurrent):
+    """Gated recurrent unit, gates r, z, n, reset after the matrix product as in PyTorch and cuDNN.  See `Recurrent`."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any):
+        super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
+
+
+def _suffix(layer: int, direction: int) -> str:
+    return f"_l{layer}" + ("_reverse" if direction else "")
