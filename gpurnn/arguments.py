@@ -1,0 +1,81 @@
+"""Checks of the arguments of the library: each returns the value, or names it, what was expected and what came."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend
+
+Array = Any
+DTYPES = ("float32", "float64")
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` if it is a whole number from `least`; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: Any, fits: Callable[[Any], bool] = lambda value: True, where: str = "") -> float:
+    """`value` if it is a finite number that `fits`, which `where` says in words; ValueError otherwise."""
+    proper = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not (proper and np.isfinite(value) and fits(value)):
+        raise ValueError(f"{name}: expected a finite number{where and ' ' + where}, got {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` if it is above 0; ValueError otherwise."""
+    return number(name, value, lambda v: v > 0, "above 0")
+
+
+def at_least_0(name: str, value: Any) -> float:
+    """`value` if it is 0 or more; ValueError otherwise."""
+    return number(name, value, lambda v: v >= 0, "from 0")
+
+
+def probability(name: str, value: Any) -> float:
+    """`value` if it is a number in [0, 1); ValueError otherwise."""
+    return number(name, value, lambda v: 0 <= v < 1, "in [0, 1)")
+
+
+def switch(name: str, value: Any) -> bool:
+    """`value` if it is True or False; ValueError otherwise, since "no" would count as yes."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def supported(dtype: Any) -> np.dtype:
+    """The NumPy dtype of a layer; ValueError unless it is one that layers can have."""
+    try:
+        found = np.dtype(dtype) if dtype is not None else None
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {repr(dtype) if found is None else found.name}")
+    return np.dtype(found.name)
+
+
+def generator(rng: Any) -> np.random.Generator:
+    """A random generator from a seed, a generator (itself), or None (a seed of the system's)."""
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rng: expected a seed, a numpy.random.Generator or None, got {rng!r}: {error}") from error
+
+
+def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], form: str = "") -> Array:
+    """`value` as the backend's array; ValueError unless it has this shape."""
+    array = backend.asarray(value, dtype, name)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected {form and form + ' = '}{shape}, got {array.shape}")
+    return array
+
+
+def check_unused(used: bool) -> None:
+    """Raises RuntimeError where backward has given its tape away."""
+    if used:
+        raise RuntimeError("backward was called before and its tape is gone: the first call needs keep=True")

@@ -1,0 +1,88 @@
+"""The norm of all gradients together, and clipping by it or by value; each works on the flat buffer, in place."""
+
+import math
+
+import numpy as np
+
+from gpurnn import backend
+from gpurnn.arguments import positive
+from gpurnn.parameters import Array, Model, Parameters
+
+SUM_BLOCK = 1 << 13  # values: OpenBLAS starts its threads for longer dot products, which costs more than it gains
+
+
+def grad_norm(model: Model) -> float:
+    """The L2 norm of all gradients together, summed in float64; large and tiny gradients neither overflow nor vanish.
+
+    Raises FloatingPointError with the name of the first gradient that is not finite.
+    """
+    squares = _sum_of_squares(model.grads.flat)
+    if 1e-200 < squares < math.inf:
+        return math.sqrt(squares)
+    raise_where_not_finite(model.grads)
+    peak = max((float(abs(grad).max()) for grad in model.grads.values() if grad.size), default=0.0)
+    if peak == 0:
+        return 0.0
+    return peak * math.sqrt(_sum_of_squares(model.grads.flat, peak))
+
+
+def clip_grad_norm(model: Model, max_norm: float) -> float:
+    """Scales all gradients so that their common L2 norm is at most `max_norm` > 0; returns the norm before.
+
+    (Pascanu, Mikolov and Bengio 2013.)  Raises FloatingPointError with the name of the first gradient that is not
+    finite, and changes nothing then.
+    """
+    positive("max_norm", max_norm)
+    norm = grad_norm(model)
+    if norm > max_norm:
+        flat = model.grads.flat
+        flat *= float(max_norm) / norm
+    return norm
+
+
+def clip_grad_value(model: Model, limit: float) -> None:
+    """Clips every gradient to [-limit, limit], limit > 0, infinite ones too.
+
+    On NumPy NaN raises FloatingPointError with the gradient's name, and nothing has changed then.
+    """
+    positive("limit", limit)
+    flat = model.grads.flat
+    if backend.name == "numpy" and not all_finite(flat):
+        raise_where_not_finite(model.grads, allow_inf=True)
+    backend.xp.clip(flat, -float(limit), float(limit), out=flat)
+
+
+def _sum_of_squares(flat: Array, unit: float = 1.0) -> float:
+    """Sum of (flat / unit)^2 in float64: not finite where a value is not, or where float64's squares overflow."""
+    xp = backend.xp
+    if backend.name == "cuda":
+        wide = flat.astype(xp.float64) / unit
+        return float(xp.dot(wide, wide))
+    total = 0.0
+    work: Array = np.empty(min(flat.size, SUM_BLOCK))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, flat.size, SUM_BLOCK):
+            block = flat[start : start + SUM_BLOCK]
+            wide = work[: block.size]
+            wide[...] = block
+            if unit != 1.0:
+                wide /= unit
+            total += float(wide.dot(wide))
+    return total
+
+
+def all_finite(flat: Array) -> bool:
+    """Whether all values are; without a temporary, for minimum and maximum hand NaN on."""
+    return not flat.size or (math.isfinite(flat.max()) and math.isfinite(flat.min()))
+
+
+def raise_where_not_finite(grads: Parameters, allow_inf: bool = False) -> None:
+    xp = backend.xp
+    for name, grad in grads.items():
+        bad = xp.isnan(grad) if allow_inf else ~xp.isfinite(grad)
+        count = int(bad.sum())
+        if count:
+            first = float(grad[bad][0])
+            raise FloatingPointError(
+                f"gradient of {name}: expected finite values, got {first} ({count} of {grad.size})"
+            )

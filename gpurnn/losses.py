@@ -1,0 +1,179 @@
+"""Losses with their gradients: softmax cross-entropy and the mean squared error.
+
+Each returns `loss, dinput` from one call.  Reductions, with E_t the loss of one position:
+  "mean"   the mean over positions (cross-entropy) or over elements (squared error), as in PyTorch
+  "sum"    the sum over all of them: the literature's E = sum of E_t
+  "none"   each by itself; the gradient is then that of their SUM
+The loss is computed in float64 whatever the input, and is a scalar of the backend, numpy.float64 or a CuPy array of
+shape (), so that adding losses up never makes the host wait for the device.  The gradient has the input's dtype.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend
+
+Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
+
+REDUCTIONS = ("mean", "sum", "none")
+OUTPUTS = ("linear", "softmax")
+
+# exp of anything within +-SAFE, and the sum of a whole vocabulary of it, is far from float32's limits.
+SAFE = 30.0
+
+
+def softmax(logits: Array, axis: int = -1) -> Array:
+    """exp(logits) / sum of exp(logits) along `axis`, without overflow.
+
+    logits: float, any shape.  Returns the same shape and dtype.  A row whose largest logit is inf, -inf or NaN has no
+    softmax and comes out as NaN.  Raises TypeError for integers, ValueError where `axis` is missing or empty.
+    """
+    logits = _floats(logits, "logits")
+    if not -logits.ndim <= axis < logits.ndim or logits.shape[axis] < 1:
+        raise ValueError(f"logits: expected at least 1 class along axis {axis}, got the shape {logits.shape}")
+    exps, _ = _exp(logits, axis)
+    exps /= exps.sum(axis=axis, keepdims=True)
+    return exps.astype(logits.dtype, copy=False)
+
+
+def softmax_cross_entropy(
+    logits: Array, targets: Array, *, reduction: str = "mean", ignore_index: int | None = None
+) -> tuple[Array, Array]:
+    """Cross-entropy of softmax(logits) against class numbers, E_t = -log softmax(logits)[target], in nats.
+
+    logits: (..., C) float, usually (T, N, C).  targets: (...) integers in [0, C), or `ignore_index`.
+    Positions whose target is `ignore_index` have loss 0 and gradient exactly 0 even where their logits are NaN, and
+    "mean" does not count them; where nothing is left to count, loss and gradient are 0.
+    Returns loss, a float64 scalar, for "none" (...) float64; and dlogits, of the shape and dtype of logits.
+    A target of logit -inf has loss inf.  A row whose largest logit is inf, -inf or NaN has loss and gradient NaN.
+    Raises TypeError for integer logits or non-integer targets; ValueError where shapes do not fit, C is 0, or a target
+    is out of range, naming the first such target.
+    """
+    _check_choice("reduction", reduction, REDUCTIONS)
+    logits, targets = _floats(logits, "logits"), backend.asarray(targets, None, "targets")
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"targets: expected integers, got {targets.dtype}")
+    if logits.ndim < 1 or logits.shape[:-1] != targets.shape:
+        expected = "logits (..., C) and targets (...), such as (T, N, C) and (T, N)"
+        raise ValueError(f"expected {expected}; got {logits.shape} and {targets.shape}")
+    if logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected at least 1 class along the last axis, got the shape {logits.shape}")
+    kept = targets != ignore_index if ignore_index is not None else None
+    _check_range(targets, kept, logits.shape[-1])
+    losses, dlogits = _cross_entropy(logits, targets, kept, mean=reduction == "mean")
+    if reduction == "none":
+        return losses, dlogits
+    total = losses.sum()
+    return (total / _count(losses, kept) if reduction == "mean" else total), dlogits
+
+
+def _cross_entropy(logits: Array, targets: Array, kept: Array | None, mean: bool) -> tuple[Array, Array]:
+    """E_t in float64, and dlogits = softmax(logits) - onehot(target), divided by the number of positions for `mean`.
+
+    One array of the size of logits is made: it holds exp(logits) first, then the gradient; no one-hot array.
+    """
+    xp = backend.xp
+    classes = logits.shape[-1]
+    rows = logits.reshape(-1, classes)
+    target = targets.reshape(-1).astype(xp.int64, copy=False)
+    if kept is not None:
+        kept = kept.reshape(-1)
+        target = xp.where(kept, target, 0)
+    position = xp.arange(len(rows))
+
+    work, shift = _exp(rows, -1)
+    sums = work.sum(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):  # rows without a softmax become NaN, quietly
+        # In float64, and this side of the logarithm first: shift and logit may be large and close to one another.
+        losses = (shift - rows[position, target].astype(xp.float64)[:, None] + xp.log(sums.astype(xp.float64)))[:, 0]
+        scale = 1.0 / _count(losses, kept) if mean else 1.0
+        work *= (scale / sums).astype(work.dtype)
+    work[position, target] -= scale
+    if kept is not None:
+        losses[~kept] = 0.0
+        work[~kept] = 0.0
+    return losses.reshape(targets.shape), work.reshape(logits.shape).astype(logits.dtype, copy=False)
+
+
+def mean_squared_error(
+    pred: Array, target: Array, *, output: str = "linear", reduction: str = "mean"
+) -> tuple[Array, Array]:
+    """Squared error (f(pred) - target)^2, without a factor 1/2, as PyTorch's `mse_loss`.
+
+    pred: float, any shape, (..., C) for output="softmax".  target: real numbers of the same shape.
+    output: "linear", f(pred) = pred, or "softmax", f = softmax over the last axis: the squared error of a classifier's
+        probabilities, its gradient taken back through the softmax.  Both are reduced alike: "mean" divides by the
+        number of ELEMENTS (T N C), "sum" adds the squares up, "none" returns them.  The literature's
+        E = sum of 1/2 |y_t - target_t|^2 is half of "sum", its gradient half of the gradient here.
+    Returns loss, a float64 scalar, for "none" float64 of the shape of pred; and dpred, of the shape and dtype of pred.
+    Of no elements the mean is 0.  Raises TypeError for integer `pred`, ValueError where the shapes differ.
+    """
+    _check_choice("output", output, OUTPUTS)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    xp = backend.xp
+    pred = _floats(pred, "pred")
+    target = backend.asarray(target, xp.promote_types(pred.dtype, xp.float32), "target")
+    if pred.shape != target.shape:
+        raise ValueError(f"expected pred and target of one shape, got {pred.shape} and {target.shape}")
+
+    y = softmax(pred.astype(target.dtype, copy=False)) if output == "softmax" else pred
+    dpred = y - target
+    squares = xp.square(dpred, dtype=xp.float64)
+    dpred *= 2.0 / max(pred.size, 1) if reduction == "mean" else 2.0
+    if output == "softmax":  # dy/dlogits = diag(y) - y y^T
+        dpred -= (dpred * y).sum(axis=-1, keepdims=True)
+        dpred *= y
+    dpred = dpred.astype(pred.dtype, copy=False)
+    if reduction == "none":
+        return squares, dpred
+    total = squares.sum()
+    return (total / max(pred.size, 1) if reduction == "mean" else total), dpred
+
+
+def _exp(logits: Array, axis: int) -> tuple[Array, Array | float]:
+    """exp(logits - shift) in a new array, and shift in float64: a number, or one for each row along `axis`.
+
+    Usually shift is the row's maximum.  On the host, rows of one vocabulary are so short that finding and subtracting
+    it costs more than the exponentials; logits that all lie within +-SAFE, as they nearly always do, need no shift (and
+    are more accurate without).  On a device, looking would mean waiting.  float16 is computed in float32.
+    """
+    xp = backend.xp
+    dtype = xp.promote_types(logits.dtype, xp.float32)
+    if backend.name == "numpy" and logits.size and logits.max() <= SAFE and logits.min() >= -SAFE:
+        return xp.exp(logits, dtype=dtype), 0.0
+    shift = logits.max(axis=axis, keepdims=True)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        work = xp.subtract(logits, shift, dtype=dtype)
+    return xp.exp(work, out=work), shift.astype(xp.float64)
+
+
+def _count(losses: Array, kept: Array | None) -> Any:
+    """How many positions are not ignored, at least 1; on the device where it has to be counted."""
+    return max(losses.size, 1) if kept is None else backend.xp.maximum(kept.sum(), 1)
+
+
+def _floats(array: Any, name: str) -> Array:
+    array = backend.asarray(array, None, name)
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name}: expected floating point, got {array.dtype}")
+    return array
+
+
+def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {given!r}")
+
+
+def _check_range(targets: Array, kept: Array | None, classes: int) -> None:
+    """Raises ValueError for a target outside [0, C) that is not ignored."""
+    wrong = (targets < 0) | (targets >= classes)
+    if kept is not None:
+        wrong &= kept
+    if not bool(wrong.any()):
+        return
+    first = int(wrong.reshape(-1).argmax())
+    place = tuple(int(i) for i in np.unravel_index(first, targets.shape))
+    at = f"(t, n) = {place}" if len(place) == 2 else f"position {place}"
+    value = int(targets.reshape(-1)[first])
+    raise ValueError(f"targets: expected values in [0, C) = [0, {classes}), got {value} at {at}")
