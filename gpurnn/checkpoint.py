@@ -1,0 +1,297 @@
+"""Run folders, and the files in them: a process killed at any moment, saving included, leaves a run that resumes.
+
+`runs/<name>/` holds `config.toml`, written once, `model.safetensors`, `metrics.jsonl` and figures.  Whatever a training
+has to know to go on is in `model.safetensors`, so that one rename commits all of it or none: the model's tensors under
+their own names, the optimiser's under `optimizer/`, carried states under `state/`, and step, random state and the like
+as JSON in the file's metadata.  Nothing read here is ever unpickled or executed.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import time
+import tomllib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tomli_w
+
+CONFIG, MODEL, METRICS = "config.toml", "model.safetensors", "metrics.jsonl"
+TEMPORARY = ".tmp-gpurnn-"  # clean() removes whatever starts with it, so it must be nobody else's
+
+FORMAT = 1
+OPTIMIZER, STATE = "optimizer/", "state/"
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+
+Tensors = dict[str, np.ndarray]
+StrPath = str | os.PathLike[str]
+
+
+class Checkpoint(NamedTuple):
+    """All of a training's state.  `meta` is JSON: step, random state, data position, environment; tuples become lists."""
+
+    tensors: Tensors
+    optimizer: Tensors
+    state: Tensors
+    meta: dict[str, Any]
+
+
+def save(path: StrPath, checkpoint: Checkpoint) -> None:
+    """Writes `checkpoint` atomically: until the very end, the file that was there stands.
+
+    Raises ValueError for names and dtypes that the file cannot hold, TypeError for a `meta` that is not JSON.
+    """
+    write_atomically(path, _checkpoint_bytes(checkpoint))
+
+
+def load(path: StrPath) -> Checkpoint:
+    """Reads what `save` wrote, bit for bit.  ValueError says what is wrong with a broken, foreign or newer file."""
+    tensors, meta = _read_tensors(path)
+    if meta is None:
+        raise ValueError(f"{path}: expected a gpurnn checkpoint, got a safetensors file without 'gpurnn' metadata")
+    return Checkpoint(_model_part(tensors), _under(OPTIMIZER, tensors), _under(STATE, tensors), meta)
+
+
+def save_weights(path: StrPath, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a model's tensors alone, atomically, as a plain safetensors file."""
+    write_atomically(path, _tensor_bytes(tensors, None))
+
+
+def load_weights(path: StrPath) -> Tensors:
+    """Reads a model's tensors from any safetensors file, PyTorch's and our checkpoints included.
+
+    bfloat16, which NumPy lacks, becomes float32 without loss.  Raises ValueError as `load` does.
+    """
+    tensors, meta = _read_tensors(path)
+    return tensors if meta is None else _model_part(tensors)
+
+
+def create_run(folder: StrPath, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Makes a run folder that holds `config` and `checkpoint` from the moment it appears.
+
+    Raises FileExistsError where it exists; of two processes that make the same run, one gets this error.
+    """
+    folder = Path(folder)
+    taken = FileExistsError(f"{folder} exists already: resume that run with --resume, or choose another name")
+    if os.path.lexists(folder):
+        raise taken
+    files = {CONFIG: config_bytes(config), MODEL: _checkpoint_bytes(checkpoint)}
+    _make_folders(folder.parent)
+    clean(folder.parent, older_than=3600.0)  # seconds; a younger one may be another process's run in the making
+    temporary = folder.parent / _temporary_name()
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            write_atomically(temporary / name, data)
+        try:
+            temporary.rename(folder)
+        except OSError as error:  # its number differs between platforms
+            raise (taken if os.path.lexists(folder) else error) from None
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(folder.parent)
+
+
+def write_atomically(path: StrPath, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader, or the next boot, finds the old file or the new one, whole.
+
+    Where anything fails, the temporary file goes, the old file stands, and the error is passed on.
+    """
+    path = Path(path)
+    temporary = path.parent / _temporary_name()
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: else the new name may outlive a power loss, and its data not
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def clean(folder: StrPath, older_than: float = 0.0) -> None:
+    """Removes the temporary files and folders that killed processes left in `folder`.
+
+    older_than: seconds; younger ones stay.  Leave it at 0 only where no other process is writing.
+    """
+    for leftover in Path(folder).glob(TEMPORARY + "*"):
+        with suppress(OSError):  # its owner was faster after all, or it is another user's
+            if time.time() - leftover.stat().st_mtime < older_than:
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """`config` as TOML, which has no null: options that are None are left out."""
+    return tomli_w.dumps(_without_none(config)).encode()
+
+
+def read_config(path: StrPath) -> dict[str, Any]:
+    """Reads a TOML file.  ValueError names the file and the line that is wrong."""
+    data = Path(path).read_bytes()
+    try:
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line}: expected UTF-8, got byte {data[error.start]:#04x}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def rng_state(generator: np.random.Generator) -> dict[str, Any]:
+    """The state of a PCG64 generator, NumPy's default, as JSON values (integers of up to 128 bits)."""
+    state = dict(generator.bit_generator.state)
+    if state["bit_generator"] != "PCG64":
+        raise ValueError(f"random generator: expected PCG64, got {state['bit_generator']}")
+    return state
+
+
+def restore_rng(generator_state: Mapping[str, Any]) -> np.random.Generator:
+    """The generator that goes on where `rng_state` was called.  ValueError where that is not a PCG64's state."""
+    limits = {"state": 2**128, "inc": 2**128, "has_uint32": 2, "uinteger": 2**32}
+    try:
+        name, inner = generator_state["bit_generator"], generator_state["state"]
+        numbers = {key: (inner if key in ("state", "inc") else generator_state)[key] for key in limits}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"random state: expected that of a PCG64, got {generator_state!r}") from error
+    if name != "PCG64":
+        raise ValueError(f"random state: expected the bit generator PCG64, got {name!r}")
+    for key, limit in limits.items():
+        if type(numbers[key]) is not int or not 0 <= numbers[key] < limit:
+            raise ValueError(f"random state: {key}: expected an integer in [0, {limit}), got {numbers[key]!r}")
+    if numbers["inc"] % 2 == 0:  # PCG's increment is odd: an even one shortens the period
+        raise ValueError(f"random state: inc: expected an odd integer, got {numbers['inc']}")
+    bit_generator = np.random.PCG64()
+    bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": numbers["state"], "inc": numbers["inc"]},
+        "has_uint32": numbers["has_uint32"],
+        "uinteger": numbers["uinteger"],
+    }
+    return np.random.Generator(bit_generator)
+
+
+def _checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
+    reserved = [name for name in checkpoint.tensors if name.startswith((OPTIMIZER, STATE))]
+    if reserved or "format" in checkpoint.meta:
+        raise ValueError(
+            f"reserved names: 'format' in meta, {OPTIMIZER!r} and {STATE!r} before a tensor; got {reserved}"
+        )
+    tensors = dict(checkpoint.tensors)
+    for prefix, group in ((OPTIMIZER, checkpoint.optimizer), (STATE, checkpoint.state)):
+        tensors |= {prefix + name: array for name, array in group.items()}
+    try:
+        text = json.dumps({"format": FORMAT, **checkpoint.meta})
+    except TypeError as error:
+        raise TypeError(f"meta: expected JSON values: {error}") from None
+    return _tensor_bytes(tensors, {"gpurnn": text})
+
+
+def _tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None) -> bytes:
+    arrays = {}
+    for name, tensor in tensors.items():
+        # safetensors writes the memory behind an array and ignores its strides; asarray, unlike
+        # ascontiguousarray, leaves 0-d arrays 0-d.
+        arrays[name] = array = np.asarray(tensor, order="C")
+        if array.dtype.newbyteorder("<") not in DTYPES.values() or name == "__metadata__":
+            raise ValueError(f"{name}: expected a tensor of type {', '.join(DTYPES)}, got {array.dtype}")
+    return safetensors.numpy.save(arrays, metadata)
+
+
+def _read_tensors(path: StrPath) -> tuple[Tensors, dict[str, Any] | None]:
+    """The tensors and our part of the metadata, None where there is none.  One read: the file may be replaced."""
+    data = Path(path).read_bytes()
+    try:
+        tensors = {name: _array(name, **entry) for name, entry in safetensors.deserialize(data)}
+        # The package keeps the last of several entries of one name; a file that has them is not to be trusted.
+        metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        meta = parse_json(metadata["gpurnn"]) if "gpurnn" in metadata else None
+        if meta is not None and (version := meta.pop("format", None)) != FORMAT:
+            raise ValueError(
+                f"expected checkpoint format {FORMAT}, got {version!r}: a newer gpurnn may have written it"
+            )
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not a file that can be loaded: {error}") from None
+    return tensors, meta
+
+
+def _array(name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}: expected a tensor of type BF16, {', '.join(DTYPES)}, got {dtype}")
+    return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """A JSON object without duplicate names, or ValueError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(names := {name for name, _ in pairs}) < len(pairs):
+            raise ValueError(f"duplicate names among {sorted(names)}")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _model_part(tensors: Tensors) -> Tensors:
+    return {name: array for name, array in tensors.items() if not name.startswith((OPTIMIZER, STATE))}
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+
+
+def _temporary_name() -> str:
+    return TEMPORARY + secrets.token_hex(8)
+
+
+def _make_folders(folder: Path) -> None:
+    """Makes `folder` and its parents, and forces them to the disk."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+        _sync_folder(parent.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces a folder's entries to the disk, where the platform can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return value
