@@ -1,0 +1,55 @@
+"""Recurrent networks trained by backpropagation through time, from one cell definition, on NVIDIA GPUs and CPUs."""
+
+from gpurnn import backend, initializers, schedules
+from gpurnn._version import __version__
+from gpurnn.bptt import TruncatedBPTT, full_bptt
+from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+from gpurnn.check import GradientError, check_gradients
+from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
+from gpurnn.layers import Dropout, Embedding, Linear, SequenceModel
+from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
+from gpurnn.optim import SGD, Adam, AdamW, RMSprop
+from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
+
+synchronize = backend.synchronize
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Cell",
+    "Dropout",
+    "Embedding",
+    "GradientError",
+    "Linear",
+    "RMSprop",
+    "Recurrent",
+    "SequenceModel",
+    "TruncatedBPTT",
+    "__version__",
+    "abs",
+    "backend",
+    "check_gradients",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "exp",
+    "full_bptt",
+    "grad_norm",
+    "initializers",
+    "log",
+    "maximum",
+    "mean_squared_error",
+    "minimum",
+    "relu",
+    "schedules",
+    "sigmoid",
+    "softmax",
+    "softmax_cross_entropy",
+    "sqrt",
+    "synchronize",
+    "tanh",
+    "where",
+]

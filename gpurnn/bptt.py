@@ -1,0 +1,125 @@
+"""Backpropagation through time: full over a sequence, and truncated over a stream of windows.
+
+Both only fill `model.grads`; clipping and the optimiser's step are the caller's.  A loss is any function
+`loss(out, targets) -> value, dout`, such as `gpurnn.softmax_cross_entropy`; with reduction "sum" the gradient is that of
+E = sum over the steps of E_t.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend
+
+Array = Any
+Loss = Callable[[Array, Array], tuple[Any, Array]]
+
+
+def full_bptt(
+    model: Any,
+    x: Array,
+    targets: Array,
+    loss: Loss,
+    state: Any = None,
+    *,
+    lengths: Any = None,
+    flow: Array | None = None,
+) -> tuple[Any, Any]:
+    """Forward over all T steps, backward over all T steps; adds the gradients, summed over steps, to `model.grads`.
+
+    model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
+    them, time first.  Returns the loss's value and the final state.
+    """
+    out, final, backward = model(x, state, lengths=lengths)
+    value, dout = loss(out, targets)
+    backward(dout, flow=flow)
+    return value, final
+
+
+class TruncatedBPTT:
+    """Truncated backpropagation through time over a stream: BPTT(k2; k1) of Williams & Peng 1990.
+
+    Every call of `step` takes the next k1 steps of the stream.  Their losses, and only theirs, are sent back through
+    the last k2 >= k1 steps; beyond that the gradient is exactly 0.  The state is carried from window to window.  With
+    k2 = k1 each step is computed once.  With k2 > k1 the k2 - k1 steps before the window are computed again, from the
+    state that was carried into them, so that the gradient is exact for today's parameters and not a mixture of old
+    and new.  With parameters held still and k2 >= T the sum over all windows is the gradient of full BPTT.
+
+        bptt = TruncatedBPTT(model, gpurnn.softmax_cross_entropy, k1=64)
+        for x, targets in windows:
+            model.zero_grad()
+            loss = bptt.step(x, targets)
+            optimizer.step()
+    """
+
+    def __init__(self, model: Any, loss: Loss, k1: int, k2: int | None = None):
+        k2 = k1 if k2 is None else k2
+        if k1 < 1 or k2 < k1:
+            raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
+        self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
+        self.reset()
+
+    def reset(self, state: Any = None) -> None:
+        """Starts a new sequence, from `state` or the model's own initial state."""
+        self.state = state  # at the start of `past`
+        self.past: Array | None = None  # the up to k2 - k1 inputs before the next window
+
+    def step(self, x: Array, targets: Array, *, flow: Array | None = None) -> Any:
+        """The next 1..k1 steps: x (t, N, ...), targets (t, ...).  Adds to `model.grads`; returns the loss's value.
+
+        flow: float64 (L*D, S, t) that receives the L2 norms of dL/dstate over the window (see `Recurrent`).
+        """
+        if not 1 <= len(x) <= self.k1 or len(targets) != len(x):
+            raise ValueError(f"expected 1 to k1 = {self.k1} steps of x and of targets, got {len(x)} and {len(targets)}")
+        x = backend.asarray(x, None, "x")
+        stretch = x if self.past is None else backend.xp.concatenate([self.past, x])
+        before = len(stretch) - len(x)
+        cut = max(0, len(stretch) - (self.k2 - self.k1))  # where the next stretch begins
+        parts = [part for part in (slice(0, cut), slice(cut, len(stretch))) if part.start < part.stop]
+        state, outputs, backwards, carried = self.state, [], [], self.state
+        for part in parts:
+            out, state, backward = self.model(stretch[part], state)
+            if part.stop == cut:
+                carried = state
+            outputs.append(out[max(0, before - part.start) :])
+            backwards.append(backward)
+        value, dout = self.loss(outputs[0] if len(outputs) == 1 else backend.xp.concatenate(outputs), targets)
+        self._back(parts, before, backwards, dout, flow)
+        self.state = carried
+        self.past = stretch[cut:].copy() if cut < len(stretch) else None
+        return value
+
+    def _back(self, parts: list[slice], before: int, backwards: list, dout: Array, flow: Array | None) -> None:
+        """From the last part to the first; the steps before the window have no loss of their own."""
+        dstate = None
+        for part, backward in zip(reversed(parts), reversed(backwards), strict=True):
+            first = max(before, part.start)
+            if first >= part.stop:
+                _, dstate = backward(None, dstate)
+                continue
+            own = dout[first - before : part.stop - before]
+            if first > part.start:
+                quiet = backend.xp.zeros((first - part.start, *own.shape[1:]), own.dtype)
+                own = backend.xp.concatenate([quiet, own])
+            if flow is None:
+                _, dstate = backward(own, dstate)
+                continue
+            norms = backend.xp.zeros((*flow.shape[:2], part.stop - part.start))
+            _, dstate = backward(own, dstate, flow=norms)
+            flow[..., first - before : part.stop - before] = norms[..., first - part.start :]
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What a run needs to go on from here: the carried state and the inputs that are still in reach."""
+        parts = self.state if isinstance(self.state, tuple) else () if self.state is None else (self.state,)
+        arrays = {f"state{s}": backend.to_numpy(part).copy() for s, part in enumerate(parts)}
+        return arrays if self.past is None else arrays | {"past": backend.to_numpy(self.past).copy()}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        names = sorted(name for name in values if name != "past")
+        if names != [f"state{s}" for s in range(len(names))]:
+            raise ValueError(f"expected state0, state1, ... and past, got {', '.join(values)}")
+        parts = tuple(backend.asarray(values[name], None, name) for name in names)
+        self.state = None if not parts else parts[0] if len(parts) == 1 else parts
+        self.past = backend.asarray(values["past"], None, "past") if "past" in values else None

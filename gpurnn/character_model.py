@@ -1,0 +1,94 @@
+"""A character model: embedding, recurrent layers, softmax over the alphabet.  Built, loaded, measured, sampled."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend, checkpoint
+from gpurnn.config import TrainConfig
+from gpurnn.data import Alphabet
+from gpurnn.layers import Dropout, Embedding, Linear, SequenceModel
+from gpurnn.losses import softmax, softmax_cross_entropy
+from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
+
+STREAMS, WINDOW = 64, 128  # of a measurement: the text is read at 64 places side by side, 128 symbols at a time
+
+
+def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> SequenceModel:
+    """The model that `config` describes; `rng` draws its parameters, and later its dropout masks."""
+    common: dict[str, Any] = {"dtype": config.dtype, "rng": rng}
+    embedding = Embedding(alphabet_size, config.embedding_size, **common)
+    options = common | {
+        "num_layers": config.num_layers,
+        "dropout": config.dropout,
+        "trainable_h0": config.trainable_h0,
+        "clip_in_time": config.clip_in_time,
+    }
+    recurrent: Recurrent
+    if config.cell == "rnn":
+        recurrent = RNN(config.embedding_size, config.hidden_size, nonlinearity=config.nonlinearity, **options)
+    else:
+        recurrent = {"lstm": LSTM, "gru": GRU}[config.cell](config.embedding_size, config.hidden_size, **options)
+    head = Linear(config.hidden_size, alphabet_size, **common)
+    dropout = Dropout(config.dropout, **common) if config.dropout else None
+    return SequenceModel(embedding, recurrent, head, dropout=dropout)
+
+
+def load(run: str | Path) -> tuple[SequenceModel, Alphabet, TrainConfig]:
+    """The model of a run folder, as its last checkpoint has it.  Raises ValueError or OSError where it cannot be read."""
+    run = Path(run)
+    config = TrainConfig.from_mapping(checkpoint.read_config(run / checkpoint.CONFIG), str(run / checkpoint.CONFIG))
+    saved = checkpoint.load(run / checkpoint.MODEL)
+    alphabet = Alphabet.from_json(saved.meta["alphabet"])
+    model = build(config, len(alphabet), np.random.default_rng(0))
+    model.load_state_dict(saved.tensors)
+    return model, alphabet, config
+
+
+def bits_per_symbol(model: SequenceModel, tokens: np.ndarray, limit: int | None = None) -> float:
+    """Cross-entropy in bits of predicting each of `tokens` from those before it, over the first `limit` of them.
+
+    The text is cut into up to 64 streams that start from the initial state, which costs the model a little.
+    """
+    tokens = tokens[: limit + 1] if limit else tokens
+    if len(tokens) < 2:
+        raise ValueError(f"tokens: expected at least 2, got {len(tokens)}")
+    streams = max(1, min(STREAMS, (len(tokens) - 1) // WINDOW))
+    length = (len(tokens) - 1) // streams
+    starts = np.arange(streams) * length
+    total, state = 0.0, None
+    for t in range(0, length, WINDOW):
+        positions = starts + np.arange(t, min(length, t + WINDOW))[:, None]
+        logits, state, _ = model(tokens[positions].astype(np.int32), state, training=False)
+        loss, _ = softmax_cross_entropy(logits, tokens[positions + 1].astype(np.int32), reduction="sum")
+        total += float(loss)
+    return total / (streams * length) / math.log(2)
+
+
+def sample(
+    model: SequenceModel, alphabet: Alphabet, prompt: str, length: int, temperature: float, rng: np.random.Generator
+) -> Iterator[int]:
+    """Tokens drawn one after the other from the model, behind `prompt`; temperature 0 takes the likeliest each time."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a number from 0, got {temperature!r}")
+    if length < 0:
+        raise ValueError(f"length: expected a number from 0, got {length}")
+    tokens = alphabet.encode(prompt)
+    if not len(tokens):
+        tokens = np.array([rng.integers(len(alphabet))])
+    logits, state, _ = model(tokens.astype(np.int32)[:, None], training=False)
+    for _ in range(length):
+        token = _draw(backend.to_numpy(logits[-1, 0]), temperature, rng)
+        yield token
+        logits, state, _ = model(np.array([[token]], np.int32), state, training=False)
+
+
+def _draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) - logits.max()
+    probabilities = backend.to_numpy(softmax(scaled / temperature))
+    return int(np.searchsorted(np.cumsum(probabilities), rng.random() * probabilities.sum(), side="right"))

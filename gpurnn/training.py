@@ -1,0 +1,191 @@
+"""A training run of a character model: one object holds all that changes from step to step, and saves and restores it.
+
+The order of a step is: window, forward, loss, backward through time, checks, clipping, update.  Nothing that is not
+finite reaches the parameters or a checkpoint.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpurnn import checkpoint, clipping, environment, optim, schedules
+from gpurnn.bptt import TruncatedBPTT
+from gpurnn.character_model import bits_per_symbol, build
+from gpurnn.checkpoint import Checkpoint
+from gpurnn.config import TrainConfig
+from gpurnn.data import Alphabet, Corpus, Windows, split
+from gpurnn.losses import softmax_cross_entropy
+from gpurnn.metrics import MetricsLog
+
+VALIDATION_SYMBOLS = 50_000  # looked at on the way; the end result is measured on all of them
+SCHEDULE_STEPS = 10_000  # learning-rate schedules run over the budget, whether it is counted in steps or minutes
+
+
+class Training:
+    """A run at one moment.  `step()` goes on by one update; `checkpoint()` and `restore()` are exact inverses."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus):
+        self.config, self.corpus = config, corpus
+        train, self.validation = split(corpus.tokens, config.validation)
+        if config.validation and len(self.validation) < 2:
+            raise ValueError(
+                f"the text is too short: {config.validation:g} of its {len(corpus.tokens)} symbols are no validation text"
+            )
+        self.windows = Windows(train, config.batch, config.k1)
+        self.rng = np.random.default_rng(config.seed)
+        self.model = build(config, len(corpus.alphabet), self.rng)
+        self.optimizer = _optimizer(config, self.model)
+        self.schedule = _schedule(config)
+        loss = functools.partial(softmax_cross_entropy, reduction="mean")
+        self.bptt = TruncatedBPTT(self.model, loss, config.k1, config.k2)
+        self.steps_done = 0
+        self.seconds = 0.0
+        self.flow = np.zeros((config.num_layers, self.model.recurrent.cell.states, config.k1))
+
+    @property
+    def symbols_done(self) -> int:
+        return self.steps_done * self.config.batch * self.config.k1
+
+    @property
+    def progress(self) -> float:
+        """The part of the budget that is spent, 0 to 1: of the steps, the minutes, or whichever is further."""
+        parts = []
+        if self.config.steps is not None:
+            parts.append(self.steps_done / self.config.steps)
+        if self.config.minutes is not None:
+            parts.append(self.seconds / (60 * self.config.minutes))
+        return min(1.0, max(parts))
+
+    def step(self, flow: bool = False) -> tuple[float, float]:
+        """One update.  Returns the loss in bits per symbol and the norm of the gradient before clipping.
+
+        flow: fill `self.flow` with the norms of dL/dstate_t over this window.
+        Raises FloatingPointError, the model unchanged, where loss or gradient is not finite.
+        """
+        began = time.perf_counter()
+        x, targets, first = self.windows.at(self.steps_done)
+        if first:
+            self.bptt.reset()
+        self.model.zero_grad()
+        loss = float(self.bptt.step(x, targets, flow=self.flow if flow else None))
+        norm = self._clipped()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        self.optimizer.lr = self.config.lr * self.schedule(int(self.progress * SCHEDULE_STEPS))
+        self.optimizer.step()
+        self.steps_done += 1
+        self.seconds += time.perf_counter() - began
+        return loss / math.log(2), norm
+
+    def _clipped(self) -> float:
+        config = self.config
+        if config.clip_value is not None:
+            norm = clipping.grad_norm(self.model)
+            clipping.clip_grad_value(self.model, config.clip_value)
+            if config.clip_norm is None:
+                return norm
+        if config.clip_norm is not None:
+            return clipping.clip_grad_norm(self.model, config.clip_norm)
+        return clipping.grad_norm(self.model)
+
+    def validate(self, limit: int | None = VALIDATION_SYMBOLS) -> float | None:
+        """Bits per symbol on (the first `limit` symbols of) the validation text; None where there is none."""
+        return bits_per_symbol(self.model, self.validation, limit) if len(self.validation) else None
+
+    def checkpoint(self) -> Checkpoint:
+        meta = {
+            "step": self.steps_done,
+            "seconds": self.seconds,
+            "rng": checkpoint.rng_state(self.rng),
+            "data": {"window": self.steps_done, "sha256": self.corpus.sha256},
+            "alphabet": self.corpus.alphabet.to_json(),
+            "environment": environment.describe(),
+        }
+        return Checkpoint(self.model.state_dict(), self.optimizer.state_dict(), self.bptt.state_dict(), meta)
+
+    def restore(self, saved: Checkpoint) -> list[str]:
+        """Takes up `saved`.  Returns what differs from the environment it was written in, a line each.
+
+        Raises ValueError where the text is another one or the checkpoint does not fit the options.
+        """
+        meta = saved.meta
+        if meta["data"]["sha256"] != self.corpus.sha256:
+            raise ValueError("the text has changed since this run began; a run resumes on the text it started with")
+        if Alphabet.from_json(meta["alphabet"]) != self.corpus.alphabet:
+            raise ValueError("the alphabet differs from the one this run began with")
+        self.model.load_state_dict(saved.tensors)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.bptt.load_state_dict(saved.state)
+        self.rng.bit_generator.state = checkpoint.restore_rng(meta["rng"]).bit_generator.state
+        self.steps_done, self.seconds = int(meta["step"]), float(meta["seconds"])
+        return environment.differences(meta["environment"])
+
+
+def train(training: Training, run: Path, *, stop: Callable[[], bool], report: Callable[[dict[str, Any]], None]) -> None:
+    """Runs `training` to the end of its budget, or until `stop()`; saves on the way and at the end, and logs metrics.
+
+    report(line) sees every line of metrics.  Where loss or gradient stops being finite, the last checkpoint stands and
+    FloatingPointError says at which step.
+    """
+    config, log = training.config, MetricsLog.resume(run / checkpoint.METRICS, training.steps_done)
+    losses: list[float] = []
+    began, symbols = training.seconds, training.symbols_done
+
+    def save() -> None:
+        log.sync()
+        checkpoint.save(run / checkpoint.MODEL, training.checkpoint())
+
+    with log:
+        while training.progress < 1 and not stop():
+            due = _is_due(training.steps_done + 1, config.log_every, config.steps)
+            try:
+                loss, norm = training.step(flow=due)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"step {training.steps_done + 1}: {error}; the checkpoint before stands.  "
+                    "A lower --lr or a smaller --clip-norm may help"
+                ) from None
+            losses.append(loss)
+            step = training.steps_done
+            line: dict[str, Any] = {}
+            if due:
+                line = {"loss": float(np.mean(losses)), "grad_norm": norm, "lr": training.optimizer.lr}
+                line |= {"chars": training.symbols_done, "seconds": round(training.seconds, 3)}
+                elapsed = training.seconds - began
+                line["chars_per_second"] = round((training.symbols_done - symbols) / elapsed) if elapsed else None
+                line["flow"] = [[float(f"{norm:.4g}") for norm in layer[0]] for layer in training.flow]
+                losses, began, symbols = [], training.seconds, training.symbols_done
+            if len(training.validation) and _is_due(step, config.validate_every, None):
+                line["validation"] = training.validate()
+            if line:
+                log.write(step, **line)
+                report({"step": step, **line})
+            if step % config.save_every == 0:
+                save()
+        save()
+
+
+def _is_due(step: int, every: int, last: int | None) -> bool:
+    return step == 1 or step % every == 0 or step == last
+
+
+def _optimizer(config: TrainConfig, model: Any) -> optim.Optimizer:
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer == "sgd":
+        return optim.SGD(model, lr, momentum=config.momentum, weight_decay=decay)
+    if config.optimizer == "rmsprop":
+        return optim.RMSprop(model, lr, momentum=config.momentum, weight_decay=decay)
+    return {"adam": optim.Adam, "adamw": optim.AdamW}[config.optimizer](model, lr, weight_decay=decay)
+
+
+def _schedule(config: TrainConfig) -> schedules.Schedule:
+    warmup = round(config.warmup * SCHEDULE_STEPS)
+    if config.schedule == "constant":
+        return schedules.constant()
+    falling = {"cosine": schedules.warmup_cosine, "linear": schedules.linear_decay}[config.schedule]
+    return falling(SCHEDULE_STEPS, warmup, floor=0.02)
