@@ -29,7 +29,8 @@ def check_gradients(
     """Compares every gradient of a cell or a recurrent layer with float64 central differences through T steps.
 
     subject    a Cell (checked in a small layer of its own), or a recurrent layer with dtype float64, small enough that
-               two forward passes for each of its values are affordable.  Its parameters come back as they were.
+               two forward passes for each of its values are affordable.  Its parameters, gradients and random
+               generator come back as they were.  `clip_in_time` changes gradients on purpose: leave it out.
     lengths    each row's length, N whole numbers in 0..T.
     Returns for x, each initial state and each parameter the largest error relative to that gradient's largest entry.
     Raises GradientError naming all that exceed `tolerance`.
@@ -39,14 +40,18 @@ def check_gradients(
     if layer.dtype != np.float64:
         raise ValueError(f"layer: expected dtype float64, which central differences need, got {layer.dtype}")
     before, layer.executor = layer.executor, executor or layer.executor
+    generator_state = layer.rng.bit_generator.state
     try:
         errors = _errors(layer, T, N, lengths, rng)
     finally:
         layer.executor = before
+        layer.rng.bit_generator.state = generator_state
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
         listed = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
-        raise GradientError(f"{layer.cell.name}: gradients differ from central differences (tolerance {tolerance:g}): {listed}")
+        raise GradientError(
+            f"{layer.cell.name}: gradients differ from central differences (tolerance {tolerance:g}): {listed}"
+        )
     return errors
 
 
@@ -77,12 +82,12 @@ def _errors(layer: Recurrent, T: int, N: int, lengths: Any, rng: np.random.Gener
         pairs = ((y, dy), *zip(finals, dstate, strict=True))
         return sum(float((backend.to_numpy(value) * weight).sum()) for value, weight in pairs)
 
-    kept = backend.to_numpy(layer.grads.flat).copy()
-    layer.zero_grad()
     _, _, backward = forward()
+    kept = layer.grads.flat.copy()
+    layer.zero_grad()
     dx, dinitial = backward(dy, dstate if len(dstate) > 1 else dstate[0])
     gradients = {name: backend.to_numpy(value).copy() for name, value in layer.grads.items()}
-    layer.grads.flat[...] = backend.asarray(kept, layer.dtype, "grads")
+    layer.grads.flat[...] = kept
     gradients["x"] = backend.to_numpy(dx)
     values: dict[str, Any] = {"x": x, **layer.params}
     if given is not None:

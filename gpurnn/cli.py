@@ -4,6 +4,7 @@ import argparse
 import codecs
 import contextlib
 import datetime
+import math
 import signal
 import sys
 import time
@@ -274,14 +275,16 @@ def _draw(folder: Path, training: Any, baseline: float | None) -> None:
 
     metrics = read_metrics(folder / checkpoint.METRICS)
     plot.loss_curve(metrics, folder / "loss.png", baseline=baseline)
-    recorded = [line for line in metrics if line.get("flow")]
+    recorded = [line for line in metrics if "flow" in line and "reach" in line]
     if not recorded:
         return
     picked = recorded if len(recorded) < 3 else [recorded[0], recorded[len(recorded) // 2], recorded[-1]]
     layers = range(len(picked[0]["flow"]))
     names = [f"step {line['step']}" + (f", layer {k}" if len(layers) > 1 else "") for line in picked for k in layers]
-    curves = [line["flow"][k] for line in picked for k in layers]
-    plot.gradient_flow(curves, folder / "gradient_flow.png", labels=names)
+    flows, reaches = ([line[what][k] for line in picked for k in layers] for what in ("flow", "reach"))
+    longest = max(map(len, reaches))
+    padded = [[math.nan] * (longest - len(curve)) + curve for curve in reaches]  # a run's first windows have less past
+    plot.gradient_flow(flows, folder / "gradient_flow.png", last=padded, labels=names)
 
 
 def _finish(training: Any, folder: Path, baseline: float | None) -> None:

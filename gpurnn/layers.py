@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import check_unused, checked, generator, probability, supported, switch, whole
+from gpurnn.executors.threads import product
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
+from gpurnn.sequence import prepare_lengths
 
 Array = Any
-DTYPES = ("float32", "float64")
 
 
 class Layer:
     """Parameters and gradients by name, each a view of one flat buffer."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: Any, symbols: Mapping[str, str] | None = None):
-        name = np.dtype(dtype).name if not isinstance(dtype, str) else dtype
-        if name not in DTYPES:
-            raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {name}")
-        self.dtype = np.dtype(name)
+        self.dtype = supported(dtype)
         self.params = Parameters(shapes, self.dtype, symbols)
         self.grads = Parameters(shapes, self.dtype, symbols)
 
@@ -39,7 +38,8 @@ class Layer:
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes parameters by name, from NumPy, CuPy or PyTorch.  Nothing is written unless all of it fits.
 
-        Raises KeyError where names are missing or unknown, ValueError where a shape differs or a value is not finite.
+        Raises TypeError for anything but a mapping of arrays, KeyError where names are missing or unknown, ValueError
+        where a shape differs or a value is not finite.
         """
         load(self.params, values)
 
@@ -50,14 +50,16 @@ class Layer:
 class Linear(Layer):
     """y = x weight^T + bias, over the last axis.  weight (out, in): Glorot uniform; bias (out,): 0."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, dtype: Any = "float32", rng: Any = None):
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, dtype: Any = "float32", rng: Any = None
+    ):
         self.in_features = whole("in_features", in_features)
         self.out_features = whole("out_features", out_features)
         shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
-        if bias:
+        if switch("bias", bias):
             shapes["bias"] = (out_features,)
         super().__init__(shapes, dtype, {"weight": "(out_features, in_features)", "bias": "(out_features,)"})
-        self._set("weight", glorot_uniform(np.random.default_rng(rng), out_features, in_features))
+        self._set("weight", glorot_uniform(generator(rng), out_features, in_features))
 
     def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
         """x (..., in) -> y (..., out), backward.  `backward(dy)` adds to grads and returns dx (..., in)."""
@@ -65,16 +67,16 @@ class Linear(Layer):
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected (..., in_features) = (..., {self.in_features}), got {x.shape}")
         flat = x.reshape(-1, self.in_features)
-        y = flat @ self.params["weight"].T
+        y = product(flat, self.params["weight"].T)
         if "bias" in self.params:
             y += self.params["bias"]
 
         def backward(dy: Array) -> Array:
             dy = checked(dy, self.dtype, "dy", (*x.shape[:-1], self.out_features)).reshape(-1, self.out_features)
-            self.grads["weight"][...] += dy.T @ flat
+            self.grads["weight"][...] += product(dy.T, flat)
             if "bias" in self.params:
                 self.grads["bias"][...] += dy.sum(0)
-            return (dy @ self.params["weight"]).reshape(x.shape)
+            return product(dy, self.params["weight"]).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], self.out_features), backward if training else None
 
@@ -87,7 +89,7 @@ class Embedding(Layer):
         self.embedding_dim = whole("embedding_dim", embedding_dim)
         symbols = {"weight": "(num_embeddings, embedding_dim)"}
         super().__init__({"weight": (num_embeddings, embedding_dim)}, dtype, symbols)
-        self._set("weight", normal(1.0)(np.random.default_rng(rng), num_embeddings, embedding_dim))
+        self._set("weight", normal(1.0)(generator(rng), num_embeddings, embedding_dim))
 
     def __call__(self, tokens: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
         """tokens: integers in [0, num), any shape -> y (*tokens.shape, dim), backward (which returns None)."""
@@ -112,7 +114,7 @@ class Dropout(Layer):
     def __init__(self, p: float = 0.5, *, dtype: Any = "float32", rng: Any = None):
         super().__init__({}, dtype)
         self.p = probability("p", p)
-        self.rng = np.random.default_rng(rng)
+        self.rng = generator(rng)
 
     def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
         """x of any shape -> y, backward."""
@@ -124,16 +126,17 @@ class Dropout(Layer):
 
 
 class SequenceModel(Layer):
-    """embedding (or None) -> recurrent -> head, with all parameters in one buffer.
+    """embedding (or None) -> recurrent -> dropout (or None) -> head (or None), with all parameters in one buffer.
 
     Names are prefixed: `embedding.weight`, `recurrent.weight_ih_l0`, `head.bias`.  The parts become views of the model's
     buffers and can be used as before.
     """
 
-    def __init__(self, embedding: Layer | None, recurrent: Any, head: Layer | None):
-        self.embedding, self.recurrent, self.head = embedding, recurrent, head
+    def __init__(self, embedding: Any, recurrent: Any, head: Any, *, dropout: Dropout | None = None):
+        self.embedding, self.recurrent, self.dropout, self.head = embedding, recurrent, dropout, head
         named = {"embedding": embedding, "recurrent": recurrent, "head": head}
         parts = {name: part for name, part in named.items() if part is not None}
+        self._check_parts(parts)
         self.params = Parameters.join({name: part.params for name, part in parts.items()})
         self.grads = Parameters.join({name: part.grads for name, part in parts.items()})
         self.dtype = self.params.dtype
@@ -144,42 +147,67 @@ class SequenceModel(Layer):
         """x: tokens (T, N), or (T, N, I) without an embedding -> out (T, N, C), state, backward.
 
         `dx, dstate0 = backward(dout, dstate=None, keep=False, flow=None)`; dx is None behind an embedding.  The other
-        arguments are those of `Recurrent`.
+        arguments are those of `Recurrent`: behind a row's length x and dout are not read, and out is 0.
         """
-        embed_backward = head_backward = None
+        padding = None
+        if lengths is not None:
+            x, padding = self._without_padding(x, lengths)
+        embed_backward = drop_backward = head_backward = None
         if self.embedding is not None:
             x, embed_backward = self.embedding(x, training=training)
         y, state, recurrent_backward = self.recurrent(x, state, lengths=lengths, training=training)
+        if self.dropout is not None:
+            y, drop_backward = self.dropout(y, training=training)
         if self.head is not None:
             y, head_backward = self.head(y, training=training)
+            y = self._blank(y, padding)
+        used = False
 
-        def backward(dout: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
-            dy = head_backward(dout) if head_backward else dout
+        def backward(
+            dout: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None
+        ) -> tuple[Array, Any]:
+            nonlocal used
+            # The head's gradients are added before the recurrent layer looks at its arguments: look now.
+            check_unused(used)
+            self.recurrent.check_backward(dstate, flow, *y.shape[:2])
+            dy = None if dout is None else self._blank(checked(dout, self.dtype, "dout", y.shape), padding)
+            used = not keep
+            for back in (head_backward, drop_backward):
+                dy = back(dy) if back is not None and dy is not None else dy
             dx, dstate0 = recurrent_backward(dy, dstate, keep=keep, flow=flow)
             return (embed_backward(dx) if embed_backward else dx), dstate0
 
         return y, state, backward if training else None
 
+    def _check_parts(self, parts: Mapping[str, Any]) -> None:
+        """Raises TypeError for what is not a layer, ValueError where neighbours differ in size."""
+        for name, part in {"recurrent": self.recurrent, **parts}.items():
+            if not isinstance(part, Layer):
+                raise TypeError(f"{name}: expected a layer, got {type(part).__name__}")
+        if not hasattr(self.recurrent, "check_backward"):
+            raise TypeError(f"recurrent: expected a recurrent layer, got {type(self.recurrent).__name__}")
+        if self.dropout is not None and not isinstance(self.dropout, Dropout):
+            raise TypeError(f"dropout: expected a Dropout layer or None, got {self.dropout!r}")
+        inputs, outputs = self.recurrent.input_size, self.recurrent.directions * self.recurrent.hidden_size
+        if isinstance(self.embedding, Embedding) and self.embedding.embedding_dim != inputs:
+            came = self.embedding.embedding_dim
+            raise ValueError(f"embedding: expected embedding_dim = recurrent.input_size = {inputs}, got {came}")
+        if isinstance(self.head, Linear) and self.head.in_features != outputs:
+            raise ValueError(f"head: expected in_features = D*H of recurrent = {outputs}, got {self.head.in_features}")
 
-def whole(name: str, value: Any) -> int:
-    """`value` if it is a whole number from 1; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
-    return int(value)
+    def _without_padding(self, x: Array, lengths: Any) -> tuple[Array, Array | None]:
+        """x with 0 behind each row's end, and where that is, (T, N, 1); None where every row is full."""
+        x = backend.asarray(x, None, "x")
+        prepared = prepare_lengths(lengths, *x.shape[:2]) if x.ndim > 1 else None
+        if prepared is None:
+            return x, None
+        x = x.copy()
+        x[prepared.padding[..., 0]] = 0
+        return x, prepared.padding
 
-
-def probability(name: str, value: float) -> float:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
-    return float(value)
-
-
-def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], form: str = "") -> Array:
-    """`value` as the backend's array; ValueError unless it has this shape."""
-    array = backend.asarray(value, dtype, name)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected {form and form + ' = '}{shape}, got {array.shape}")
-    return array
+    def _blank(self, value: Array, padding: Array | None) -> Array:
+        """value (T, N, C) with 0 behind each row's end."""
+        return value if padding is None else backend.xp.where(padding, backend.xp.zeros((), self.dtype), value)
 
 
 def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...], dtype: np.dtype) -> Array:

@@ -5,8 +5,11 @@ and a checkpoint is a walk over names.  Views start on 64-byte boundaries; the p
 buffers, so that whole-buffer operations need no mask.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from gpurnn import backend
 
@@ -23,12 +26,13 @@ class Parameters(Mapping[str, Array]):
         """`symbols` says shapes in letters, such as `(4*H, I)`, for the messages of `load`."""
         self.shapes = dict(shapes)
         self.symbols = dict(symbols or {})
-        self._joined = False
         self.dtype = backend.xp.dtype(dtype)
-        self._bind(backend.xp.zeros(_extent(self.shapes, self.dtype), self.dtype))
+        self._joined = False
+        self._parts: list[Parameters] = []
+        self._bind(_zeros(_extent(self.shapes, self.dtype), self.dtype))
 
     def _bind(self, flat: Array) -> None:
-        """Makes `flat` the buffer behind every name; the values become those of `flat`."""
+        """Makes `flat` the buffer behind every name, here and in the parts; the values become those of `flat`."""
         self.flat = flat
         self._views: dict[str, Array] = {}
         start = 0
@@ -36,6 +40,23 @@ class Parameters(Mapping[str, Array]):
             size = _size(shape)
             self._views[name] = flat[start : start + size].reshape(shape)
             start += _padded(size, self.dtype)
+        start = 0
+        for part in self._parts:
+            part._bind(flat[start : start + part.flat.size])
+            start += part.flat.size
+
+    def __copy__(self) -> "Parameters":
+        return copy.deepcopy(self)  # a second buffer needs parts of its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, which know nothing of views: they take the buffer, and the views are made anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        flat = _zeros(self.flat.size, self.dtype)
+        flat[...] = self.flat
+        self._bind(flat)
 
     def __getitem__(self, name: str) -> Array:
         return self._views[name]
@@ -62,39 +83,55 @@ class Parameters(Mapping[str, Array]):
         if len(dtypes) != 1:
             given = ", ".join(f"{name}: {part.dtype}" for name, part in parts.items())
             raise ValueError(f"expected parts of one dtype, got {given}")
+        if len({id(part) for part in parts.values()}) < len(parts):
+            raise ValueError(f"expected parts that differ, got the same one twice among {', '.join(parts)}")
         taken = [name for name, part in parts.items() if part._joined]
         if taken:
-            raise ValueError(f"{', '.join(taken)}: belongs to another model already; its values live in that model's buffer")
+            raise ValueError(
+                f"{', '.join(taken)}: belongs to another model already; its values live in that model's buffer"
+            )
         shapes = {f"{prefix}.{name}": s for prefix, part in parts.items() for name, s in part.shapes.items()}
         symbols = {f"{prefix}.{name}": s for prefix, part in parts.items() for name, s in part.symbols.items()}
         whole = cls(shapes, dtypes.pop(), symbols)
-        start = 0
+        whole.flat[...] = backend.xp.concatenate([part.flat for part in parts.values()])
         for part in parts.values():
-            flat = whole.flat[start : start + part.flat.size]
-            flat[...] = part.flat
-            part._bind(flat)
             part._joined = True
-            start += part.flat.size
+        whole._parts = list(parts.values())
+        whole._bind(whole.flat)
         return whole
+
+
+class Model(Protocol):
+    """Anything that can be trained: a layer, a SequenceModel, an object of your own."""
+
+    @property
+    def params(self) -> Parameters: ...
+
+    @property
+    def grads(self) -> Parameters: ...
 
 
 def load(parameters: Parameters, values: Mapping[str, Any]) -> None:
     """Copies `values` into `parameters`, name by name; every shape is checked before the first value is written.
 
-    Raises KeyError where names are missing or unknown, ValueError where a shape differs or a value is not finite.
+    Raises TypeError for anything but a mapping of arrays, KeyError where names are missing or unknown, ValueError where
+    a shape differs or a value is not finite (in the dtype of `parameters`).
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a mapping from names to arrays, got {type(values).__name__}")
     missing = [name for name in parameters if name not in values]
     unknown = [name for name in values if name not in parameters]
     if missing or unknown:
         raise KeyError(f"expected the names {list(parameters)}; missing {missing}, unknown {unknown}")
     arrays = {}
     for name, view in parameters.items():
-        array = backend.asarray(values[name], parameters.dtype, name)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is refused below
+            array = backend.asarray(values[name], parameters.dtype, name)
         if array.shape != view.shape:
             meaning = f"{parameters.symbols[name]} = " if name in parameters.symbols else ""
             raise ValueError(f"{name}: expected {meaning}{view.shape}, got {array.shape}")
         if not bool(backend.xp.isfinite(array).all()):
-            raise ValueError(f"{name}: expected finite values, got some that are not")
+            raise ValueError(f"{name}: expected finite {parameters.dtype} values, got some that are not")
         arrays[name] = array
     for name, array in arrays.items():
         parameters[name][...] = array
@@ -110,6 +147,15 @@ def _size(shape: tuple[int, ...]) -> int:
 def _padded(size: int, dtype: Any) -> int:
     step = ALIGNMENT // dtype.itemsize
     return -(-size // step) * step
+
+
+def _zeros(size: int, dtype: Any) -> Array:
+    """Zeros that begin on a multiple of ALIGNMENT: NumPy promises 16 bytes, CuPy 512."""
+    if backend.name == "cuda":
+        return backend.xp.zeros(size, dtype)
+    memory = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
 def _extent(shapes: Shapes, dtype: Any) -> int:

@@ -35,7 +35,7 @@ def loss_curve(
 ) -> None:
     """Draws training and validation loss in bits per character over the steps, and the gradient norm below.
 
-    metrics: lines as `checkpoint.read_metrics` returns them, each with `step`, some with `loss`, `validation`,
+    metrics: lines as `metrics.read_metrics` returns them, each with `step`, some with `loss`, `validation`,
     `grad_norm`, `chars`.  A key that a line lacks was not measured there; a value that is null, not finite or not positive
     leaves a gap in the curve.  Without any value the figure is empty, and says so.  Of more than 400 values the running
     mean is drawn over them, and labelled.  Raises ValueError where a line has no step or a value is not a number.
@@ -52,9 +52,10 @@ def loss_curve(
     if baseline is not None:
         losses.axhline(baseline, color=INK, linestyle=(0, (5, 4)), linewidth=1.1, zorder=1)
         losses.annotate(
-            f"{baseline_label}: {baseline:#.4g}", (0.0, baseline), xycoords=("axes fraction", "data"),
-            xytext=(6, -3), textcoords="offset points", va="top", color=INK, fontsize=10,
-        )  # fmt: skip
+            f"{baseline_label} {baseline:#.4g}", (1.0, baseline), xycoords=("axes fraction", "data"),
+            xytext=(-6, 5), textcoords="offset points", va="bottom", ha="right", color=INK, fontsize=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+        )  # fmt: skip  # at the right, where curves that meet the line have come below it
     _finish(losses, "loss (bits per character)", np.concatenate([training, validation]))
     _label_ends(
         losses,
@@ -69,47 +70,72 @@ def loss_curve(
     _save(figure, path)
 
 
-def gradient_flow(norms: Any, path: StrPath, *, title: str | None = None, labels: Sequence[str] | None = None) -> None:
-    """Draws how the gradient of one window's loss flows back through time: the L2 norm of dL/dh_t over t.
+def gradient_flow(
+    norms: Any,
+    path: StrPath,
+    *,
+    last: Any = None,
+    title: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Draws how gradients flow back through time: the L2 norm of dL/dh_t over the time steps t of a window.
 
-    norms: (curves, T), one curve a layer, a direction, or a moment of the training; ordered ones read best, since the
-    colours run from dark to bright.  labels: one for each curve; of more than eight, an even choice is shown.  Beside
-    a label stands the factor by which the norm changes with every step back, from a least-squares line through the
-    logarithms of its positive, finite values.  Norms of exactly 0 are triangles on the time axis; those that are not
-    finite, or beyond 1e250 or its inverse, leave gaps.  Raises ValueError for other shapes, negative norms, and labels that do not match.
+    norms: (curves, T), of the whole window's loss; one curve a layer, a direction, or a moment of the training.  Ordered
+    ones read best, since the colours run from dark to bright.  last: (curves, T2), the same of the loss of the window's
+    last step alone, in a panel below: how far back it reaches.  labels: one for each curve; of more than eight, an even
+    choice is shown.  Where a loss stands at the end alone, in `last` or else in `norms`, the factor by which the norm
+    changes with every step back stands beside the label, from a least-squares line through the logarithms of the
+    positive, finite values.  Norms of exactly 0 are triangles on the time axis; those that are not finite, or beyond
+    1e250 or its inverse, leave gaps.  Raises ValueError for other shapes, negative norms, and labels that do not match.
     """
-    from matplotlib.ticker import MaxNLocator
+    panels = [("L2 norm of dL/dh$_t$", _checked_norms("norms", norms))]
+    if last is not None:
+        panels.append(("of the last step's loss", _checked_norms("last", last)))
+    for _, curves in panels:
+        if labels is not None and len(labels) != len(curves):
+            raise ValueError(f"labels: expected one for each of {len(curves)} curves, got {len(labels)}")
+    figure = _figure()
+    stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (quantity, curves) in zip(stack, panels, strict=True):
+        t = np.arange(-curves.shape[1], 0) + panels[0][1].shape[1]  # a longer `last` begins before the window
+        _flow_panel(axes, t, curves, labels, rated=axes is stack[-1])
+        _finish(axes, quantity, curves)
+    stack[-1].set_xlabel("time step t in the window", color=INK, fontsize=11)
+    stack[0].set_title(title or "", loc="left", color=INK, fontsize=12)
+    _save(figure, path)
 
+
+def _checked_norms(name: str, norms: Any) -> np.ndarray:
     norms = np.array(backend.to_numpy(norms), float)
     if norms.ndim != 2 or 0 in norms.shape:
-        raise ValueError(f"norms: expected (curves, T), neither of them 0, got {norms.shape}")
+        raise ValueError(f"{name}: expected (curves, T), neither of them 0, got {norms.shape}")
     if (norms < 0).any():
-        raise ValueError(f"norms: expected L2 norms, got the negative value {np.nanmin(norms)}")
-    if labels is not None and len(labels) != len(norms):
-        raise ValueError(f"labels: expected one for each of {len(norms)} curves, got {len(labels)}")
+        raise ValueError(f"{name}: expected L2 norms, got the negative value {np.nanmin(norms)}")
+    return norms
+
+
+def _flow_panel(axes: Any, t: np.ndarray, norms: np.ndarray, labels: Sequence[str] | None, *, rated: bool) -> None:
+    """Curves over t; with `rated`, a legend with each one's factor per step back."""
+    from matplotlib.ticker import MaxNLocator
+
     names = labels if labels is not None else [f"curve {curve}" for curve in range(len(norms))]
-    figure = _figure()
-    axes = figure.subplots()
     on_foot = {"transform": axes.get_xaxis_transform(), "clip_on": False, "in_layout": False}
-    t = np.arange(norms.shape[1])
     listed = set(np.linspace(0, len(norms) - 1, min(len(norms), LEGIBLE)).round())
     positive = np.where((norms > 1e-250) & (norms < 1e250), norms, np.nan)  # matplotlib overflows before float64
     for curve, colour in enumerate(_shades(len(norms))):
-        label = f"{names[curve]}:  {_rate(positive[curve])}" if curve in listed else None
+        label = f"{names[curve]}:  {_rate(positive[curve])}" if rated and curve in listed else None
         _draw(axes, t, positive[curve], color=colour, label=label)
         zeros = t[norms[curve] == 0]
         axes.plot(zeros, np.zeros(len(zeros)), "v", color=colour, markerfacecolor="white", **on_foot)
     if (norms == 0).any():
         axes.plot([], [], "v", color=INK, markerfacecolor="white", label="exactly 0")
     _log_axis(axes, positive)
-    _finish(axes, "L2 norm of dL/dh$_t$", norms)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=TICKS))
-    axes.set_xlabel("time step t in the window", color=INK, fontsize=11)
-    axes.set_title(title or "", loc="left", color=INK, fontsize=12)
+    if not rated:
+        return
     legend = axes.legend(title="factor per step back (fit)", fontsize=10, labelcolor=INK, alignment="left")
     legend.get_title().set_color(INK)
     legend.get_frame().set(edgecolor="none", alpha=0.85)
-    _save(figure, path)
 
 
 def _figure() -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import check_unused, checked, generator, number, positive, probability, switch, whole
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
+from gpurnn.executors import choose
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
-from gpurnn.layers import Layer, checked, dropout_mask, probability, whole
+from gpurnn.layers import Layer, dropout_mask
 from gpurnn.sequence import prepare_lengths, run
 
 Array = Any
@@ -55,14 +57,16 @@ class Recurrent(Layer):
     ):
         if not isinstance(cell, Cell):
             raise TypeError(f"cell: expected a gpurnn.Cell, got {type(cell).__name__}")
-        if clip_in_time is not None and not clip_in_time > 0:
-            raise ValueError(f"clip_in_time: expected a positive limit or None, got {clip_in_time!r}")
+        if executor is not None:
+            choose(executor)
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
-        self.num_layers, self.directions = whole("num_layers", num_layers), 2 if bidirectional else 1
-        self.bias, self.dropout, self.clip_in_time = bool(bias), probability("dropout", dropout), clip_in_time
-        self.trainable_h0, self.executor = bool(trainable_h0), executor
-        self.rng = np.random.default_rng(rng)
+        self.num_layers = whole("num_layers", num_layers)
+        self.directions = 1 + switch("bidirectional", bidirectional)
+        self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
+        self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
+        self.dropout, self.executor = probability("dropout", dropout), executor
+        self.rng = generator(rng)
         shapes, symbols = self._shapes()
         super().__init__(shapes, dtype, symbols)
         self._initialise(init or {})
@@ -74,6 +78,7 @@ class Recurrent(Layer):
         for layer, direction in itertools.product(range(self.num_layers), range(D)):
             wide = f"{G}*H"
             inputs, letter = (self.input_size, "I") if layer == 0 else (D * H, f"{D}*H" if D > 1 else "H")
+            own: dict[str, tuple[tuple[int, ...], str]]
             own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})"), "weight_hh": ((G * H, H), f"({wide}, H)")}
             if self.bias:
                 own |= {"bias_ih": ((G * H,), f"({wide},)"), "bias_hh": ((G * H,), f"({wide},)")}
@@ -87,19 +92,26 @@ class Recurrent(Layer):
         return shapes, symbols
 
     def _initialise(self, init: Mapping[str, str | Initializer]) -> None:
-        kinds = {"weight_ih": glorot_uniform, "weight_hh": orthogonal, "bias_ih": zeros, "bias_hh": zeros}
-        kinds |= dict.fromkeys((*self.cell.params, *(f"{name}_0" for name in self.cell.state_names)), zeros)
+        gated: dict[str, Initializer] = {"weight_ih": glorot_uniform, "weight_hh": orthogonal}
+        gated |= {"bias_ih": zeros, "bias_hh": zeros} if self.bias else {}
+        initial = [f"{name}_0" for name in self.cell.state_names] if self.trainable_h0 else []
+        kinds = gated | dict.fromkeys((*self.cell.params, *initial), zeros)
+        if not isinstance(init, Mapping):
+            raise ValueError(f"init: expected a mapping from parameter names, got {init!r}")
         for kind, given in init.items():
             if kind not in kinds:
                 raise ValueError(f"init: expected names among {', '.join(kinds)}, got {kind!r}")
-            if isinstance(given, str) and given not in INITIALIZERS:
-                raise ValueError(f"init: expected one of {', '.join(INITIALIZERS)}, got {given!r}")
+            if not callable(given) and not (isinstance(given, str) and given in INITIALIZERS):
+                choices = f"one of {', '.join(INITIALIZERS)} or a function (rng, rows, columns)"
+                raise ValueError(f"init[{kind!r}]: expected {choices}, got {given!r}")
             kinds[kind] = INITIALIZERS[given] if isinstance(given, str) else given
         for name, shape in self.params.shapes.items():
-            draw = kinds[name.removesuffix("_reverse").rsplit("_l", 1)[0]]
-            gates = self.cell.gates if name.startswith(("weight_", "bias_")) else 1
+            kind = name if name in initial else name.removesuffix("_reverse").rsplit("_l", 1)[0]
+            gates = self.cell.gates if kind in gated else 1
             rows, columns = shape[0] // gates, shape[1] if len(shape) > 1 else 1
-            blocks = [draw(self.rng, rows, columns) for _ in range(gates)]
+            blocks = [np.asarray(kinds[kind](self.rng, rows, columns)) for _ in range(gates)]
+            if any(block.shape != (rows, columns) for block in blocks):
+                raise ValueError(f"init[{kind!r}]: expected (rows, columns) = {(rows, columns)}, got {blocks[0].shape}")
             self._set(name, np.concatenate(blocks).reshape(shape))
 
     def __call__(
@@ -109,7 +121,7 @@ class Recurrent(Layer):
 
         x        (T, N, I); kept until backward, so do not change it before.
         state    initial states (L*D, N, H): one array, or a tuple where the cell has several, (h, c) for an LSTM;
-                 None: zeros, or the trained initial states.
+                 None, for all or one of the tuple: zeros, or the trained initial state.
         lengths  N whole numbers in 0..T: each row's own length.  Behind it y = 0, and x and dy are not read.
         Returns y (T, N, D*H), the states behind each row's last step (L*D, N, H), and
         `dx, dstate0 = backward(dy, dstate=None, keep=False, flow=None)`, None without training.  It adds to `grads`.
@@ -121,7 +133,7 @@ class Recurrent(Layer):
         if x.ndim != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
         T, N, _ = x.shape
-        initial = self._initial_states(state, N)
+        initial = self._unpacked(state, N, "state", self.trainable_h0)
         prepared = prepare_lengths(lengths, T, N)
         levels: list[tuple[list[Callable | None], Array | None]] = []
         finals: list[tuple[Array, ...]] = []
@@ -154,24 +166,20 @@ class Recurrent(Layer):
         if backend.name == "numpy":  # y shares memory with what backward reads: a change to it must not go unseen
             x = x.view()
             x.flags.writeable = False
-        return x, out, self._backward(levels, T, N, given=state is not None)
+        return x, out, self._backward(levels, T, N, self._given(state))
 
-    def _backward(self, levels: list, T: int, N: int, given: bool) -> Callable:
+    def _backward(self, levels: list, T: int, N: int, given: tuple[bool, ...]) -> Callable:
         used = False
 
         def backward(dy: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
             nonlocal used
-            if used:
-                raise RuntimeError("backward was called before and its tape is gone: the first call needs keep=True")
+            check_unused(used)
             H, D, S = self.hidden_size, self.directions, self.cell.states
             xp = backend.xp
             if dy is None:
                 dy = xp.broadcast_to(xp.zeros((), self.dtype), (T, N, D * H))
             dy = checked(dy, self.dtype, "dy", (T, N, D * H), "(T, N, D*H)")
-            dfinal = self._unpacked(dstate, N, "dstate")
-            if flow is not None and (flow.shape != (self.num_layers * D, S, T) or flow.dtype != np.float64):
-                expected = f"float64 (L*D, S, T) = {(self.num_layers * D, S, T)}"
-                raise ValueError(f"flow: expected {expected}, got {flow.dtype} {flow.shape}")
+            dfinal = self.check_backward(dstate, flow, T, N)
             used = not keep
             dinitial: list[tuple[Array, ...]] = [()] * (self.num_layers * D)
             for layer in reversed(range(self.num_layers)):
@@ -193,30 +201,35 @@ class Recurrent(Layer):
                         flow[at] = xp.sqrt(squares)
                 dy = dx
             dstates = tuple(xp.stack(parts) for parts in zip(*dinitial, strict=True))
-            if self.trainable_h0 and not given:
-                for name, part in zip(self.cell.state_names, dstates, strict=True):
+            for name, part, was_given in zip(self.cell.state_names, dstates, given, strict=True):
+                if self.trainable_h0 and not was_given:
                     self.grads[f"{name}_0"][...] += part.sum(1)
+            if not keep:
+                levels.clear()
             return dy, self._packed(dstates)
 
         return backward
+
+    def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...]:
+        """dL/d(final state), one array per state of the cell; ValueError where `dstate` or `flow` do not fit."""
+        shape = (self.num_layers * self.directions, self.cell.states, T)
+        if flow is not None and (getattr(flow, "shape", None) != shape or flow.dtype != np.float64):
+            came = f"{flow.dtype} {flow.shape}" if hasattr(flow, "dtype") else type(flow).__name__
+            raise ValueError(f"flow: expected a float64 array (L*D, S, T) = {shape}, got {came}")
+        return self._unpacked(dstate, N, "dstate")
 
     def _weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
         def get(name: str) -> Array:
             return values[name + _suffix(layer, direction)]
 
-        biases = (get("bias_ih"), get("bias_hh")) if self.bias else (None, None)
-        return Weights(get("weight_ih"), get("weight_hh"), *biases, tuple(get(name) for name in self.cell.params))
+        bias_ih, bias_hh = (get("bias_ih"), get("bias_hh")) if self.bias else (None, None)
+        params = tuple(get(name) for name in self.cell.params)
+        return Weights(get("weight_ih"), get("weight_hh"), bias_ih, bias_hh, params)
 
-    def _initial_states(self, state: Any, N: int) -> tuple[Array, ...]:
-        if state is not None or not self.trainable_h0:
-            return self._unpacked(state, N, "state")
-        shape = (self.num_layers * self.directions, N, self.hidden_size)
-        names = (f"{name}_0" for name in self.cell.state_names)
-        return tuple(backend.xp.broadcast_to(self.params[name][:, None, :], shape) for name in names)
-
-    def _unpacked(self, state: Any, N: int, what: str) -> tuple[Array, ...]:
-        """One array (L*D, N, H) per state of the cell; zeros for None, of the whole or of a part."""
+    def _unpacked(self, state: Any, N: int, what: str, trained: bool = False) -> tuple[Array, ...]:
+        """One array (L*D, N, H) per state of the cell; for None, of the whole or of a part, zeros or what was trained."""
         S, shape = self.cell.states, (self.num_layers * self.directions, N, self.hidden_size)
+        xp = backend.xp
         if state is None:
             state = (None,) * S
         elif S == 1:
@@ -224,13 +237,24 @@ class Recurrent(Layer):
         if not isinstance(state, tuple | list) or len(state) != S:
             came = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
             names = ", ".join(self.cell.state_names)
-            raise ValueError(f"{what}: expected a tuple of {S} arrays ({names}) of shape (L*D, N, H) = {shape}, got {came}")
-        return tuple(
-            backend.xp.zeros(shape, self.dtype)
-            if part is None
-            else checked(part, self.dtype, f"{what} {name}", shape, "(L*D, N, H)")
-            for name, part in zip(self.cell.state_names, state, strict=True)
-        )
+            raise ValueError(
+                f"{what}: expected a tuple of {S} arrays ({names}) of shape (L*D, N, H) = {shape}, got {came}"
+            )
+        parts = []
+        for name, part in zip(self.cell.state_names, state, strict=True):
+            if part is not None:
+                parts.append(checked(part, self.dtype, f"{what} {name}", shape, "(L*D, N, H)"))
+            elif trained:
+                parts.append(xp.broadcast_to(self.params[f"{name}_0"][:, None, :], shape))
+            else:
+                parts.append(xp.zeros(shape, self.dtype))
+        return tuple(parts)
+
+    def _given(self, state: Any) -> tuple[bool, ...]:
+        """Of each state of the cell, whether the caller gave it."""
+        if self.cell.states == 1 or state is None:
+            return (state is not None,) * self.cell.states
+        return tuple(part is not None for part in state)
 
     def _packed(self, states: tuple[Array, ...]) -> Any:
         return states[0] if self.cell.states == 1 else states
@@ -242,8 +266,10 @@ class RNN(Recurrent):
     nonlinearity: tanh, relu, sigmoid or identity.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *, nonlinearity: str = "tanh", **options: Any):
-        if nonlinearity not in RNN_CELLS:
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, *, nonlinearity: str = "tanh", **options: Any
+    ):
+        if not isinstance(nonlinearity, str) or nonlinearity not in RNN_CELLS:
             raise ValueError(f"nonlinearity: expected one of {', '.join(RNN_CELLS)}, got {nonlinearity!r}")
         super().__init__(RNN_CELLS[nonlinearity], input_size, hidden_size, num_layers, **options)
 
@@ -255,7 +281,10 @@ class LSTM(Recurrent):
     that the cell remembers until it learns to forget.  Without biases it has no place and is left out.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *, forget_bias: float = 1.0, **options: Any):
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, *, forget_bias: float = 1.0, **options: Any
+    ):
+        forget_bias = number("forget_bias", forget_bias)
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
         for name in self.params:
             if name.startswith("bias_ih"):

@@ -38,7 +38,7 @@ def prepare_lengths(lengths: Any, T: int, N: int) -> Lengths | None:
     if lengths is None:
         return None
     given = backend.to_numpy(backend.asarray(lengths, None, "lengths"))
-    if given.shape != (N,) or given.dtype.kind not in "iu":
+    if given.shape != (N,) or (N and given.dtype.kind not in "iu"):  # an empty list has no whole numbers in it
         raise ValueError(f"lengths: expected {N} whole numbers, got {given.dtype} of shape {given.shape}")
     if N and (given.min() < 0 or given.max() > T):
         raise ValueError(f"lengths: expected values from 0 to T = {T}, got {given.min()} to {given.max()}")
@@ -73,7 +73,7 @@ def run(
     T, N, _ = x.shape
     rows = np.full(T, N) if lengths is None else lengths.rows
     if lengths is not None:
-        x = xp.where(lengths.padding, 0, x)[:, lengths.order]
+        x = xp.where(lengths.padding, xp.zeros((), x.dtype), x)[:, lengths.order]
         state = tuple(part[lengths.order] for part in state)
     states, tape = engine.forward(cell, xp.ascontiguousarray(x), weights, state, rows, reverse, training)
     y = states.h[:T] if reverse else states.h[1:]

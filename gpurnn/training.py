@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import checkpoint, clipping, environment, optim, schedules
+from gpurnn import backend, checkpoint, clipping, environment, optim, schedules
 from gpurnn.bptt import TruncatedBPTT
 from gpurnn.character_model import bits_per_symbol, build
 from gpurnn.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ class Training:
         self.bptt = TruncatedBPTT(self.model, loss, config.k1, config.k2)
         self.steps_done = 0
         self.seconds = 0.0
-        self.flow = np.zeros((config.num_layers, self.model.recurrent.cell.states, config.k1))
+        self.flow = backend.xp.zeros((config.num_layers, self.model.recurrent.cell.states, config.k1))
 
     @property
     def symbols_done(self) -> int:
@@ -81,6 +81,26 @@ class Training:
         self.steps_done += 1
         self.seconds += time.perf_counter() - began
         return loss / math.log(2), norm
+
+    def reach(self) -> np.ndarray:
+        """Norms (L, up to k2) of dE/dh_t for the loss E of the next window's last step alone: how far back it reaches.
+
+        Looks only: the run goes on as if it had not been called.
+        """
+        x, targets, first = self.windows.at(self.steps_done)
+        past, state = (None, None) if first else (self.bptt.past, self.bptt.state)
+        stretch = x if past is None else np.concatenate([backend.to_numpy(past), x])
+        drawn = self.rng.bit_generator.state
+        model: Any = self.model
+        out, _, backward = model(stretch, state)
+        self.rng.bit_generator.state = drawn  # dropout's masks are drawn again by the next step
+        _, dlast = softmax_cross_entropy(out[-1:], targets[-1:])
+        dout = backend.xp.zeros_like(out)
+        dout[-1:] = dlast
+        flow = backend.xp.zeros((*self.flow.shape[:2], len(stretch)))
+        backward(dout, flow=flow)
+        self.model.zero_grad()
+        return backend.to_numpy(flow)[:, 0]
 
     def _clipped(self) -> float:
         config = self.config
@@ -158,16 +178,20 @@ def train(training: Training, run: Path, *, stop: Callable[[], bool], report: Ca
                 line |= {"chars": training.symbols_done, "seconds": round(training.seconds, 3)}
                 elapsed = training.seconds - began
                 line["chars_per_second"] = round((training.symbols_done - symbols) / elapsed) if elapsed else None
-                line["flow"] = [[float(f"{norm:.4g}") for norm in layer[0]] for layer in training.flow]
+                line["flow"] = _rounded(backend.to_numpy(training.flow)[:, 0])
                 losses, began, symbols = [], training.seconds, training.symbols_done
-            if len(training.validation) and _is_due(step, config.validate_every, None):
-                line["validation"] = training.validate()
+            if _is_due(step, config.validate_every, config.steps):
+                line |= {"validation": training.validate(), "reach": _rounded(training.reach())}
             if line:
                 log.write(step, **line)
                 report({"step": step, **line})
             if step % config.save_every == 0:
                 save()
         save()
+
+
+def _rounded(norms: np.ndarray) -> list[list[float]]:
+    return [[float(f"{norm:.4g}") for norm in layer] for layer in norms]
 
 
 def _is_due(step: int, every: int, last: int | None) -> bool:

@@ -51,7 +51,7 @@ def test_loss_curve(tmp_path, drawn, lines):
     assert norms.get_yscale() == "log"
     assert norms.get_xlim() == losses.get_xlim() == (0, max(10 * (lines - 1), 1))
     label = "training (mean)\n" if lines == 1001 else f"training\n{2 + 4 / lines:#.4g}"
-    assert all(expected in text(drawn[0]) for expected in ("order-3 Witten-Bell: 2.200", "validation\n", label))
+    assert all(expected in text(drawn[0]) for expected in ("order-3 Witten-Bell 2.200", "validation\n", label))
 
 
 def test_what_was_not_measured_is_skipped_and_what_was_not_finite_leaves_a_gap(tmp_path, drawn):

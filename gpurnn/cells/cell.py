@@ -1,6 +1,7 @@
 """The cell contract: a recurrent cell is a few elementwise lines, forward and backward, for one unit at one time step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -79,7 +80,8 @@ class Trace:
         self.r = [graph.input("r", g) for g in range(cell.gates)]
         self.state = [graph.input("state", s) for s in range(cell.states)]
         self.params = [graph.input("param", p) for p in range(len(cell.params))]
-        result = cell.forward(tuple(self.x), tuple(self.r), tuple(self.state), tuple(self.params))
+        with _naming(cell, "forward"):
+            result = cell.forward(tuple(self.x), tuple(self.r), tuple(self.state), tuple(self.params))
         next_state, saved = _parts(cell, "forward", result, ("next_state", "saved"))
         self.next_state = _values(cell, "forward", "next_state", next_state, cell.states, graph)
         self.saved = _values(cell, "forward", "saved", saved, None, graph)
@@ -97,7 +99,8 @@ class Trace:
         saved = [known[s.index] if s.index in known else graph.input("saved", s.index) for s in self.saved]
         dnext = tuple(graph.input("dnext", s) for s in range(cell.states))
         params = tuple(graph.input("param", p) for p in range(len(cell.params)))
-        result = cell.backward(dnext, tuple(saved), tuple(state), tuple(next_state), params)
+        with _naming(cell, "backward"):
+            result = cell.backward(dnext, tuple(saved), tuple(state), tuple(next_state), params)
         dx, dr, dstate, dparams = _parts(cell, "backward", result, ("dx", "dr", "dstate", "dparams"))
         self.dx = _values(cell, "backward", "dx", dx, cell.gates, graph)
         self.dr = _values(cell, "backward", "dr", dr, cell.gates, graph)
@@ -105,30 +108,49 @@ class Trace:
         self.dparams = _values(cell, "backward", "dparams", dparams, len(cell.params), graph)
 
     def _lay_out(self) -> None:
+        needed = self.backward.reachable(s.index for s in (*self.dx, *self.dr, *self.dstate, *self.dparams))
+        reads = [self.backward.nodes[i].value for i in sorted(needed) if self.backward.nodes[i].op == "input"]
+        self.kept = tuple(name[1] for name in reads if name[0] == "saved")
         gates = range(self.cell.gates)
         joint = tuple(g for g in gates if self._meets_only_in_a_sum(g) and self.dx[g].index == self.dr[g].index)
         self.split = tuple(g for g in gates if g not in joint)
         self.r_order = (*self.split, *joint)
         self.x_order = (*joint, *self.split)
         self.x_start = len(self.split)
-        needed = self.backward.reachable(s.index for s in (*self.dx, *self.dr, *self.dstate, *self.dparams))
-        reads = [self.backward.nodes[i].value for i in sorted(needed) if self.backward.nodes[i].op == "input"]
-        self.kept = tuple(name[1] for name in reads if name[0] == "saved")
         self.slots = max(len(self.split) + self.cell.gates, len(self.kept))
+
+    @property
+    def outputs(self) -> list[int]:
+        """What forward computes: the nodes of the next states, then those that backward reads."""
+        return [*(s.index for s in self.next_state), *self.kept]
 
     def _meets_only_in_a_sum(self, gate: int) -> bool:
         x, r = self.x[gate].index, self.r[gate].index
-        outputs = {s.index for s in (*self.next_state, *self.saved)}
-        users = set(self.forward.users(x)) | set(self.forward.users(r))
+        users = (set(self.forward.users(x)) | set(self.forward.users(r))) & self.forward.reachable(self.outputs)
         sums = all(self.forward.nodes[u].op == "add" and set(self.forward.nodes[u].args) == {x, r} for u in users)
-        return sums and not outputs & {x, r}
+        return sums and not {x, r} & set(self.outputs)
 
     @cached_property
     def text(self) -> str:
-        """Both graphs as text: the mathematics of the cell, and the key of the compile caches."""
-        forward = self.forward.text([s.index for s in (*self.next_state, *self.saved)])
+        """Both graphs as text: the mathematics of the cell, and the key of the compile caches.
+
+        It decides the memory layout as well: nothing that the graphs do not need has a say in that.
+        """
+        cell = self.cell
+        forward = self.forward.text(self.outputs)
         backward = self.backward.text([s.index for s in (*self.dx, *self.dr, *self.dstate, *self.dparams)])
-        return f"gates {self.cell.gates}\nforward\n{forward}\nbackward\n{backward}\n"
+        counts = f"gates {cell.gates} states {cell.states} params {len(cell.params)}"
+        return f"{counts}\nforward\n{forward}\nbackward\n{backward}\n"
+
+
+@contextmanager
+def _naming(cell: Cell, function: str) -> Iterator[None]:
+    """Whatever is raised within says which function of which cell it came from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {function} of cell {cell.name}")
+        raise
 
 
 def _parts(cell: Cell, function: str, result: Any, names: tuple[str, ...]) -> tuple:
@@ -142,11 +164,5 @@ def _values(cell: Cell, function: str, what: str, given: Any, count: int | None,
     if not isinstance(given, tuple | list) or count not in (None, len(given)):
         came = f"{len(given)}" if isinstance(given, tuple | list) else type(given).__name__
         raise ValueError(f"cell {cell.name}: {function} returns {what} as a tuple of {count} values, got {came}")
-    symbols = []
-    for value in given:
-        if isinstance(value, int | float):
-            value = graph.constant(value)
-        if not isinstance(value, Symbol):
-            raise ValueError(f"cell {cell.name}: {function} returned {type(value).__name__} within {what}")
-        symbols.append(value)
-    return symbols
+    with _naming(cell, f"{what}, as returned by {function}"):
+        return [graph.lift(value) for value in given]

@@ -7,45 +7,30 @@ expressions become one node, which is how the engine sees that two gradients are
 graph's text is also the exact key of a compile cache: it changes if, and only if, the cell's mathematics does.
 """
 
-import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-BINARY: dict[str, Callable[[float, float], float]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "maximum": max,
-    "minimum": min,
+BINARY = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
 }
-UNARY: dict[str, Callable[[float], float]] = {
-    "neg": operator.neg,
-    "abs": abs,
-    "exp": math.exp,
-    "log": math.log,
-    "sqrt": math.sqrt,
-    "tanh": math.tanh,
+UNARY = {
+    "neg": np.negative,
+    "abs": np.absolute,
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
 }
+OP_OF_UFUNC = {ufunc: op for op, ufunc in (BINARY | UNARY).items()}
 COMMUTATIVE = ("add", "mul")  # exactly so in floating point: a*b and b*a are one node
 COMPARISONS = ("less", "less_equal")
-UFUNCS = {
-    np.add: "add",
-    np.subtract: "sub",
-    np.multiply: "mul",
-    np.divide: "div",
-    np.maximum: "maximum",
-    np.minimum: "minimum",
-    np.negative: "neg",
-    np.absolute: "abs",
-    np.exp: "exp",
-    np.log: "log",
-    np.sqrt: "sqrt",
-    np.tanh: "tanh",
-}
 ALLOWED = "+ - * / ** 2, comparisons, tanh sigmoid exp log sqrt abs maximum minimum where relu"
 
 
@@ -76,6 +61,18 @@ class Graph:
 
     def constant(self, value: float) -> "Symbol":
         return Symbol(self, self.add("const", value=float(value)))
+
+    def lift(self, value: Any) -> "Symbol":
+        """`value` as a number of this graph; TypeError for anything that is none."""
+        if isinstance(value, Symbol):
+            if value.graph is not self:
+                raise TypeError("a value of another trace: what backward needs of forward, forward returns in `saved`")
+            if value.node.op in COMPARISONS:
+                raise TypeError("a comparison is not a number: choose values with where(condition, a, b)")
+            return value
+        if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+            return self.constant(float(value))
+        raise TypeError(f"a cell may combine its values with each other and with numbers, got {type(value).__name__}")
 
     def users(self, index: int) -> list[int]:
         return [user for user, node in enumerate(self.nodes) if index in node.args]
@@ -115,30 +112,24 @@ class Symbol:
     def node(self) -> Node:
         return self.graph.nodes[self.index]
 
-    def _lift(self, other: Any) -> "Symbol":
-        if isinstance(other, Symbol):
-            return other
-        if isinstance(other, int | float | np.integer | np.floating) and not isinstance(other, bool):
-            return self.graph.constant(float(other))
-        raise TypeError(f"a cell may combine its values with each other and with numbers, got {type(other).__name__}")
-
     def _binary(self, op: str, left: Any, right: Any) -> "Symbol":
-        a, b = self._lift(left), self._lift(right)
-        for operand in (a, b):
-            if operand.node.op in COMPARISONS:
-                raise TypeError(f"{op} of a comparison: choose values with where(condition, a, b)")
+        a, b = self.graph.lift(left), self.graph.lift(right)
         if a.node.op == b.node.op == "const":
-            return self.graph.constant(BINARY[op](a.node.value, b.node.value))
+            return self.graph.constant(_folded(BINARY[op], a, b))
+        same = _simplified(op, a, b)
+        if same is not None:
+            return same
         pair = sorted((a.index, b.index)) if op in COMMUTATIVE else (a.index, b.index)
-        return _simplified(op, a, b) or Symbol(self.graph, self.graph.add(op, *pair))
+        return Symbol(self.graph, self.graph.add(op, *pair))
 
     def _unary(self, op: str) -> "Symbol":
-        if self.node.op == "const":
-            return self.graph.constant(UNARY[op](self.node.value))
-        return Symbol(self.graph, self.graph.add(op, self.index))
+        a = self.graph.lift(self)
+        if a.node.op == "const":
+            return self.graph.constant(_folded(UNARY[op], a))
+        return Symbol(self.graph, self.graph.add(op, a.index))
 
     def _compare(self, op: str, left: Any, right: Any) -> "Symbol":
-        a, b = self._lift(left), self._lift(right)
+        a, b = self.graph.lift(left), self.graph.lift(right)
         return Symbol(self.graph, self.graph.add(op, a.index, b.index))
 
     def __add__(self, other):
@@ -200,6 +191,9 @@ class Symbol:
     def __bool__(self):
         raise TypeError("a cell has no `if`: it works on many units at once, choose with where(condition, a, b)")
 
+    def __float__(self):
+        raise TypeError("a cell's values are not numbers yet: use gpurnn's functions, not float() or those of math")
+
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         if method == "__call__" and not kwargs:
             if ufunc is np.square:
@@ -208,8 +202,8 @@ class Symbol:
                 return self._compare(ufunc.__name__, *inputs)
             if ufunc in (np.greater, np.greater_equal):
                 return self._compare(ufunc.__name__.replace("greater", "less"), *reversed(inputs))
-            if ufunc in UFUNCS:
-                op = UFUNCS[ufunc]
+            if ufunc in OP_OF_UFUNC:
+                op = OP_OF_UFUNC[ufunc]
                 return self._binary(op, *inputs) if op in BINARY else inputs[0]._unary(op)
         raise TypeError(f"a cell may not use {ufunc.__name__}; it may use {ALLOWED}")
 
@@ -218,12 +212,19 @@ class Symbol:
             condition, a, b = args
             if not isinstance(condition, Symbol) or condition.node.op not in COMPARISONS:
                 raise TypeError("the condition of where is a comparison such as `x > 0`")
-            a, b = self._lift(a), self._lift(b)
+            a, b = condition.graph.lift(a), condition.graph.lift(b)
             return Symbol(self.graph, self.graph.add("where", condition.index, a.index, b.index))
         raise TypeError(f"a cell may not use {function.__name__}; it may use {ALLOWED}")
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # copy, pickle and inspect ask what an object can do, and expect this answer
+            raise AttributeError(name)
         raise TypeError(f"a cell is elementwise, its values have no `{name}`; it may use {ALLOWED}")
+
+
+def _folded(ufunc: np.ufunc, *operands: Symbol) -> float:
+    with np.errstate(all="ignore"):  # 1/0 of constants is infinite, as it is of arrays
+        return float(ufunc(*(operand.node.value for operand in operands)))
 
 
 def _simplified(op: str, a: Symbol, b: Symbol) -> Symbol | None:

@@ -2,8 +2,8 @@
 
 Numba's `cache=True` looks at one function's bytecode: it misses closures over intrinsics, and does not notice an edit
 in another file.  Our key is everything that decides the machine code: the cell's traced mathematics, the element type,
-the vector width, the sources of this package, the versions of Numba, LLVM and Python, and the CPU.  Entries are written
-to a temporary name and renamed, so processes may share the folder; a damaged entry is compiled again.
+the vector width, the sources of this package and of the trace, the versions of Numba, LLVM and Python, and the CPU.
+Entries are written to a temporary name and renamed, so processes may share the folder; a damaged entry is compiled again.
 """
 
 import contextlib
@@ -62,7 +62,8 @@ def compiled(function: Callable, signature: Any, *key: Any) -> Callable:
 @functools.cache
 def _environment_key() -> str:
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    cells = Path(__file__).parents[1] / "cells"
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), cells / "cell.py", cells / "trace.py"):
         sources.update(path.read_bytes())
     features = binding.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:3])

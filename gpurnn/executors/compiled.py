@@ -5,6 +5,7 @@ slots into gradients in place, then one product each gives dW_ih, dW_hh and dx. 
 threads take shares of the batch and never wait for each other.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -56,17 +57,18 @@ def forward(
     bias, params = _biases(cell, weights, H, dtype), _params(weights, H, dtype)
     steps = T if training else max(1, min(T, INFERENCE_BYTES // max(1, N * cell.trace.slots * H * dtype.itemsize)))
     slots = allocate((steps, N, cell.trace.slots * H), dtype)
+    kernel = loops(cell, dtype).forward
     with threads.one_blas_thread:
         packed = _packed_for_forward(cell, weights.weight_hh)
         weight_x = _ordered(weights.weight_ih, cell.trace.x_order, H).T
-        chunks = range(0, T, steps)
+        chunks = range(0, T, max(1, steps))
         for t0 in reversed(chunks) if reverse else chunks:
             t1 = min(T, t0 + steps)
             part = slots[: t1 - t0]
             _project(cell, x[t0:t1], weight_x, part)
 
             def loop(share: slice, t0=t0, t1=t1, part=part) -> None:
-                loops(cell, dtype).forward(
+                kernel(
                     rows[t0:t1], reverse, share.start, share.stop, part, h[t0 : t1 + 1], rest[:, t0 : t1 + 1], bias,
                     params, packed,
                 )  # fmt: skip
@@ -88,27 +90,28 @@ def backward(
     cell, trace, weights = tape.cell, tape.cell.trace, tape.weights
     T, N, I = tape.x.shape
     H, dtype = weights.weight_hh.shape[1], tape.x.dtype
-    if dy.strides[-1] != dtype.itemsize and dy.size:
-        dy = np.ascontiguousarray(dy)
+    if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
+        dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
     passed = np.stack(dstate).astype(dtype, copy=False)
     shares = _shares(cell, tape.rows, N, H)
     dparams = np.zeros((len(shares), len(cell.params), H), dtype)
     flow = np.zeros((len(shares), cell.states, T if options.flow is not None else 0))
     params = _params(weights, H, dtype)
+    kernel = loops(cell, dtype).backward
     with threads.one_blas_thread:
         weight_hh = _ordered(weights.weight_hh, trace.r_order, H)
         packed = np.empty(packed_size(cell.gates * H, H, dtype), dtype)
         packer(dtype)(weight_hh, packed)
 
         def loop(part: int) -> None:
-            loops(cell, dtype).backward(
+            kernel(
                 tape.rows, tape.reverse, shares[part].start, shares[part].stop, slots, tape.h, tape.rest, dy, passed,
                 params, dparams[part], packed, options.clip or 0.0, flow[part],
             )  # fmt: skip
 
         threads.run(loop, range(len(shares)))
-        flat = slots.reshape(T * N, -1)
+        flat = slots.reshape(T * N, trace.slots * H)
         dr = flat[:, : cell.gates * H]
         dx = flat[:, trace.x_start * H : (trace.x_start + cell.gates) * H]
         h_before = (tape.h[1:] if tape.reverse else tape.h[:T]).reshape(T * N, H)
@@ -123,7 +126,7 @@ def backward(
     for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
         gradient += value
     if options.flow is not None:
-        options.flow += flow.sum(0)
+        options.flow[...] += flow.sum(0)
     return gradient_x, tuple(passed)
 
 
@@ -151,7 +154,7 @@ def _shares(cell: Cell, rows: np.ndarray, N: int, H: int) -> list[slice]:
     work = np.cumsum(_starts(rows, N))
     edges = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts, side="left") + 1
     edges = np.unique(np.concatenate([[0], np.minimum(edges, N), [N]]))
-    return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
 def _ordered(matrix: np.ndarray, order: tuple[int, ...], H: int) -> np.ndarray:
@@ -192,6 +195,6 @@ def _packed_for_forward(cell: Cell, weight_hh: np.ndarray) -> np.ndarray:
 def _project(cell: Cell, x: np.ndarray, weight_x: np.ndarray, slots: np.ndarray) -> None:
     """x W_ih^T into the x slots."""
     steps, N, I = x.shape
-    width = cell.gates * (slots.shape[2] // cell.trace.slots)
     start = cell.trace.x_start * (slots.shape[2] // cell.trace.slots)
-    threads.matmul(x.reshape(steps * N, I), weight_x, out=slots.reshape(steps * N, -1)[:, start : start + width])
+    columns = slice(start, start + weight_x.shape[1])
+    threads.matmul(x.reshape(steps * N, I), weight_x, out=slots.reshape(steps * N, slots.shape[2])[:, columns])

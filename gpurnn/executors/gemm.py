@@ -88,7 +88,9 @@ def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
         terminator = b.block.terminator
         b.position_before(terminator)
         while len(sums) > 1:
-            sums = [[emit.add(x, y) for x, y in zip(*pair, strict=True)] for pair in zip(sums[::2], sums[1::2], strict=True)]
+            sums = [
+                [emit.add(x, y) for x, y in zip(*pair, strict=True)] for pair in zip(sums[::2], sums[1::2], strict=True)
+            ]
         rest_position.add_incoming(position, head)
         for phi, value in zip(totals, sums[0], strict=True):
             phi.add_incoming(value, head)

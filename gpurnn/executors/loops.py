@@ -55,8 +55,7 @@ def _forward_row(cell: Cell, dtype: np.dtype):
                 given[symbol.index] = load(rest, s - 1, rest_stride) if s else load(h)
             for p, symbol in enumerate(trace.params):
                 given[symbol.index] = load(params, p)
-            outputs = [*(s.index for s in trace.next_state), *trace.kept]
-            values = evaluate(emit, trace.forward, outputs, given.get)
+            values = evaluate(emit, trace.forward, trace.outputs, given.get)
             for s, value in enumerate(values[: cell.states]):
                 address = at(rest_next, s - 1, rest_stride) if s else h_next
                 emit.store(value, b.add(address, offset), mask)
@@ -268,7 +267,13 @@ def loops(cell: Cell, dtype: np.dtype) -> Loops:
     head = (types.Array(types.int64, 1, "A", readonly=True), types.boolean, types.int64, types.int64)
     weights = (array(2, readonly=True), array(2, readonly=True), array(2, readonly=True))
     forward = types.void(*head, array(3), array(3), array(4), *weights)
-    tail = (array(2, readonly=True), array(2), array(1, readonly=True), types.float64, types.Array(types.float64, 2, "A"))
+    tail = (
+        array(2, readonly=True),
+        array(2),
+        array(1, readonly=True),
+        types.float64,
+        types.Array(types.float64, 2, "A"),
+    )
     backward = types.void(*head, array(3), array(3), array(4), array(3, readonly=True), array(3), *tail)
     key = (cell.trace.text, dtype.str, host())
     return Loops(

@@ -108,7 +108,7 @@ def backward(
     """
     xp = backend.xp
     cell, x, weights = tape.cell, tape.x, tape.weights
-    T, N, _ = x.shape
+    T, N, I = x.shape
     H = weights.weight_hh.shape[1]
     dgates_x = xp.zeros((T, N, cell.gates * H), x.dtype)
     passed = tuple(part.copy() for part in dstate)
@@ -133,8 +133,8 @@ def backward(
             grads.bias_hh[...] += dgates_r.sum(0)
         for gradient, value in zip(grads.params, dparams, strict=True):
             gradient[...] += xp.broadcast_to(value, dnext[0].shape).sum(0)
-    flat = dgates_x.reshape(T * N, -1)
-    grads.weight_ih[...] += flat.T @ x.reshape(T * N, -1)
+    flat = dgates_x.reshape(T * N, cell.gates * H)
+    grads.weight_ih[...] += flat.T @ x.reshape(T * N, I)
     if grads.bias_ih is not None:
         grads.bias_ih[...] += flat.sum(0)
     return dgates_x @ weights.weight_ih, passed

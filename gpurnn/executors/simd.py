@@ -174,12 +174,13 @@ class Emitter:
             p = self.mul(r, self.polynomial(rr, EXP_F64_P))
             q = self.polynomial(rr, EXP_F64_Q)
             value = self.fma(self.constant(2), self.div(p, self.sub(q, p)), self.constant(1))
-        value = self.mul(value, self._power_of_two(n))
+        for factor in self._powers_of_two(n):
+            value = self.mul(value, factor)
         value = self.where(self.less(self.constant(highest), x), self.constant(float("inf")), value)
         return self.where(self.less(x, self.constant(lowest)), self.constant(0), value)
 
-    def _power_of_two(self, n):
-        """2**n for whole n, by way of the exponent field.  In two factors, since n may reach the largest exponent + 1."""
+    def _powers_of_two(self, n):
+        """Two factors of 2**n for whole n, by way of the exponent field: n may reach the largest exponent + 1."""
         b, bits = self.builder, self.integers(0).type
         mantissa, bias = (23, 127) if self.dtype.itemsize == 4 else (52, 1023)
         whole = b.fptosi(n, bits)
@@ -188,12 +189,12 @@ class Emitter:
         for part in (half, b.sub(whole, half)):
             field = b.shl(b.add(part, self.integers(bias)), self.integers(mantissa))
             factors.append(b.bitcast(field, self.type))
-        return self.mul(*factors)
+        return factors
 
     def tanh(self, x):
         """float32: one rational function on the clamped argument (error 3e-7).  float64: Cephes' (Moshier), 1e-16."""
         if self.dtype.itemsize == 4:
-            x = self.clamp(x, self.constant(7.90531110763549805))
+            x = self.clamp(x, self.constant(7.99881172180175781))  # where it is exactly 1: saturated gradients are 0
             u = self.mul(x, x)
             return self.div(self.mul(x, self.polynomial(u, TANH_F32_P)), self.polynomial(u, TANH_F32_Q))
         s = self.mul(x, x)
@@ -223,7 +224,9 @@ TANH_F64_P = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768
 TANH_F64_Q = (1.0, 1.12811678491631932401e2, 2.23548839060100448583e3, 4.84406305325125486048e3)
 
 
-def evaluate(emit: Emitter, graph: Graph, outputs: list[int], inputs: Callable[[int], ir.Value | None]) -> list[ir.Value]:
+def evaluate(
+    emit: Emitter, graph: Graph, outputs: list[int], inputs: Callable[[int], ir.Value | None]
+) -> list[ir.Value]:
     """Emits the nodes that `outputs` need.  `inputs(node)` gives the value of nodes that the caller provides."""
     needed = graph.reachable(outputs)
     values: dict[int, Any] = {}
@@ -264,5 +267,3 @@ def vector_loop(builder: ir.IRBuilder, dtype: np.dtype, count: ir.Value, body: C
     body(emit, builder.mul(whole, I64(dtype.itemsize)), emit.first_lanes(builder.sub(count, whole)))
     builder.branch(done)
     builder.position_at_end(done)
-
-

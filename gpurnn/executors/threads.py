@@ -6,6 +6,7 @@ in them), and the caller's setting comes back when the last of our operations en
 """
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from gpurnn import backend
 from gpurnn.environment import cpu_threads
 
 PARALLEL_FLOPS = 2_000_000  # a product below this is not worth waking another thread for
@@ -23,10 +25,6 @@ PARALLEL_FLOPS = 2_000_000  # a product below this is not worth waking another t
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=max(1, cpu_threads() - 1), thread_name_prefix="gpurnn")
-
-
-if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads
-    os.register_at_fork(after_in_child=lambda: (_pool.cache_clear(), one_blas_thread.reset()))
 
 
 def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
@@ -53,6 +51,7 @@ class _OneBlasThread:
     def __enter__(self) -> None:
         with self._lock:
             if self._holders == 0:
+                _let_any_thread_control_blas()
                 self._limit = _controller().limit(limits=1, user_api="blas")
             self._holders += 1
 
@@ -60,10 +59,22 @@ class _OneBlasThread:
         with self._lock:
             self._holders -= 1
             if self._holders == 0:
+                _let_any_thread_control_blas()
                 self._limit.restore_original_limits()
+                _let_any_thread_control_blas()
 
 
 one_blas_thread = _OneBlasThread()
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads."""
+    _pool.cache_clear()
+    one_blas_thread.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @functools.cache
@@ -71,11 +82,21 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def _let_any_thread_control_blas() -> None:
+    """threadpoolctl 3.8 heeds only the first Python thread that sets OpenBLAS's threads, for as long as that one lives.
+
+    Our last thread out is often not our first one in, and must restore what that one has changed.
+    """
+    for library in _controller().lib_controllers:
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
+
+
 def shares(count: int, parts: int) -> list[slice]:
     """0..count cut into at most `parts` nearly equal slices, none of them empty."""
     parts = max(1, min(parts, count))
     edges = [count * p // parts for p in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -91,3 +112,11 @@ def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.nd
 
     run(multiply, shares(a.shape[0], cpu_threads()))
     return out
+
+
+def product(a: Any, b: Any) -> Any:
+    """a @ b for matrices on either backend, for callers that hold no `one_blas_thread`."""
+    if backend.name == "cuda":
+        return a @ b
+    with one_blas_thread:
+        return matmul(a, b)
