@@ -14,6 +14,7 @@ from gpurnn import backend
 
 Array = Any
 Loss = Callable[[Array, Array], tuple[Any, Array]]
+STATES = ("begin", "carried")
 
 
 def full_bptt(
@@ -40,11 +41,12 @@ def full_bptt(
 class TruncatedBPTT:
     """Truncated backpropagation through time over a stream: BPTT(k2; k1) of Williams & Peng 1990.
 
-    Every call of `step` takes the next k1 steps of the stream.  Their losses, and only theirs, are sent back through
-    the last k2 >= k1 steps; beyond that the gradient is exactly 0.  The state is carried from window to window.  With
-    k2 = k1 each step is computed once.  With k2 > k1 the k2 - k1 steps before the window are computed again, from the
-    state that was carried into them, so that the gradient is exact for today's parameters and not a mixture of old
-    and new.  With parameters held still and k2 >= T the sum over all windows is the gradient of full BPTT.
+    Every call of `step` takes the next k1 steps of the stream (a stream's last window may have fewer).  Their losses,
+    and only theirs, are sent back through the last k2 >= k1 steps; beyond that the gradient is exactly 0.  The state is
+    carried from window to window.  With k2 = k1 each step is computed once.  With k2 > k1 the k2 - k1 steps before the
+    window are computed again, from the state that was carried into them, so that the gradient is exact for today's
+    parameters and not a mixture of old and new.  With parameters held still and k2 >= T the sum over all windows is the
+    gradient of full BPTT.
 
         bptt = TruncatedBPTT(model, gpurnn.softmax_cross_entropy, k1=64)
         for x, targets in windows:
@@ -62,8 +64,8 @@ class TruncatedBPTT:
 
     def reset(self, state: Any = None) -> None:
         """Starts a new sequence, from `state` or the model's own initial state."""
-        self.state = state  # at the start of `past`
-        self.past: Array | None = None  # the up to k2 - k1 inputs before the next window
+        self.stretch: Array | None = None  # the inputs of the last call's up to k2 steps
+        self.begin = self.carried = state  # the states at its start, and where the next k1 steps' stretch begins
 
     def step(self, x: Array, targets: Array, *, flow: Array | None = None) -> Any:
         """The next 1..k1 steps: x (t, N, ...), targets (t, ...).  Adds to `model.grads`; returns the loss's value.
@@ -72,12 +74,12 @@ class TruncatedBPTT:
         """
         if not 1 <= len(x) <= self.k1 or len(targets) != len(x):
             raise ValueError(f"expected 1 to k1 = {self.k1} steps of x and of targets, got {len(x)} and {len(targets)}")
+        begin, stretch = self.before(len(x))
         x = backend.asarray(x, None, "x")
-        stretch = x if self.past is None else backend.xp.concatenate([self.past, x])
-        before = len(stretch) - len(x)
-        cut = max(0, len(stretch) - (self.k2 - self.k1))  # where the next stretch begins
+        stretch = x if stretch is None else backend.xp.concatenate([stretch, x])
+        before, cut = len(stretch) - len(x), self._dropped(len(stretch), self.k1)
         parts = [part for part in (slice(0, cut), slice(cut, len(stretch))) if part.start < part.stop]
-        state, outputs, backwards, carried = self.state, [], [], self.state
+        state, outputs, backwards, carried = begin, [], [], begin
         for part in parts:
             out, state, backward = self.model(stretch[part], state)
             if part.stop == cut:
@@ -86,9 +88,22 @@ class TruncatedBPTT:
             backwards.append(backward)
         value, dout = self.loss(outputs[0] if len(outputs) == 1 else backend.xp.concatenate(outputs), targets)
         self._back(parts, before, backwards, dout, flow)
-        self.state = carried
-        self.past = stretch[cut:].copy() if cut < len(stretch) else None
+        self.stretch, self.begin, self.carried = stretch, begin, carried
         return value
+
+    def before(self, steps: int) -> tuple[Any, Array | None]:
+        """The state and the inputs from which a window of `steps` steps starts its k2 steps; None: no inputs."""
+        if self.stretch is None:
+            return self.begin, None
+        cut = self._dropped(len(self.stretch), steps)
+        begin = self.carried
+        if cut != self._dropped(len(self.stretch), self.k1):  # a shorter window, a stream's last, reaches further back
+            begin = self.model(self.stretch[:cut], self.begin, training=False)[1] if cut else self.begin
+        return begin, self.stretch[cut:] if cut < len(self.stretch) else None
+
+    def _dropped(self, length: int, steps: int) -> int:
+        """How many of the last `length` steps are out of reach for a window of `steps` more."""
+        return max(0, length + steps - self.k2)
 
     def _back(self, parts: list[slice], before: int, backwards: list, dout: Array, flow: Array | None) -> None:
         """From the last part to the first; the steps before the window have no loss of their own."""
@@ -110,16 +125,21 @@ class TruncatedBPTT:
             flow[..., first - before : part.stop - before] = norms[..., first - part.start :]
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """What a run needs to go on from here: the carried state and the inputs that are still in reach."""
-        parts = self.state if isinstance(self.state, tuple) else () if self.state is None else (self.state,)
-        arrays = {f"state{s}": backend.to_numpy(part).copy() for s, part in enumerate(parts)}
-        return arrays if self.past is None else arrays | {"past": backend.to_numpy(self.past).copy()}
+        """What a run needs to go on from here: the carried states, and the inputs that are still in reach."""
+        states = {f"{name}{s}": part for name in STATES for s, part in enumerate(_parts(getattr(self, name)))}
+        arrays = states if self.stretch is None else states | {"stretch": self.stretch}
+        return {name: backend.to_numpy(array).copy() for name, array in arrays.items()}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
-        names = sorted(name for name in values if name != "past")
-        if names != [f"state{s}" for s in range(len(names))]:
-            raise ValueError(f"expected state0, state1, ... and past, got {', '.join(values)}")
-        parts = tuple(backend.asarray(values[name], None, name) for name in names)
-        self.state = None if not parts else parts[0] if len(parts) == 1 else parts
-        self.past = backend.asarray(values["past"], None, "past") if "past" in values else None
+        """Takes what `state_dict` gave.  Raises ValueError for other names."""
+        given = {name: backend.asarray(value, None, name) for name, value in values.items()}
+        stretch = given.pop("stretch", None)
+        states = [[given.pop(f"{name}{s}") for s in range(len(values)) if f"{name}{s}" in given] for name in STATES]
+        if given:
+            raise ValueError(f"expected begin0, begin1, ..., carried0, ..., stretch; got {', '.join(values)}")
+        self.stretch = stretch
+        self.begin, self.carried = (None if not s else s[0] if len(s) == 1 else tuple(s) for s in states)
+
+
+def _parts(state: Any) -> tuple:
+    return () if state is None else state if isinstance(state, tuple) else (state,)

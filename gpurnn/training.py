@@ -88,7 +88,7 @@ class Training:
         Looks only: the run goes on as if it had not been called.
         """
         x, targets, first = self.windows.at(self.steps_done)
-        past, state = (None, None) if first else (self.bptt.past, self.bptt.state)
+        state, past = (None, None) if first else self.bptt.before(len(x))
         stretch = x if past is None else np.concatenate([backend.to_numpy(past), x])
         drawn = self.rng.bit_generator.state
         model: Any = self.model
