@@ -11,7 +11,7 @@ from gpurnn import backend, checkpoint
 from gpurnn.config import TrainConfig
 from gpurnn.data import Alphabet
 from gpurnn.layers import Dropout, Embedding, Linear, SequenceModel
-from gpurnn.losses import softmax, softmax_cross_entropy
+from gpurnn.losses import softmax_cross_entropy
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 STREAMS, WINDOW = 64, 128  # of a measurement: the text is read at 64 places side by side, 128 symbols at a time
@@ -40,11 +40,16 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
 def load(run: str | Path) -> tuple[SequenceModel, Alphabet, TrainConfig]:
     """The model of a run folder, as its last checkpoint has it.  Raises ValueError or OSError where it cannot be read."""
     run = Path(run)
+    if not (run / checkpoint.CONFIG).is_file():
+        raise FileNotFoundError(f"{run}: expected a run folder, {checkpoint.CONFIG} is not there")
     config = TrainConfig.from_mapping(checkpoint.read_config(run / checkpoint.CONFIG), str(run / checkpoint.CONFIG))
     saved = checkpoint.load(run / checkpoint.MODEL)
-    alphabet = Alphabet.from_json(saved.meta["alphabet"])
-    model = build(config, len(alphabet), np.random.default_rng(0))
-    model.load_state_dict(saved.tensors)
+    try:
+        alphabet = Alphabet.from_json(checkpoint.entry(saved.meta, "alphabet", str))
+        model = build(config, len(alphabet), np.random.default_rng(0))
+        model.load_state_dict(saved.tensors)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{run / checkpoint.MODEL}: {error.args[0]}") from None
     return model, alphabet, config
 
 
@@ -71,7 +76,11 @@ def bits_per_symbol(model: SequenceModel, tokens: np.ndarray, limit: int | None 
 def sample(
     model: SequenceModel, alphabet: Alphabet, prompt: str, length: int, temperature: float, rng: np.random.Generator
 ) -> Iterator[int]:
-    """Tokens drawn one after the other from the model, behind `prompt`; temperature 0 takes the likeliest each time."""
+    """Tokens drawn one after the other from the model, behind `prompt`; temperature 0 takes the likeliest each time.
+
+    The iterator raises FloatingPointError where the model's output is not finite.
+    Raises ValueError for a prompt outside the alphabet, a negative length or temperature.
+    """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a number from 0, got {temperature!r}")
     if length < 0:
@@ -79,6 +88,17 @@ def sample(
     tokens = alphabet.encode(prompt)
     if not len(tokens):
         tokens = np.array([rng.integers(len(alphabet))])
+    return _draws(model, tokens, length, temperature, rng)
+
+
+def first_prompt(alphabet: Alphabet) -> str:
+    """What a sample starts from where nothing else is asked for: a new line, if the text has any."""
+    return "\n" if alphabet.unit == "bytes" or "\n" in alphabet.symbols else alphabet.symbols[0]
+
+
+def _draws(
+    model: SequenceModel, tokens: np.ndarray, length: int, temperature: float, rng: np.random.Generator
+) -> Iterator[int]:
     logits, state, _ = model(tokens.astype(np.int32)[:, None], training=False)
     for _ in range(length):
         token = _draw(backend.to_numpy(logits[-1, 0]), temperature, rng)
@@ -87,8 +107,11 @@ def sample(
 
 
 def _draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the model's output is not finite: its training has diverged")
     if temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) - logits.max()
-    probabilities = backend.to_numpy(softmax(scaled / temperature))
-    return int(np.searchsorted(np.cumsum(probabilities), rng.random() * probabilities.sum(), side="right"))
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
+        scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    cumulative = np.cumsum(np.exp(scaled))
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))

@@ -13,8 +13,8 @@ import secrets
 import shutil
 import time
 import tomllib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import tomli_w
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, MODEL, METRICS = "config.toml", "model.safetensors", "metrics.jsonl"
 TEMPORARY = ".tmp-gpurnn-"  # clean() removes whatever starts with it, so it must be nobody else's
@@ -82,9 +87,7 @@ def create_run(folder: StrPath, config: Mapping[str, Any], checkpoint: Checkpoin
     Raises FileExistsError where it exists; of two processes that make the same run, one gets this error.
     """
     folder = Path(folder)
-    taken = FileExistsError(f"{folder} exists already: resume that run with --resume, or choose another name")
-    if os.path.lexists(folder):
-        raise taken
+    check_free(folder)
     files = {CONFIG: config_bytes(config), MODEL: _checkpoint_bytes(checkpoint)}
     _make_folders(folder.parent)
     clean(folder.parent, older_than=3600.0)  # seconds; a younger one may be another process's run in the making
@@ -95,12 +98,42 @@ def create_run(folder: StrPath, config: Mapping[str, Any], checkpoint: Checkpoin
             write_atomically(temporary / name, data)
         try:
             temporary.rename(folder)
-        except OSError as error:  # its number differs between platforms
-            raise (taken if os.path.lexists(folder) else error) from None
+        except OSError:  # its number differs between platforms
+            check_free(folder)
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(folder.parent)
+
+
+def check_free(folder: StrPath) -> None:
+    """Raises FileExistsError where there is something called `folder`."""
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} exists already: resume that run with --resume, or choose another name")
+
+
+@contextmanager
+def locked(folder: StrPath) -> Iterator[None]:
+    """Within the block, no other process gets past its own `locked(folder)`: it raises BlockingIOError.
+
+    The lock is on the folder itself and dies with its process, so that nothing is left behind that could block a resume.
+    Platforms and network file systems without such locks go without.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{folder}: another process is training this run") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: StrPath, data: bytes) -> None:
@@ -186,6 +219,15 @@ def restore_rng(generator_state: Mapping[str, Any]) -> np.random.Generator:
         "uinteger": numbers["uinteger"],
     }
     return np.random.Generator(bit_generator)
+
+
+def entry(meta: Mapping[str, Any], name: str, kind: type) -> Any:
+    """`meta[name]`; ValueError where it is missing or not of the type that JSON gives a `kind`."""
+    accepted = (int, float) if kind is float else kind
+    value = meta.get(name)
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a {kind.__name__} in the checkpoint, got {value!r:.60}")
+    return value
 
 
 def _checkpoint_bytes(checkpoint: Checkpoint) -> bytes:

@@ -66,6 +66,10 @@ class TrainConfig:
             _check(option, getattr(self, option.name))
         if self.k2 is not None and self.k2 < self.k1:
             raise ValueError(f"k2: expected at least k1 = {self.k1}, got {self.k2}")
+        if self.nonlinearity != "tanh" and self.cell != "rnn":
+            raise ValueError(f"nonlinearity: only the cell rnn has a choice, got {self.nonlinearity} for {self.cell}")
+        if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
+            raise ValueError(f"momentum: {self.optimizer} has its own, expected 0, got {self.momentum}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> Self:
@@ -90,6 +94,7 @@ POSITIVE = (
     "max_alphabet", "hidden_size", "num_layers", "embedding_size", "k1", "k2", "batch", "lr", "clip_norm", "clip_value",
     "clip_in_time", "steps", "minutes", "log_every", "validate_every", "save_every",
 )  # fmt: skip
+LARGEST = 2**63 - 1  # a TOML file holds no larger integer
 FRACTIONS = ("validation", "dropout", "momentum", "warmup")
 
 
@@ -108,6 +113,10 @@ def _check(option: Field, value: Any) -> None:
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         word = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise ValueError(f"{name}: expected {word}, got {value!r}")
+    if isinstance(value, int) and value > LARGEST:
+        raise ValueError(f"{name}: expected a number up to {LARGEST}, got {value}")
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{name}: expected a text that can be printed, got {value!r}")
     if choices and value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     if name in POSITIVE and not 0 < number < float("inf"):

@@ -227,14 +227,14 @@ def _token_blocks(survey: _Survey, alphabet: Alphabet, encoding: str | None) -> 
 
 def _tokens(survey: _Survey, alphabet: Alphabet, encoding: str | None, cache_dir: str | Path | None) -> np.ndarray:
     """The token stream, read-only: the file itself, an array in memory, or a mapped token file."""
-    if alphabet.unit == "bytes" and len(survey.files) == 1:
-        return np.memmap(survey.files[0], np.uint8, "r", shape=(survey.length,))
     dtype = alphabet.dtype.newbyteorder("<")
     blocks = _token_blocks(survey, alphabet, encoding)
     if survey.length * dtype.itemsize < IN_MEMORY:
         tokens = np.concatenate(list(blocks))
         tokens.flags.writeable = False
         return tokens
+    if alphabet.unit == "bytes" and len(survey.files) == 1:
+        return np.memmap(survey.files[0], np.uint8, "r", shape=(survey.length,))
     folder = _cache_folder() if cache_dir is None else Path(cache_dir)
     if folder is None:
         with tempfile.TemporaryFile() as file:  # nameless: gone with the process, however it ends

@@ -38,7 +38,7 @@ class MetricsLog:
             try:
                 wanted = _metrics_line(line)["step"] <= step
             except ValueError as error:
-                spoilt = spoilt or f"{path}: line {number}: {error}"
+                spoilt = spoilt or f"{path}: line {number}: {error}; without that line, or the file, the run resumes"
                 continue
             if wanted and spoilt:
                 raise ValueError(spoilt)

@@ -119,7 +119,7 @@ class Recurrent(Layer):
     ) -> tuple[Array, Any, Callable | None]:
         """Runs over a sequence: `y, state, backward = layer(x)`.
 
-        x        (T, N, I); kept until backward, so do not change it before.
+        x        (T, N, I); kept until backward, as the parameters are, so change neither before.
         state    initial states (L*D, N, H): one array, or a tuple where the cell has several, (h, c) for an LSTM;
                  None, for all or one of the tuple: zeros, or the trained initial state.
         lengths  N whole numbers in 0..T: each row's own length.  Behind it y = 0, and x and dy are not read.

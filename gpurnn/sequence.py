@@ -25,12 +25,14 @@ class Lengths(NamedTuple):
     order     batch rows, longest first; `inverse` undoes it.
     rows      (T,) how many rows live at each step.
     padding   (T, N, 1) True behind each row's end, in the caller's order.
+    empty     (N, 1) True for rows of length 0, in the caller's order.
     """
 
     order: Array
     inverse: Array
     rows: np.ndarray
     padding: Array
+    empty: Array
 
 
 def prepare_lengths(lengths: Any, T: int, N: int) -> Lengths | None:
@@ -49,7 +51,7 @@ def prepare_lengths(lengths: Any, T: int, N: int) -> Lengths | None:
     rows = (given[None, :] > steps[:, None]).sum(1)
     xp = backend.xp
     padding = xp.asarray(steps[:, None] >= given[None, :])[..., None]
-    return Lengths(xp.asarray(order), xp.asarray(np.argsort(order)), rows, padding)
+    return Lengths(xp.asarray(order), xp.asarray(np.argsort(order)), rows, padding, xp.asarray(given == 0)[:, None])
 
 
 def run(
@@ -73,14 +75,18 @@ def run(
     T, N, _ = x.shape
     rows = np.full(T, N) if lengths is None else lengths.rows
     if lengths is not None:
-        x = xp.where(lengths.padding, xp.zeros((), x.dtype), x)[:, lengths.order]
-        state = tuple(part[lengths.order] for part in state)
+        zero = xp.zeros((), x.dtype)
+        x = xp.where(lengths.padding, zero, x)[:, lengths.order]
+        # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
+        given, state = state, tuple(xp.where(lengths.empty, zero, part)[lengths.order] for part in state)
     states, tape = engine.forward(cell, xp.ascontiguousarray(x), weights, state, rows, reverse, training)
     y = states.h[:T] if reverse else states.h[1:]
     final = states.final
     if lengths is not None:
         y = y[:, lengths.inverse]
-        final = tuple(part[lengths.inverse] for part in final)
+        final = tuple(
+            xp.where(lengths.empty, part, end[lengths.inverse]) for part, end in zip(given, final, strict=True)
+        )
     if not training:
         return y, final, None
 

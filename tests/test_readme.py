@@ -1,0 +1,55 @@
+"""The README's Python runs as it stands, each example by itself, and does what the text around it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def run(marker: str) -> dict:
+    (source,) = [example for example in EXAMPLES if marker in example]
+    names: dict = {}
+    exec(compile(source, f"README.md ({marker})", "exec"), names)
+    return names
+
+
+def test_layers_and_lengths(capsys):
+    names = run("bidirectional=True")
+    assert capsys.readouterr().out.strip() == "(128, 32)"
+    assert names["y"].shape == (50, 8, 64) and not names["y"][3:, 6].any()
+
+
+def test_forecast():
+    names = run("forecast = []")
+    assert names["error"] < 0.1 * names["future"].var()
+
+
+def test_truncated_bptt():
+    names = run("TruncatedBPTT")
+    assert 0 < float(names["loss"]) < 4
+
+
+def test_own_cell():
+    names = run("minimal_gated_unit")
+    assert max(names["gpurnn"].check_gradients(names["cell"]).values()) < 1e-6
+
+
+def test_vanishing(capsys):
+    run("flow=flow")
+    rnn, lstm = capsys.readouterr().out.splitlines()
+    last, first = (float(value) for value in re.findall(r"\d\.\de[+-]\d+", rnn))
+    assert first < 1e-20 * last, "the sigmoid RNN's gradient vanishes"
+    last, first = (float(value) for value in re.findall(r"\d\.\de[+-]\d+", lstm))
+    assert first > 1e-12 * last, "the LSTM's does not"
+
+
+def test_every_example_is_covered():
+    assert len(EXAMPLES) == 5
+
+
+@pytest.mark.parametrize("command", ["gpurnn train", "pip install -e '.[test]' && .venv/bin/python -m pytest"])
+def test_the_two_commands_are_there(command):
+    assert command in README
