@@ -11,6 +11,7 @@ from gpurnn.arguments import check_unused, checked, generator, number, positive,
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.executors import choose
 from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.executors.threads import one_blas_thread
 from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer, dropout_mask
 from gpurnn.sequence import prepare_lengths, run
@@ -69,7 +70,8 @@ class Recurrent(Layer):
         self.rng = generator(rng)
         shapes, symbols = self._shapes()
         super().__init__(shapes, dtype, symbols)
-        self._initialise(init or {})
+        with one_blas_thread:  # of orthogonal's QR, whose threads would go on spinning for a while
+            self._initialise(init or {})
 
     def _shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         G, H, D = self.cell.gates, self.hidden_size, self.directions

@@ -48,15 +48,29 @@ def _user_cache() -> Path:
 
 def compiled(function: Callable, signature: Any, *key: Any) -> Callable:
     """`function` compiled for `signature`, from the disk if an earlier process compiled it under the same key."""
-    dispatcher = njit(nogil=True)(function)
+    dispatcher = inner(function, *key)
     place = folder()
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
-        name = f"{function.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.bin"
+        name = f"{function.__name__}-{_digest(text)}.bin"
         dispatcher._cache = _File(place / name)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
+
+
+def inner(function: Callable, *key: Any) -> Any:
+    """`function` for use in other compiled functions, under a name that is its own among closures of one definition.
+
+    Numba names machine code after the qualified name, the argument types and a counter of the process.  Two closures
+    compiled in two processes can so have one name, and a process that loads both would run one of them for both.
+    """
+    function.__qualname__ = f"{function.__name__}_{_digest(repr(key))}"
+    return njit(nogil=True)(function)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @functools.cache

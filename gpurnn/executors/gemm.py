@@ -9,9 +9,10 @@ import functools
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from gpurnn.executors import cache
 from gpurnn.executors.simd import I64, Emitter, host
 
 TILE_ROWS = (6, 4, 2, 1)
@@ -122,7 +123,6 @@ def _tile(dtype: np.dtype, vectors: int, masked: bool):
     """Any number of rows as tiles of 6, 4, 2 and 1."""
     six, four, two, one = (_micro_kernel(dtype, rows, vectors, masked) for rows in TILE_ROWS)
 
-    @njit(nogil=True)
     def tile(a, lda, m, w, k, c, ldc, count, accumulate):
         row = 0
         while row < m:
@@ -140,7 +140,7 @@ def _tile(dtype: np.dtype, vectors: int, masked: bool):
                 one(a + row * lda, lda, w, k, c + row * ldc, ldc, count, accumulate)
                 row += 1
 
-    return tile
+    return cache.inner(tile, dtype.str, vectors, masked)
 
 
 @functools.cache
@@ -151,7 +151,6 @@ def make_gemm(dtype: np.dtype):
     narrow_tile = _tile(dtype, 1, masked=True)
     wide = vectors * width
 
-    @njit(nogil=True)
     def gemm(a, lda, m, w, k, n, c, ldc, accumulate):
         column = 0
         while column < n:
@@ -164,7 +163,7 @@ def make_gemm(dtype: np.dtype):
                 w += k * width * size
                 column += width
 
-    return gemm
+    return cache.inner(gemm, dtype.str)
 
 
 def make_pack(dtype: np.dtype):

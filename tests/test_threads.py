@@ -1,0 +1,203 @@
+"""Threads: the same bits every time, right results under concurrency, BLAS as it was before, and life after a fork."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from gpurnn import backend
+from gpurnn.cells import GRU_CELL, LSTM_CELL
+from gpurnn.executors import compiled, threads
+from gpurnn.recurrent import LSTM
+
+pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
+
+ROOT = Path(__file__).parents[1]
+T, N, I, H = 6, 9, 20, 100  # a step and the large products are both worth several threads
+
+
+def training_step(seed=0, lengths=None):
+    """Everything that a step gives: y, final states, dx, dstates, all gradients."""
+    layer = LSTM(I, H, executor="compiled", rng=seed)
+    rng = np.random.default_rng(seed)
+    y, state, backward = layer(rng.standard_normal((T, N, I)), lengths=lengths)
+    dx, dstate = backward(rng.standard_normal(y.shape))
+    return [y, *state, dx, *dstate, *layer.grads.values()]
+
+
+def digest(arrays):
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+@pytest.fixture
+def two_blas_threads():
+    with threadpool_limits(2, user_api="blas"):
+        if 2 not in blas_threads():
+            pytest.skip("this BLAS does not run on two threads")
+        yield blas_threads()
+
+
+def script(code, **environment):
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_same_bits_twice_and_in_every_process(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
+    here = digest(training_step())
+    assert digest(training_step()) == here
+    code = f"""
+        import importlib.util, sys
+        spec = importlib.util.spec_from_file_location("these_tests", {str(Path(__file__))!r})
+        tests = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tests)
+        print(tests.digest(tests.training_step()))
+    """
+    assert [script(code).stdout.strip() for _ in range(2)] == [here, here]
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 0, 1, 6, 3, 2, 2, 5, 0], [0] * N])
+def test_any_number_of_threads_gives_the_same(monkeypatch, lengths):
+    outcomes = []
+    for count in ("1", "2", "3", "20"):
+        monkeypatch.setenv("GPURNN_NUM_THREADS", count)
+        outcomes.append(training_step(lengths=lengths))
+    for outcome in outcomes[1:]:
+        for one, several in zip(outcomes[0], outcome, strict=True):
+            np.testing.assert_allclose(several, one, rtol=0, atol=1e-5 * max(1e-30, np.abs(one).max()))
+
+
+def test_layers_in_several_python_threads_at_once(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "3")
+    alone = [digest(training_step(seed)) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: digest(training_step(seed)), range(8)))
+    assert together == alone
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [[9, 9, 9], [9, 5, 1, 0], [0, 0], [1, 1, 1, 1], [9, 1, 1, 1, 1, 1], []])
+def test_shares_cover_the_batch_once(monkeypatch, rows, count):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
+    for cell in (LSTM_CELL, GRU_CELL):
+        for batch in (9, 30):
+            shares = compiled._shares(cell, np.array(rows, np.int64), batch, 200)
+            assert len(shares) <= count
+            assert [n for share in shares for n in range(share.start, share.stop)] == list(range(batch))
+            assert all(share.stop > share.start for share in shares)
+
+
+def test_shares_of_ragged_batches_have_equal_work(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
+    lengths = np.array([100] + [10] * 10)  # longest first
+    rows = (lengths[None, :] > np.arange(100)[:, None]).sum(1)
+    first, second = compiled._shares(LSTM_CELL, rows, 11, 200)
+    assert (first, second) == (slice(0, 1), slice(1, 11))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_shares_are_never_empty(count):
+    assert [share.stop - share.start for share in threads.shares(count, 3)] == {0: [0], 1: [1], 7: [2, 2, 3]}[count]
+
+
+def test_matmul_in_parts(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "3")
+    monkeypatch.setattr(threads, "PARALLEL_FLOPS", 0)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((31, 17)), rng.standard_normal((17, 12))
+    np.testing.assert_allclose(threads.matmul(a, b), a @ b, rtol=1e-13)
+    wide = np.full((31, 20), 7.0)
+    threads.matmul(a, b, out=wide[:, 3:15])
+    np.testing.assert_allclose(wide[:, 3:15], a @ b, rtol=1e-13)
+    assert (wide[:, :3] == 7).all() and (wide[:, 15:] == 7).all()
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_an_exception_in_any_part_is_raised_when_all_parts_have_ended(bad):
+    ended = []
+
+    def work(part):
+        if part == bad:
+            raise ArithmeticError(f"part {part}")
+        ended.append(part)
+
+    with pytest.raises(ArithmeticError, match=f"part {bad}"):
+        threads.run(work, range(4))
+    assert sorted([*ended, bad]) == [0, 1, 2, 3]
+
+
+def test_blas_threads_come_back(two_blas_threads):
+    training_step()
+    assert blas_threads() == two_blas_threads
+    with threads.one_blas_thread:
+        assert set(blas_threads()) == {1}
+        with threads.one_blas_thread:
+            training_step()
+        assert set(blas_threads()) == {1}
+    assert blas_threads() == two_blas_threads
+
+
+def test_blas_threads_come_back_after_an_exception(two_blas_threads, monkeypatch):
+    def fails(*_, **__):
+        assert set(blas_threads()) == {1}
+        raise ArithmeticError
+
+    monkeypatch.setattr(compiled.threads, "matmul", fails)
+    with pytest.raises(ArithmeticError):
+        training_step()
+    assert blas_threads() == two_blas_threads
+
+
+def test_blas_threads_come_back_when_the_last_of_many_has_left(two_blas_threads):
+    """Whoever was first in, whoever is last out, and whoever set the number before."""
+    barrier = threading.Barrier(4)
+
+    def hold(number):
+        seen = []
+        for turn in range(12):
+            barrier.wait()
+            with threads.one_blas_thread:
+                seen.append(set(blas_threads()))
+                for _ in range(number + turn % 4):
+                    blas_threads()
+            barrier.wait()
+            seen.append(blas_threads())
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        for seen in pool.map(hold, range(4)):
+            assert seen[::2] == [{1}] * 12
+            assert seen[1::2] == [two_blas_threads] * 12
+    assert blas_threads() == two_blas_threads
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_and_its_parent_both_go_on():
+    code = f"""
+        import importlib.util, os, sys, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own about fork beside threads: it is the point here
+        spec = importlib.util.spec_from_file_location("these_tests", {str(Path(__file__))!r})
+        tests = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tests)
+        before = tests.digest(tests.training_step())
+        child = os.fork()
+        same = tests.digest(tests.training_step()) == before
+        if child == 0:
+            os._exit(7 if same else 8)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same, tests.digest(tests.training_step()) == before)
+    """
+    done = script(code, GPURNN_NUM_THREADS="2")
+    assert done.stdout.strip() == "7 True True", done.stderr
