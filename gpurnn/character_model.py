@@ -25,7 +25,7 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
         "num_layers": config.num_layers,
         "dropout": config.dropout,
         "trainable_h0": config.trainable_h0,
-        "clip_in_time": config.clip_in_time,
+        "clip_in_time": config.clip_in_time or None,
     }
     recurrent: Recurrent
     if config.cell == "rnn":

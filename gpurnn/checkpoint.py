@@ -23,10 +23,11 @@ import safetensors
 import safetensors.numpy
 import tomli_w
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 CONFIG, MODEL, METRICS = "config.toml", "model.safetensors", "metrics.jsonl"
 TEMPORARY = ".tmp-gpurnn-"  # clean() removes whatever starts with it, so it must be nobody else's

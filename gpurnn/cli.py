@@ -5,11 +5,12 @@ import codecs
 import contextlib
 import datetime
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gpurnn._version import __version__
 from gpurnn.config import TrainConfig, value_type
 
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes as a shell gives them
+CLOSED_PIPE = 141
 SAMPLE_LENGTH, SAMPLE_TEMPERATURE = 300, 0.7
 
 
@@ -26,9 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.command(options)
+    except BrokenPipeError:  # whoever read our output has left; so has what Python would still flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except (ValueError, TypeError, KeyError, OSError, FloatingPointError, MemoryError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"gpurnn: error: {message or type(error).__name__}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])
+        print("; ".join([f"gpurnn: error: {message or type(error).__name__}", *notes]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gpurnn: interrupted", file=sys.stderr)
@@ -130,7 +136,7 @@ def _write_tokens(alphabet: Any, tokens: Iterator[int]) -> None:
 def _train(options: argparse.Namespace) -> int:
     from gpurnn import backend, checkpoint
     from gpurnn.data import load_corpus
-    from gpurnn.training import Training, train
+    from gpurnn.training import Training
 
     config, folder = _resumed_config(options) if options.resume else _new_config(options)
     print(f"backend   {backend.name}: {backend.reason}")
@@ -144,17 +150,25 @@ def _train(options: argparse.Namespace) -> int:
     print(f"text      {corpus.description}\n          sha256 {corpus.sha256}")
     training = Training(config, corpus)
     depth = f"{config.num_layers} x {config.hidden_size}"
-    print(f"model     {config.cell} {depth}, {training.model.params.count:,} parameters, {config.dtype}")
-    baseline = _baseline(training)
-    if options.resume:
-        _restore(training, folder)
-        checkpoint.write_atomically(folder / checkpoint.CONFIG, checkpoint.config_bytes(config.to_mapping()))
-    else:
+    print(f"model     {config.cell} {depth}, {training.model.params.count:,} parameters, {config.dtype}", flush=True)
+    if not options.resume:
         checkpoint.create_run(folder, config.to_mapping(), training.checkpoint())
-    print(f"run       {folder}" + (f", from step {training.steps_done}" if options.resume else ""), flush=True)
-    if training.progress >= 1:
-        print(f"nothing left to do: {training.steps_done} steps are done; more with --steps or --minutes")
-        return 0
+    with checkpoint.locked(folder):
+        if options.resume:
+            checkpoint.clean(folder)
+            _restore(training, folder)
+            checkpoint.write_atomically(folder / checkpoint.CONFIG, checkpoint.config_bytes(config.to_mapping()))
+        print(f"run       {folder}" + (f", from step {training.steps_done}" if options.resume else ""), flush=True)
+        if training.progress >= 1:
+            print(f"nothing left to do: {training.steps_done} steps are done; more with --steps or --minutes")
+            return 0
+        return _run(training, folder)
+
+
+def _run(training: Any, folder: Path) -> int:
+    from gpurnn.training import train
+
+    baseline = _baseline(training)
     with _signals() as caught, _progress(training) as report:
         train(training, folder, stop=lambda: bool(caught), report=report)
     _draw(folder, training, baseline)
@@ -174,6 +188,8 @@ def _new_config(options: argparse.Namespace) -> tuple[TrainConfig, Path]:
     config = TrainConfig.from_mapping({**values, **_given(options)}, "options")
     if config.data == "":
         raise ValueError("--data: expected a file or folder, got an empty name")
+    if config.data is not None:  # a run may be resumed from another folder
+        config = replace(config, data=str(Path(config.data).absolute()))
     name = f"{config.cell}{config.hidden_size}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     return config, Path(options.folder or Path("runs") / name)
 
@@ -190,7 +206,6 @@ def _resumed_config(options: argparse.Namespace) -> tuple[TrainConfig, Path]:
         )
     if not (folder / checkpoint.CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no run to resume, {checkpoint.CONFIG} is not there")
-    checkpoint.clean(folder)
     values = checkpoint.read_config(folder / checkpoint.CONFIG)
     return TrainConfig.from_mapping({**values, **given}, str(folder / checkpoint.CONFIG)), folder
 
@@ -198,7 +213,10 @@ def _resumed_config(options: argparse.Namespace) -> tuple[TrainConfig, Path]:
 def _restore(training: Any, folder: Path) -> None:
     from gpurnn import checkpoint
 
-    differences = training.restore(checkpoint.load(folder / checkpoint.MODEL))
+    try:
+        differences = training.restore(checkpoint.load(folder / checkpoint.MODEL))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder / checkpoint.MODEL}: {error.args[0]}") from None
     if differences:
         print("warning   this is not the environment the run was saved in; results may differ in their last bits:")
         for line in differences:

@@ -44,9 +44,9 @@ class TrainConfig:
     weight_decay: float = _option("optimisation", 0.0, "weight decay")
     schedule: str = _option("optimisation", "cosine", "how the learning rate falls over the budget", SCHEDULES)
     warmup: float = _option("optimisation", 0.02, "fraction of the budget in which the learning rate rises")
-    clip_norm: float | None = _option("optimisation", 1.0, "largest norm of the gradient; 0: no limit")
-    clip_value: float | None = _option("optimisation", None, "largest entry of the gradient")
-    clip_in_time: float | None = _option("optimisation", None, "largest entry of what a step passes back in time")
+    clip_norm: float = _option("optimisation", 1.0, "largest norm of the gradient; 0: no limit")
+    clip_value: float = _option("optimisation", 0.0, "largest entry of the gradient; 0: no limit")
+    clip_in_time: float = _option("optimisation", 0.0, "largest entry of what a step passes back in time; 0: no limit")
 
     steps: int | None = _option("budget", None, "updates in all (default 2500 where --minutes is not given)")
     minutes: float | None = _option("budget", None, "minutes of training in all")
@@ -59,9 +59,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             object.__setattr__(self, "steps", 2500)
-        for name in ("clip_norm", "clip_value", "clip_in_time"):
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, None)
         for option in fields(self):
             _check(option, getattr(self, option.name))
         if self.k2 is not None and self.k2 < self.k1:
@@ -91,10 +88,10 @@ class TrainConfig:
 
 
 POSITIVE = (
-    "max_alphabet", "hidden_size", "num_layers", "embedding_size", "k1", "k2", "batch", "lr", "clip_norm", "clip_value",
-    "clip_in_time", "steps", "minutes", "log_every", "validate_every", "save_every",
+    "max_alphabet", "hidden_size", "num_layers", "embedding_size", "k1", "k2", "batch", "lr", "steps", "minutes", "log_every", "validate_every", "save_every",
 )  # fmt: skip
 LARGEST = 2**63 - 1  # a TOML file holds no larger integer
+FROM_0 = ("weight_decay", "seed", "clip_norm", "clip_value", "clip_in_time")
 FRACTIONS = ("validation", "dropout", "momentum", "warmup")
 
 
@@ -115,13 +112,15 @@ def _check(option: Field, value: Any) -> None:
         raise ValueError(f"{name}: expected {word}, got {value!r}")
     if isinstance(value, int) and value > LARGEST:
         raise ValueError(f"{name}: expected a number up to {LARGEST}, got {value}")
-    if isinstance(value, str) and not value.isprintable():
-        raise ValueError(f"{name}: expected a text that can be printed, got {value!r}")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(
+            f"{name}: expected a text that UTF-8 can hold, for {value!r} cannot be recorded in a TOML file"
+        )
     if choices and value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     if name in POSITIVE and not 0 < number < float("inf"):
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     if name in FRACTIONS and not 0 <= number < 1:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
-    if name in ("weight_decay", "seed") and not 0 <= number < float("inf"):
+    if name in FROM_0 and not 0 <= number < float("inf"):
         raise ValueError(f"{name}: expected a number from 0, got {value!r}")

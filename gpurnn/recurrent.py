@@ -128,7 +128,8 @@ class Recurrent(Layer):
         Returns y (T, N, D*H), the states behind each row's last step (L*D, N, H), and
         `dx, dstate0 = backward(dy, dstate=None, keep=False, flow=None)`, None without training.  It adds to `grads`.
         dy may be None, for a loss of the final state alone; `keep` lets it be called again; `flow`, a float64 array
-        (L*D, S, T), is filled with the L2 norms of dL/dstate_t over batch and units.
+        (L*D, S, T), is filled with the L2 norms of dL/dstate_t over batch and units, the states taken as they are
+        carried: for an LSTM h_t and c_t side by side, dL/dc_t without its way through h_t.
         Raises ValueError where a shape is wrong, RuntimeError where backward is called again without keep.
         """
         x = backend.asarray(x, self.dtype, "x")

@@ -7,7 +7,7 @@ finite reaches the parameters or a checkpoint.
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Training:
         """One update.  Returns the loss in bits per symbol and the norm of the gradient before clipping.
 
         flow: fill `self.flow` with the norms of dL/dstate_t over this window.
-        Raises FloatingPointError, the model unchanged, where loss or gradient is not finite.
+        Raises FloatingPointError where loss or gradient is not finite, the model unchanged, or where the updated
+        parameters are not; the run must not go on then.
         """
         began = time.perf_counter()
         x, targets, first = self.windows.at(self.steps_done)
@@ -78,6 +79,8 @@ class Training:
             raise FloatingPointError(f"the loss is {loss}")
         self.optimizer.lr = self.config.lr * self.schedule(int(self.progress * SCHEDULE_STEPS))
         self.optimizer.step()
+        if not clipping.all_finite(self.model.params.flat):
+            raise FloatingPointError("the update left parameters that are not finite")
         self.steps_done += 1
         self.seconds += time.perf_counter() - began
         return loss / math.log(2), norm
@@ -104,14 +107,12 @@ class Training:
 
     def _clipped(self) -> float:
         config = self.config
-        if config.clip_value is not None:
-            norm = clipping.grad_norm(self.model)
+        norm = clipping.grad_norm(self.model)
+        if config.clip_value:
             clipping.clip_grad_value(self.model, config.clip_value)
-            if config.clip_norm is None:
-                return norm
-        if config.clip_norm is not None:
-            return clipping.clip_grad_norm(self.model, config.clip_norm)
-        return clipping.grad_norm(self.model)
+        if config.clip_norm and (config.clip_value or norm > config.clip_norm):
+            clipping.clip_grad_norm(self.model, config.clip_norm)
+        return norm
 
     def validate(self, limit: int | None = VALIDATION_SYMBOLS) -> float | None:
         """Bits per symbol on (the first `limit` symbols of) the validation text; None where there is none."""
@@ -131,63 +132,84 @@ class Training:
     def restore(self, saved: Checkpoint) -> list[str]:
         """Takes up `saved`.  Returns what differs from the environment it was written in, a line each.
 
-        Raises ValueError where the text is another one or the checkpoint does not fit the options.
+        Raises ValueError or KeyError where the text is another one or the checkpoint is damaged or does not fit.
         """
-        meta = saved.meta
-        if meta["data"]["sha256"] != self.corpus.sha256:
-            raise ValueError("the text has changed since this run began; a run resumes on the text it started with")
-        if Alphabet.from_json(meta["alphabet"]) != self.corpus.alphabet:
+        meta, entry = saved.meta, checkpoint.entry
+        step, seconds = entry(meta, "step", int), entry(meta, "seconds", float)
+        if step < 0 or not 0 <= seconds < math.inf:
+            raise ValueError(f"step and seconds: expected numbers from 0, got {step} and {seconds}")
+        recorded, sha256 = entry(meta, "environment", dict), entry(entry(meta, "data", dict), "sha256", str)
+        if sha256 != self.corpus.sha256:
+            raise ValueError(
+                f"expected the text that this run began with, sha256 {sha256}; "
+                f"got {self.corpus.description}, sha256 {self.corpus.sha256}"
+            )
+        if Alphabet.from_json(entry(meta, "alphabet", str)) != self.corpus.alphabet:
             raise ValueError("the alphabet differs from the one this run began with")
+        rng = checkpoint.restore_rng(entry(meta, "rng", dict))
         self.model.load_state_dict(saved.tensors)
         self.optimizer.load_state_dict(saved.optimizer)
         self.bptt.load_state_dict(saved.state)
-        self.rng.bit_generator.state = checkpoint.restore_rng(meta["rng"]).bit_generator.state
-        self.steps_done, self.seconds = int(meta["step"]), float(meta["seconds"])
-        return environment.differences(meta["environment"])
+        self.rng.bit_generator.state = rng.bit_generator.state
+        self.steps_done, self.seconds = step, float(seconds)
+        return environment.differences(recorded)
 
 
 def train(training: Training, run: Path, *, stop: Callable[[], bool], report: Callable[[dict[str, Any]], None]) -> None:
     """Runs `training` to the end of its budget, or until `stop()`; saves on the way and at the end, and logs metrics.
 
-    report(line) sees every line of metrics.  Where loss or gradient stops being finite, the last checkpoint stands and
-    FloatingPointError says at which step.
+    report(line) sees every step: its number and, where one is due, its line of metrics.  Where loss, gradient or
+    parameters stop being finite, FloatingPointError says at which step.  It and every other error carry a note on the
+    checkpoint that stands.
     """
-    config, log = training.config, MetricsLog.resume(run / checkpoint.METRICS, training.steps_done)
-    losses: list[float] = []
-    began, symbols = training.seconds, training.symbols_done
+    saved = training.steps_done
 
     def save() -> None:
+        nonlocal saved
         log.sync()
         checkpoint.save(run / checkpoint.MODEL, training.checkpoint())
+        saved = training.steps_done
 
-    with log:
-        while training.progress < 1 and not stop():
-            due = _is_due(training.steps_done + 1, config.log_every, config.steps)
-            try:
-                loss, norm = training.step(flow=due)
-            except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"step {training.steps_done + 1}: {error}; the checkpoint before stands.  "
-                    "A lower --lr or a smaller --clip-norm may help"
-                ) from None
-            losses.append(loss)
-            step = training.steps_done
-            line: dict[str, Any] = {}
-            if due:
-                line = {"loss": float(np.mean(losses)), "grad_norm": norm, "lr": training.optimizer.lr}
-                line |= {"chars": training.symbols_done, "seconds": round(training.seconds, 3)}
-                elapsed = training.seconds - began
-                line["chars_per_second"] = round((training.symbols_done - symbols) / elapsed) if elapsed else None
-                line["flow"] = _rounded(backend.to_numpy(training.flow)[:, 0])
-                losses, began, symbols = [], training.seconds, training.symbols_done
-            if _is_due(step, config.validate_every, config.steps):
-                line |= {"validation": training.validate(), "reach": _rounded(training.reach())}
-            if line:
-                log.write(step, **line)
-                report({"step": step, **line})
-            if step % config.save_every == 0:
+    try:
+        with MetricsLog.resume(run / checkpoint.METRICS, training.steps_done) as log:
+            training.reach()  # compiles the cell's loops, or loads them, before the clock starts
+            for line in _steps(training, stop):
+                if len(line) > 1:
+                    log.write(**line)
+                report(line)
+                if training.steps_done % training.config.save_every == 0:
+                    save()
+            if saved < training.steps_done:
                 save()
-        save()
+    except Exception as error:
+        error.add_note(f"the checkpoint of step {saved} stands")
+        raise
+
+
+def _steps(training: Training, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Goes on step by step, and says of each its number and what is due to be known."""
+    config = training.config
+    losses: list[float] = []
+    began, symbols = training.seconds, training.symbols_done
+    while training.progress < 1 and not stop():
+        due = _is_due(training.steps_done + 1, config.log_every, config.steps)
+        try:
+            loss, norm = training.step(flow=due)
+        except FloatingPointError as error:
+            advice = "a new run with a lower --lr or a smaller --clip-norm may do better"
+            raise FloatingPointError(f"step {training.steps_done + 1}: {error}; {advice}") from None
+        losses.append(loss)
+        line: dict[str, Any] = {"step": training.steps_done}
+        if due:
+            line |= {"loss": float(np.mean(losses)), "grad_norm": norm, "lr": training.optimizer.lr}
+            line |= {"chars": training.symbols_done, "seconds": round(training.seconds, 3)}
+            elapsed = training.seconds - began
+            line["chars_per_second"] = round((training.symbols_done - symbols) / elapsed) if elapsed else None
+            line["flow"] = _rounded(backend.to_numpy(training.flow)[:, 0])
+            losses, began, symbols = [], training.seconds, training.symbols_done
+        if _is_due(training.steps_done, config.validate_every, config.steps) or training.progress >= 1:
+            line |= {"validation": training.validate(), "reach": _rounded(training.reach())}
+        yield line
 
 
 def _rounded(norms: np.ndarray) -> list[list[float]]:

@@ -1,0 +1,259 @@
+"""A training run: resumed it goes on bit for bit, killed it resumes, and it learns."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpurnn
+from gpurnn import checkpoint
+from gpurnn.config import TrainConfig
+from gpurnn.data import load_corpus
+from gpurnn.metrics import read_metrics
+from gpurnn.training import Training, train
+
+SMALL = TrainConfig(
+    hidden_size=9, embedding_size=5, batch=3, k1=6, steps=8, validation=0.2, validate_every=4, save_every=3, log_every=2
+)
+VARIANTS = {
+    "lstm": {},
+    "gru, k2 > k1": {"cell": "gru", "k2": 15},
+    "rnn, dropout": {"cell": "rnn", "dropout": 0.3, "nonlinearity": "relu"},
+    "layers, trained h0": {"num_layers": 2, "trainable_h0": True, "dropout": 0.2, "k2": 7},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "clip_value": 0.01, "clip_in_time": 0.01},
+    "rmsprop, float64": {"optimizer": "rmsprop", "dtype": "float64", "schedule": "linear", "lr": 1e-3},
+    "adamw, constant": {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "constant", "clip_norm": 0.0},
+}
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """Words in some order, long enough for the epochs to begin anew within a test."""
+    rng = random.Random(0)
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(rng.choice(["red", "green", "blue", "grün", "Ünten\n"]) for _ in range(30)), "utf-8")
+    return path
+
+
+def quietly(line):
+    """A report that nobody reads."""
+
+
+def go(config: TrainConfig, corpus, run: Path, steps: int) -> Training:
+    """Begins the run, or goes on with it, as another process would, and stops after `steps` steps in all."""
+    training = Training(config, corpus)
+    if run.exists():
+        assert training.restore(checkpoint.load(run / checkpoint.MODEL)) == []
+    else:
+        checkpoint.create_run(run, config.to_mapping(), training.checkpoint())
+    train(training, run, stop=lambda: training.steps_done >= steps, report=quietly)
+    return training
+
+
+def tensors_of(run: Path) -> dict[str, bytes]:
+    saved = checkpoint.load(run / checkpoint.MODEL)
+    groups = {"": saved.tensors, "optimizer/": saved.optimizer, "state/": saved.state}
+    return {prefix + name: value.tobytes() for prefix, group in groups.items() for name, value in group.items()}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_resumed_run_is_the_same_bit_for_bit(options, text, tmp_path):
+    config, corpus = replace(SMALL, **options), load_corpus(text)
+    assert len(Training(config, corpus).windows) < 8, "the run crosses the end of an epoch"
+    go(config, corpus, tmp_path / "whole", 8)
+    for steps in (1, 4, 5, 8):
+        go(config, corpus, tmp_path / "pieces", steps)
+    assert tensors_of(tmp_path / "pieces") == tensors_of(tmp_path / "whole")
+    for run in ("whole", "pieces"):
+        steps = [line["step"] for line in read_metrics(tmp_path / run / checkpoint.METRICS)]
+        assert steps == [1, 2, 4, 6, 8]
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(text, tmp_path):
+    config, corpus, run = replace(SMALL, save_every=100), load_corpus(text), tmp_path / "run"
+    go(config, corpus, run, 3)
+    training = Training(config, corpus)
+    training.restore(checkpoint.load(run / checkpoint.MODEL))
+    with pytest.raises(KeyboardInterrupt):  # the process dies at step 6; nothing was saved since step 3
+        train(training, run, stop=lambda: False, report=lambda line: die_at(6, line))
+    assert [line["step"] for line in read_metrics(run / checkpoint.METRICS)][-1] == 6
+    go(config, corpus, run, 8)
+    go(config, corpus, tmp_path / "whole", 8)
+    assert tensors_of(run) == tensors_of(tmp_path / "whole")
+    assert [line["step"] for line in read_metrics(run / checkpoint.METRICS)] == [1, 2, 4, 6, 8]
+
+
+def die_at(step, line):
+    if line["step"] == step:
+        raise KeyboardInterrupt
+
+
+def test_looking_changes_nothing(text, tmp_path):
+    """Validation, gradient flow and the reach of the last loss are looked at as often as one likes."""
+    corpus = load_corpus(text)
+    rarely = replace(SMALL, dropout=0.4, log_every=100, validate_every=100)
+    often = replace(rarely, log_every=1, validate_every=1)
+    for name, config in (("rarely", rarely), ("often", often)):
+        go(config, corpus, tmp_path / name, 8)
+    assert tensors_of(tmp_path / "rarely") == tensors_of(tmp_path / "often")
+
+
+def test_flow_and_reach_are_those_of_the_run(text):
+    config = replace(SMALL, num_layers=2, k2=15, dtype="float64")
+    training = Training(config, load_corpus(text))
+    for _ in range(3):
+        training.step(flow=True)
+    assert training.flow.shape == (2, 2, 6) and (training.flow[:, 0] > 0).all()
+    reach = training.reach()
+    assert reach.shape == (2, 15) and (reach[:, -1] > reach[:, 0]).all()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(text, tmp_path):
+    config, corpus = replace(SMALL, steps=50, clip_norm=0.0, save_every=2), load_corpus(text)
+    training = Training(config, corpus)
+    checkpoint.create_run(tmp_path / "run", config.to_mapping(), training.checkpoint())
+
+    def poison(line):
+        if line["step"] == 5:
+            training.model.params["head.weight"][0, 0] = np.nan
+
+    with pytest.raises(FloatingPointError, match="step 6: .*lower --lr") as caught:
+        train(training, tmp_path / "run", stop=lambda: False, report=poison)
+    assert caught.value.__notes__ == ["the checkpoint of step 4 stands"]
+    saved = checkpoint.load(tmp_path / "run" / checkpoint.MODEL)
+    assert saved.meta["step"] == 4 and all(np.isfinite(value).all() for value in saved.tensors.values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
+    config, corpus = SMALL, load_corpus(text)
+    go(config, corpus, tmp_path / "run", 3)
+    before = tensors_of(tmp_path / "run")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    training = Training(config, corpus)
+    training.restore(checkpoint.load(tmp_path / "run" / checkpoint.MODEL))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        train(training, tmp_path / "run", stop=lambda: False, report=quietly)
+    monkeypatch.undo()
+    assert tensors_of(tmp_path / "run") == before
+
+
+def test_what_differs_is_told_or_refused(text, tmp_path):
+    corpus = load_corpus(text)
+    go(SMALL, corpus, tmp_path / "run", 3)
+    saved = checkpoint.load(tmp_path / "run" / checkpoint.MODEL)
+    elsewhere = saved.meta["environment"] | {"threads": "99"}
+    (line,) = Training(SMALL, corpus).restore(saved._replace(meta=saved.meta | {"environment": elsewhere}))
+    assert line.startswith("threads: recorded 99, now ")
+    text.write_text("another text " * 20, "utf-8")
+    with pytest.raises(ValueError, match="expected the text that this run began with"):
+        Training(SMALL, load_corpus(text)).restore(saved)
+    for name in ("step", "seconds", "rng", "data", "alphabet", "environment"):
+        damaged = saved._replace(meta={key: value for key, value in saved.meta.items() if key != name})
+        with pytest.raises(ValueError, match=name):
+            Training(SMALL, corpus).restore(damaged)
+    with pytest.raises(KeyError, match="missing"):
+        Training(SMALL, corpus).restore(saved._replace(tensors={}))
+
+
+def test_too_short_a_text_says_what_is_needed(tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="batch 3 and steps 6 need 19"):
+        Training(SMALL, load_corpus(tmp_path / "short.txt"))
+
+
+def test_it_learns(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefgh " * 400)
+    config = replace(SMALL, hidden_size=24, steps=150, lr=0.02)
+    training = go(config, load_corpus(tmp_path / "text.txt"), tmp_path / "run", 150)
+    assert training.validate() < 0.05
+
+
+def test_a_budget_in_minutes_ends_and_resumes(text, tmp_path):
+    config, corpus = replace(SMALL, steps=None, minutes=1.5 / 60), load_corpus(text)
+    first = go(config, corpus, tmp_path / "run", 5)
+    assert 0 < first.progress < 1 and first.optimizer.lr > 0.02 * config.lr
+    second = go(config, corpus, tmp_path / "run", 10**9)
+    assert second.progress == 1 and 1.5 <= second.seconds < 4
+    assert second.optimizer.lr == pytest.approx(0.02 * config.lr, rel=0.5), "the schedule ran out with the time"
+
+
+COMMAND = [sys.executable, "-m", "gpurnn.cli", "train"]
+OPTIONS = [
+    "--hidden-size", "9", "--embedding-size", "5", "--batch", "3", "--k1", "6", "--k2", "8", "--dropout", "0.2",
+    "--steps", "300", "--save-every", "1", "--log-every", "5", "--validate-every", "50", "--validation", "0.2",
+]  # fmt: skip
+
+
+def test_kill_9_at_any_moment(text, tmp_path):
+    kill_at_random(4, text, tmp_path)
+
+
+@pytest.mark.slow
+def test_kill_9_fifty_times(text, tmp_path):
+    """Prints at which moments the processes were killed."""
+    print(kill_at_random(50, text, tmp_path))
+
+
+def kill_at_random(kills: int, text: Path, tmp_path: Path) -> dict[str, int]:
+    """Kills one run again and again; then lets it end, and compares it with one that was never killed.
+
+    The run saves after every step, so that most kills meet it saving.
+    """
+    rng = random.Random(1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begin = [*COMMAND, "--data", str(text), *OPTIONS]
+    root = Path(gpurnn.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+
+    def start(arguments):
+        return subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path, text=True
+        )
+
+    began = time.monotonic()
+    process = start([*begin, "--run", str(whole)])
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    duration = time.monotonic() - began
+    moments: dict[str, int] = {}
+    for _ in range(kills):
+        arguments = [*COMMAND, "--resume", str(killed)] if killed.exists() else [*begin, "--run", str(killed)]
+        process = start(arguments)
+        time.sleep(rng.uniform(0, duration) * rng.choice([0.5, 1.0]))
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        moment = moment_of(killed, output, process.returncode)
+        moments[moment] = moments.get(moment, 0) + 1
+        if killed.exists():
+            checkpoint.load(killed / checkpoint.MODEL)
+            TrainConfig.from_mapping(checkpoint.read_config(killed / checkpoint.CONFIG), "config")
+    arguments = [*COMMAND, "--resume", str(killed)] if killed.exists() else [*begin, "--run", str(killed)]
+    process = start(arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert tensors_of(killed) == tensors_of(whole)
+    assert not list(killed.glob(".tmp-*")) and not list(tmp_path.glob(".tmp-*"))
+    steps = [line["step"] for line in read_metrics(killed / checkpoint.METRICS)]
+    assert steps == sorted(steps)
+    return moments
+
+
+def moment_of(run: Path, output: str, code: int) -> str:
+    if code != -signal.SIGKILL:
+        return "had ended"
+    if not run.exists():
+        return "before the run folder"
+    if "run  " not in output:
+        return "starting up"
+    return "while saving" if list(run.glob(".tmp-*")) else "in a step or between"
