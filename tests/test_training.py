@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(text, t
         if line["step"] == 5:
             training.model.params["head.weight"][0, 0] = np.nan
 
-    with pytest.raises(FloatingPointError, match="step 6: .*lower --lr") as caught:
+    with pytest.raises(FloatingPointError, match=r"step 6: .*lower --lr") as caught:
         train(training, tmp_path / "run", stop=lambda: False, report=poison)
     assert caught.value.__notes__ == ["the checkpoint of step 4 stands"]
     saved = checkpoint.load(tmp_path / "run" / checkpoint.MODEL)

@@ -1,0 +1,271 @@
+"""The command line as people meet it: what it prints, what it leaves, and how it says no."""
+
+import fcntl
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+import gpurnn
+from gpurnn import checkpoint
+from gpurnn.cli import main
+from gpurnn.config import TrainConfig
+from gpurnn.metrics import read_metrics
+
+SMALL = [
+    "--hidden-size", "9", "--embedding-size", "5", "--batch", "3", "--k1", "6", "--steps", "8", "--validation", "0.2",
+    "--log-every", "2", "--validate-every", "4", "--save-every", "3",
+]  # fmt: skip
+ROOT = Path(gpurnn.__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+COMMAND = [sys.executable, "-m", "gpurnn.cli"]
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox, die schnelle Füchsin.\n" * 30, "utf-8")
+    return path
+
+
+@pytest.fixture
+def run(text, tmp_path, capsys) -> Path:
+    """A finished run."""
+    assert main(["train", "--data", str(text), *SMALL, "--run", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line of an error."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("gpurnn: error: ") and captured.err.count("\n") == 1, captured.err
+    return captured.err.removeprefix("gpurnn: error: ").strip()
+
+
+def test_train_leaves_a_whole_run(text, tmp_path, capsys):
+    assert main(["train", "--data", str(text), *SMALL, "--run", str(tmp_path / "runs" / "a")]) == 0
+    output = capsys.readouterr().out
+    folder = tmp_path / "runs" / "a"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.toml", "gradient_flow.png", "loss.png", "metrics.jsonl", "model.safetensors",
+    ]  # fmt: skip
+    for expected in (
+        "backend ",
+        "sha256",
+        "parameters, float32",
+        "order-3 Witten-Bell model:",
+        "step      8",
+        "chars/s",
+    ):
+        assert expected in output
+    assert "bits/char on all" in output and "sample " in output
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "gradient_flow.png"))
+    metrics = read_metrics(folder / checkpoint.METRICS)
+    assert [line["step"] for line in metrics] == [1, 2, 4, 6, 8, 8]
+    assert metrics[-1]["validation_all"] > 0 and metrics[-1]["witten_bell"] > 0
+    assert TrainConfig.from_mapping(checkpoint.read_config(folder / "config.toml"), "").data == str(text)
+
+
+def test_resume_and_extend(run, capsys):
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "nothing left to do: 8 steps are done" in capsys.readouterr().out
+    assert main(["train", "--resume", str(run), "--steps", "10"]) == 0
+    assert "from step 8" in capsys.readouterr().out
+    assert checkpoint.load(run / "model.safetensors").meta["step"] == 10
+    assert checkpoint.read_config(run / "config.toml")["steps"] == 10
+
+
+def test_a_relative_text_is_found_from_anywhere(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", "text.txt", *SMALL, "--run", "run"]) == 0
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "9"]) == 0
+
+
+def test_a_config_file_makes_the_same_run(run, tmp_path, capsys):
+    assert main(["train", "--config", str(run / "config.toml"), "--run", str(tmp_path / "again")]) == 0
+    first, second = (checkpoint.load(folder / "model.safetensors").tensors for folder in (run, tmp_path / "again"))
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--unit", "bytes"],
+        ["--cell", "gru", "--num-layers", "2", "--dropout", "0.3", "--k2", "9", "--trainable-h0"],
+        ["--cell", "rnn", "--nonlinearity", "relu", "--clip-value", "0.1", "--clip-in-time", "0.1", "--clip-norm", "0"],
+        ["--optimizer", "sgd", "--momentum", "0.9", "--schedule", "linear", "--lr", "0.1", "--dtype", "float64"],
+        ["--optimizer", "rmsprop", "--schedule", "constant", "--weight-decay", "0.01"],
+        ["--validation", "0"],
+        ["--max-alphabet", "10"],
+    ],
+)
+def test_options(options, text, tmp_path, capsys):
+    assert main(["train", "--data", str(text), *SMALL, *options, "--run", str(tmp_path / "run")]) == 0
+    assert "sample " in capsys.readouterr().out
+    assert main(["sample", str(tmp_path / "run"), "--length", "5", "--prompt", "the"]) == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
+@pytest.mark.parametrize(
+    ("codec", "given"), [("utf-16", []), ("latin-1", ["--encoding", "latin-1"]), ("utf-8-sig", [])]
+)
+def test_encodings_and_folders(codec, given, tmp_path, capsys):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_bytes(("Füße und Möwen. " * 30).encode(codec))
+    (tmp_path / "texts" / "deep" / "b.txt").write_bytes(("Ähren im Wind. " * 30).encode(codec))
+    (tmp_path / "texts" / "c.bin").write_bytes(bytes(50))
+    given = [*given, "--pattern", "*.txt"]
+    assert main(["train", "--data", str(tmp_path / "texts"), *SMALL, *given, "--run", str(tmp_path / "run")]) == 0
+    assert "2 files" in capsys.readouterr().out
+    assert main(["sample", str(tmp_path / "run"), "--prompt", "Möwe", "--length", "3"]) == 0
+
+
+def test_sample(run, capsys):
+    def sample(*options) -> str:
+        assert main(["sample", str(run), *options]) == 0
+        return capsys.readouterr().out
+
+    assert sample("--seed", "3") == sample("--seed", "3")
+    assert sample("--seed", "3") != sample("--seed", "4")
+    assert sample("--temperature", "0", "--seed", "1") == sample("--temperature", "0", "--seed", "2")
+    assert len(sample("--prompt", "the q", "--length", "7")) == 5 + 7 + 1
+    assert "the model" not in refused(capsys, "sample", run, "--prompt", "漢字")
+    assert "temperature: expected a number from 0, got -1.0" in refused(capsys, "sample", run, "--temperature", "-1")
+    assert "length: expected a number from 0, got -5" in refused(capsys, "sample", run, "--length", "-5")
+    assert "expected a run folder" in refused(capsys, "sample", run.parent)
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("gpurnn", "numpy", "numba", "backend", "reason", "threads"))
+
+
+def test_bad_texts_are_refused_and_leave_nothing(tmp_path, capsys):
+    cases = {
+        "empty.txt": (b"", "empty"),
+        "binary.txt": (b"text\x00more" * 50, "binary"),
+        "latin.txt": ("naïve " * 60).encode("latin-1"),
+        "short.txt": (b"short " * 3, "need"),
+        "tiny.txt": (b"tiny", "too short"),
+    }
+    for name, case in cases.items():
+        content, words = case if isinstance(case, tuple) else (case, "not valid utf-8")
+        (tmp_path / name).write_bytes(content)
+        message = refused(capsys, "train", "--data", tmp_path / name, *SMALL, "--run", tmp_path / "run")
+        assert words in message and (name in message or words in ("need", "too short")), message
+    assert "missing.txt" in refused(capsys, "train", "--data", tmp_path / "missing.txt", "--run", tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    assert "folder" in refused(capsys, "train", "--data", tmp_path / "folder", "--run", tmp_path / "run")
+    assert "--data: expected a file or folder" in refused(capsys, "train", "--data", "", "--run", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_options_are_refused(text, run, tmp_path, capsys):
+    new = ["train", "--data", text, *SMALL, "--run", tmp_path / "new"]
+    assert "hidden_size: expected a number above 0" in refused(capsys, *new, "--hidden-size", "0")
+    assert "k2: expected at least k1" in refused(capsys, *new, "--k2", "3")
+    assert "exists already" in refused(capsys, *new[:-1], run)
+    assert "only --steps and --minutes may change, got ['lr']" in refused(capsys, "train", "--resume", run, "--lr", "1")
+    assert "no run to resume" in refused(capsys, "train", "--resume", tmp_path / "nowhere")
+    (tmp_path / "bad.toml").write_text("hidden_size = 5\nhiden = 3\n")
+    assert "bad.toml: no option is called 'hiden'" in refused(capsys, *new, "--config", tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("hidden_size = \n")
+    assert "bad.toml: " in refused(capsys, *new, "--config", tmp_path / "bad.toml")
+    assert not (tmp_path / "new").exists()
+    for arguments in (["train", "--no-such-option"], ["train", "--cell", "x"], ["train", "--steps", "many"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+
+
+def test_damaged_runs_are_refused(run, text, capsys):
+    model = run / "model.safetensors"
+    whole = model.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", b"not at all"):
+        model.write_bytes(damaged)
+        for command in (["train", "--resume", run, "--steps", "9"], ["sample", run]):
+            assert "model.safetensors" in refused(capsys, *command)
+        assert model.read_bytes() == damaged
+    model.write_bytes(whole)
+    text.write_text("something else " * 90)
+    assert "text that this run began with" in refused(capsys, "train", "--resume", run, "--steps", "9")
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, text=True, **options)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        if (run / "metrics.jsonl").exists() and any(x["step"] >= step for x in read_metrics(run / "metrics.jsonl")):
+            return
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.05)
+    raise AssertionError("it never got there")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(number, code, text, tmp_path):
+    run = tmp_path / "run"
+    options = [*SMALL, "--steps", "1000000", "--save-every", "1000000"]
+    process = start("train", "--data", text, *options, "--run", run, stdout=subprocess.PIPE)
+    wait_for_step(run, 10, process)
+    second = subprocess.run([*COMMAND, "train", "--resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process is training this run" in second.stderr
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    step = checkpoint.load(run / "model.safetensors").meta["step"]
+    assert step >= 10 and f"stopped and saved at step {step}; go on with: gpurnn train --resume {run}" in output
+    assert (run / "loss.png").exists()
+    assert main(["train", "--resume", str(run), "--steps", str(step + 2)]) == 0
+    assert checkpoint.load(run / "model.safetensors").meta["step"] == step + 2
+
+
+def test_a_reader_that_leaves_is_no_error(run):
+    process = start("sample", run, "--length", "3000", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+def test_a_terminal_shows_a_live_line(text, tmp_path):
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    process = start("train", "--data", text, *SMALL, "--run", tmp_path / "run", stdout=writer, stderr=writer)
+    os.close(writer)
+    shown = b""
+    while True:
+        try:
+            block = os.read(reader, 4096)
+        except OSError:  # how a pseudo-terminal ends on Linux
+            break
+        shown += block
+        if not block:
+            break
+    os.close(reader)
+    assert process.wait() == 0
+    text_shown = shown.decode(errors="replace")
+    assert "8/8" in text_shown and "bits/char, validation" in text_shown and "gradient" in text_shown
+
+
+def test_output_that_the_terminal_cannot_show_is_replaced(run):
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*COMMAND, "sample", str(run), "--prompt", "Fü", "--length", "2"], env=environment, capture_output=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith(b"F?")
