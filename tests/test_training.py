@@ -191,28 +191,31 @@ def test_a_budget_in_minutes_ends_and_resumes(text, tmp_path):
 COMMAND = [sys.executable, "-m", "gpurnn.cli", "train"]
 OPTIONS = [
     "--hidden-size", "9", "--embedding-size", "5", "--batch", "3", "--k1", "6", "--k2", "8", "--dropout", "0.2",
-    "--steps", "300", "--save-every", "1", "--log-every", "5", "--validate-every", "50", "--validation", "0.2",
+    "--save-every", "1", "--log-every", "5", "--validate-every", "50", "--validation", "0.2",
 ]  # fmt: skip
 
 
 def test_kill_9_at_any_moment(text, tmp_path):
-    kill_at_random(4, text, tmp_path)
+    moments = kill_at_random(4, 800, text, tmp_path)
+    assert "had ended" not in moments
 
 
 @pytest.mark.slow
 def test_kill_9_fifty_times(text, tmp_path):
     """Prints at which moments the processes were killed."""
-    print(kill_at_random(50, text, tmp_path))
+    moments = kill_at_random(50, 8000, text, tmp_path)
+    print(moments)
+    assert "had ended" not in moments
 
 
-def kill_at_random(kills: int, text: Path, tmp_path: Path) -> dict[str, int]:
+def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[str, int]:
     """Kills one run again and again; then lets it end, and compares it with one that was never killed.
 
-    The run saves after every step, so that most kills meet it saving.
+    The run saves after every step, so that most kills meet it saving.  Returns how many met it at which moment.
     """
     rng = random.Random(1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    begin = [*COMMAND, "--data", str(text), *OPTIONS]
+    begin = [*COMMAND, "--data", str(text), *OPTIONS, "--steps", str(steps)]
     root = Path(gpurnn.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
 
@@ -221,16 +224,17 @@ def kill_at_random(kills: int, text: Path, tmp_path: Path) -> dict[str, int]:
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path, text=True
         )
 
-    began = time.monotonic()
     process = start([*begin, "--run", str(whole)])
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    duration = time.monotonic() - began
+    began = time.monotonic()
+    assert start([*COMMAND, "--resume", str(whole)]).communicate() and process.returncode == 0
+    start_up = time.monotonic() - began
     moments: dict[str, int] = {}
     for _ in range(kills):
         arguments = [*COMMAND, "--resume", str(killed)] if killed.exists() else [*begin, "--run", str(killed)]
         process = start(arguments)
-        time.sleep(rng.uniform(0, duration) * rng.choice([0.5, 1.0]))
+        time.sleep(rng.uniform(0, start_up) if rng.random() < 0.3 else start_up + rng.uniform(0, 0.6))
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate()
         moment = moment_of(killed, output, process.returncode)
