@@ -104,7 +104,8 @@ def test_binary_content_far_into_a_file_leaves_no_trace(tmp_path, monkeypatch):
         load_corpus(tmp_path / "a.txt")
 
 
-def test_bytes_of_a_file_are_mapped_as_they_are(tmp_path):
+def test_bytes_of_a_large_file_are_mapped_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY", 100)
     raw = bytes(range(256)) * 3
     (tmp_path / "a.bin").write_bytes(raw)
     corpus = load_corpus(tmp_path / "a.bin", unit="bytes")
