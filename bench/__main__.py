@@ -1,0 +1,41 @@
+"""`python -m bench`: run, plot, report, compare, profile."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+COMMANDS = {
+    "run": "measure cases and append their lines to a results file",
+    "plot": "figures of a results file",
+    "report": "the tables and figures that README.md and bench/README.md show",
+    "compare": "what became slower or faster between two results files, told apart from noise",
+    "profile": "where the time of one case goes",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status, 2 where what was asked for makes no sense."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of gpurnn and its peers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name in arguments[:1]:  # the others' modules, matplotlib among what they need, are not loaded
+            command.set_defaults(main=_module(name).main)
+            _module(name).add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        return options.main(options) or 0
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog} {options.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"bench.{'plots' if command == 'plot' else command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Ours: a layer of gpurnn, or the whole character model, with the executor named, on the backend gpurnn has chosen."""
+
+import time
+
+import numpy as np
+
+import gpurnn
+from bench.peers.workload import Workload
+from bench.problem import CLIP_NORM, LEARNING_RATE, Problem
+from gpurnn import backend
+
+LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
+
+
+class GpurnnWorkload(Workload):
+    def time(self, steps: int) -> float:
+        backend.synchronize()
+        start = time.perf_counter()
+        for k in range(steps):
+            self.step(k)
+        backend.synchronize()  # the device's work is in the time, and one wait for it
+        return time.perf_counter() - start
+
+
+class GpurnnLayer(GpurnnWorkload):
+    """`gpurnn-<executor>`"""
+
+    def __init__(self, problem: Problem, phase: str, executor: str):
+        case = problem.case
+        self.layer = LAYERS[case.cell](case.I, case.H, executor=executor)
+        self.layer.load_state_dict(problem.weights)
+        self.training, self.lengths = phase == "training", problem.lengths
+        self.x = [backend.asarray(x, "float32", "x") for x in problem.x]
+        self.dy = [backend.asarray(dy, "float32", "dy") for dy in problem.dy]
+        parts = tuple(backend.asarray(part[None], "float32", "state") for part in problem.state)
+        self.state = parts if len(parts) > 1 else parts[0]
+
+    def step(self, k: int) -> None:
+        k %= len(self.x)
+        self.y = self.dx = self.dstate = None  # the last step's results need not lie beside this one's
+        if not self.training:
+            self.y, _, _ = self.layer(self.x[k], self.state, lengths=self.lengths, training=False)
+            return
+        self.layer.zero_grad()
+        self.y, _, backward = self.layer(self.x[k], self.state, lengths=self.lengths)
+        assert backward is not None
+        self.dx, self.dstate = backward(self.dy[k])
+
+    def results(self) -> dict[str, np.ndarray]:
+        self.step(0)
+        named = {"y": self.y}
+        if self.training:
+            dstates = self.dstate if isinstance(self.dstate, tuple) else (self.dstate,)
+            states = zip(self.layer.cell.state_names, dstates, strict=True)
+            named |= {"dx": self.dx, **{f"d{name}_0": part[0] for name, part in states}}
+            named |= {f"d{name.removesuffix('_l0')}": grad for name, grad in self.layer.grads.items()}
+        return {name: backend.to_numpy(array) for name, array in named.items()}
+
+
+class GpurnnModel(GpurnnWorkload):
+    """The character model of group `train`: one full step."""
+
+    def __init__(self, problem: Problem, executor: str):
+        case = problem.case
+        symbols = len(problem.weights["head.bias"])
+        recurrent = LAYERS[case.cell](case.I, case.H, executor=executor)
+        self.model = gpurnn.SequenceModel(gpurnn.Embedding(symbols, case.I), recurrent, gpurnn.Linear(case.H, symbols))
+        self.model.load_state_dict(problem.weights)
+        self.x, self.targets = (
+            [backend.asarray(a, None, "tokens") for a in arrays] for arrays in (problem.x, problem.dy)
+        )
+        self.optimizer = gpurnn.Adam(self.model, lr=LEARNING_RATE)
+
+    def step(self, k: int) -> None:
+        k %= len(self.x)
+        self.model.zero_grad()
+        logits, _, backward = self.model(self.x[k])
+        assert backward is not None
+        self.loss, dlogits = gpurnn.softmax_cross_entropy(logits, self.targets[k])
+        backward(dlogits)
+        self.norm = gpurnn.clip_grad_norm(self.model, CLIP_NORM)
+        self.optimizer.step()
+
+    def results(self) -> dict[str, np.ndarray]:
+        seen = []
+        for _ in range(3):
+            self.step(0)
+            seen.append((float(self.loss), self.norm))
+        losses, norms = np.array(seen).T
+        return {"losses": losses, "norms": norms}
