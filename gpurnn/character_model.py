@@ -1,5 +1,6 @@
 """A character model: embedding, recurrent layers, softmax over the alphabet.  Built, loaded, measured, sampled."""
 
+import codecs
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,3 +116,13 @@ def _draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> i
         scaled = (logits.astype(np.float64) - logits.max()) / temperature
     cumulative = np.cumsum(np.exp(scaled))
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def write(alphabet: Alphabet, prompt: str, tokens: Iterator[int]) -> None:
+    """Prints the prompt, and the tokens as they come; bytes wait until they are whole characters."""
+    print(prompt.lstrip("\n"), end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        text = alphabet.decode([token]) if alphabet.unit == "chars" else decoder.decode(bytes([token]))
+        print(text, end="", flush=True)
+    print(decoder.decode(b"", final=True), flush=True)

@@ -18,6 +18,7 @@ from gpurnn import checkpoint
 from gpurnn.cli import main
 from gpurnn.config import TrainConfig
 from gpurnn.metrics import read_metrics
+from gpurnn.train_command import _signals
 
 SMALL = [
     "--hidden-size", "9", "--embedding-size", "5", "--batch", "3", "--k1", "6", "--steps", "8", "--validation", "0.2",
@@ -83,6 +84,55 @@ def test_resume_and_extend(run, capsys):
     assert "from step 8" in capsys.readouterr().out
     assert checkpoint.load(run / "model.safetensors").meta["step"] == 10
     assert checkpoint.read_config(run / "config.toml")["steps"] == 10
+
+
+def test_a_budget_given_to_resume_takes_the_place_of_the_old_one(run, capsys):
+    before = (run / "config.toml").read_bytes()
+    assert main(["train", "--resume", str(run), "--steps", "5"]) == 0
+    assert "nothing left to do: 8 steps are done" in capsys.readouterr().out
+    assert (run / "config.toml").read_bytes() == before
+    assert main(["train", "--resume", str(run), "--minutes", "0.002"]) == 0
+    config = checkpoint.read_config(run / "config.toml")
+    assert config["minutes"] == 0.002 and "steps" not in config
+    assert checkpoint.load(run / "model.safetensors").meta["step"] > 8
+
+
+def test_a_text_that_has_moved(run, text, tmp_path, capsys):
+    text.rename(tmp_path / "moved.txt")
+    assert "text.txt: no such file" in refused(capsys, "train", "--resume", run, "--steps", "9")
+    assert main(["train", "--resume", str(run), "--steps", "9", "--data", str(tmp_path / "moved.txt")]) == 0
+    assert main(["train", "--resume", str(run), "--steps", "10"]) == 0
+
+
+def test_a_text_in_one_line_and_a_name_that_no_terminal_shows(tmp_path, capsys):
+    text = tmp_path / "Füße.txt"
+    text.write_text("no line ends here, " * 50)
+    assert main(["train", "--data", str(text), *SMALL, "--run", str(tmp_path / "run")]) == 0
+    assert main(["sample", str(tmp_path / "run"), "--length", "5"]) == 0
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    again = [*COMMAND, "train", "--resume", str(tmp_path / "run"), "--steps", "9"]
+    done = subprocess.run(again, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"F??e.txt: 1 file" in done.stdout and not done.stderr
+
+
+def test_a_training_that_diverges_says_so_and_can_be_loaded(text, tmp_path, capsys):
+    """Parameters of 1e30 are finite, and so is the loss that they give."""
+    wild = ["--lr", "1e30", "--clip-norm", "0"]
+    assert main(["train", "--data", str(text), *SMALL, *wild, "--run", str(tmp_path / "run")]) in (0, 2)  # the sample
+    captured = capsys.readouterr()
+    assert "this has diverged" in captured.out and "Warning" not in captured.err
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_run_killed_before_its_figures_gets_them(run, capsys):
+    before = checkpoint.load(run / "model.safetensors").tensors
+    (run / "loss.png").unlink()
+    (run / "gradient_flow.png").unlink()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "bits/char on all" in capsys.readouterr().out
+    assert (run / "loss.png").exists() and (run / "gradient_flow.png").exists()
+    after = checkpoint.load(run / "model.safetensors").tensors
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
 def test_a_relative_text_is_found_from_anywhere(text, tmp_path, capsys, monkeypatch):
@@ -177,17 +227,38 @@ def test_bad_options_are_refused(text, run, tmp_path, capsys):
     assert "hidden_size: expected a number above 0" in refused(capsys, *new, "--hidden-size", "0")
     assert "k2: expected at least k1" in refused(capsys, *new, "--k2", "3")
     assert "exists already" in refused(capsys, *new[:-1], run)
-    assert "only --steps and --minutes may change, got ['lr']" in refused(capsys, "train", "--resume", run, "--lr", "1")
+    assert "exists already" in refused(capsys, "train", "--data", tmp_path / "missing", "--run", run), "told at once"
+    only = "only --steps, --minutes and --data may be given, got "
+    assert only + "--lr" in refused(capsys, "train", "--resume", run, "--lr", "1")
+    assert only + "--run" in refused(capsys, "train", "--resume", run, "--run", tmp_path / "new")
+    for name in ("--run", "--resume", "--config"):
+        assert f"{name}: expected a name, got an empty one" in refused(capsys, "train", name, "")
     assert "no run to resume" in refused(capsys, "train", "--resume", tmp_path / "nowhere")
     (tmp_path / "bad.toml").write_text("hidden_size = 5\nhiden = 3\n")
     assert "bad.toml: no option is called 'hiden'" in refused(capsys, *new, "--config", tmp_path / "bad.toml")
     (tmp_path / "bad.toml").write_text("hidden_size = \n")
     assert "bad.toml: " in refused(capsys, *new, "--config", tmp_path / "bad.toml")
     assert not (tmp_path / "new").exists()
-    for arguments in (["train", "--no-such-option"], ["train", "--cell", "x"], ["train", "--steps", "many"], []):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--no-such-option"], "unknown option --no-such-option"),
+        (["train", "--hiden-size", "3"], "unknown option --hiden-size; did you mean --hidden-size?"),
+        (["train", "notes.txt"], "unknown argument notes.txt; did you mean --data notes.txt?"),
+        (["train", "--cell", "x"], "argument --cell: invalid choice: 'x'"),
+        (["train", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["sample", "run", "--lenght=3"], "unknown option --lenght=3; did you mean --length?"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_mistyped_arguments_are_told_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_damaged_runs_are_refused(run, text, capsys):
@@ -234,6 +305,26 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, tmp_path):
     assert checkpoint.load(run / "model.safetensors").meta["step"] == step + 2
 
 
+def test_one_signal_is_noted_and_a_second_kills():
+    before = signal.getsignal(signal.SIGTERM)
+    with _signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [143] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_training_whose_reader_leaves_is_saved(text, tmp_path):
+    options = [*SMALL, "--steps", "1000000", "--save-every", "1000000", "--run", tmp_path / "run"]
+    process = start("train", "--data", text, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while "step " not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == ""
+    assert process.wait(timeout=60) == 141
+    assert checkpoint.load(tmp_path / "run" / "model.safetensors").meta["step"] > 1
+
+
 def test_a_reader_that_leaves_is_no_error(run):
     process = start("sample", run, "--length", "3000", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
@@ -245,7 +336,7 @@ def test_a_reader_that_leaves_is_no_error(run):
 
 def test_a_terminal_shows_a_live_line(text, tmp_path):
     reader, writer = pty.openpty()
-    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
     process = start("train", "--data", text, *SMALL, "--run", tmp_path / "run", stdout=writer, stderr=writer)
     os.close(writer)
     shown = b""
@@ -260,7 +351,8 @@ def test_a_terminal_shows_a_live_line(text, tmp_path):
     os.close(reader)
     assert process.wait() == 0
     text_shown = shown.decode(errors="replace")
-    assert "8/8" in text_shown and "bits/char, validation" in text_shown and "gradient" in text_shown
+    last = [line for line in text_shown.splitlines() if "8/8" in line][-1]
+    assert all(name in last for name in ("step 8/8, ", " bits/char, val ", " chars/s, grad ")) and len(last) <= 80
 
 
 def test_output_that_the_terminal_cannot_show_is_replaced(run):
