@@ -4,8 +4,9 @@ A change is the ratio of medians, B / A, divided by the machine's own drift: pee
 report says so where it is not), so the median of their ratios is what the machine did.  How far their ratios scatter
 around it is what a case moves from run to run with unchanged code, and no interval from samples of one run can know
 that.  So a change's interval holds, in quadrature: the bootstrap of both medians, the peers' scatter, and the
-uncertainty of the drift.  A regression is flagged where the whole interval lies above the limit and the medians differ
-by more than either run's own spread.  The geometric mean over a group is judged in the same way: a slowdown of
+uncertainty of the drift.  A regression is flagged where the whole interval lies above the limit, the medians differ by
+more than either run's own spread, and the fastest samples by half as much at least: two threads that the scheduler happens to place badly
+take a quarter longer for most of a run, but not in all of its samples.  The geometric mean over a group is judged in the same way: a slowdown of
 everything shows there, even where no case alone stands out of the noise.
 
 Sources: Efron and Tibshirani 1993 (bootstrap); Hoaglin, Mosteller and Tukey 1983 (scatter from the median deviation).
@@ -205,6 +206,9 @@ def _change(key: Key, a: Record, b: Record, raw: statistics.Change, drift: Drift
     before, spread_before = _median_and_spread(a["samples_s"])
     after, spread_after = _median_and_spread(b["samples_s"])
     verdict = _verdict(low, high, limit) if abs(value) > max(spread_before, spread_after) else "same"
+    fastest = math.log(min(b["samples_s"]) / min(a["samples_s"])) - drift.log
+    if verdict != "same" and fastest / value < 0.5:
+        verdict = "same"
     if verdict != "same" and (raw.verdict == "unknown" or "throttled" in [*a["flags"], *b["flags"]]):
         verdict = "unjudged"
     return Change(key, before, after, math.exp(value), math.exp(low), math.exp(high), verdict)

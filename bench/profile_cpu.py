@@ -92,12 +92,12 @@ def watched(clock: Clock) -> Iterator[None]:
         with clock.phase(PROJECTION if out is not None else WEIGHTS if transposed else INPUT):
             return threads.matmul(a, b, out)
 
-    own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "_add_ordered")}
+    own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "add_ordered")}
     under_clock = {
         "threads": SimpleNamespace(**{**vars(threads), "run": run, "matmul": matmul}),
         "loops": lambda *key: Loops(*map(kernel, own["loops"](*key))),
         "packer": lambda dtype: clock.around(PACKING, own["packer"](dtype)),
-        "_add_ordered": clock.around(ADDING, own["_add_ordered"]),
+        "add_ordered": clock.around(ADDING, own["add_ordered"]),
     }
     try:
         for name, value in under_clock.items():

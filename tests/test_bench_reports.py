@@ -75,6 +75,20 @@ def test_compare_catches_ten_percent_and_stays_quiet_on_reruns(quick_bootstrap):
     assert caught >= 22, "of 24 slow cases, each with two phases"
 
 
+def test_compare_knows_a_badly_placed_thread_from_a_slowdown(quick_bootstrap):
+    def run(seed, *, slow_samples, factor):
+        records = measured(seed)
+        for line in records:
+            if line["case"] == CPU[3].name and line["implementation"] == "gpurnn-compiled":
+                times = [t * factor if k < slow_samples else t for k, t in enumerate(line["samples_s"])]
+                line |= {"samples_s": times, "median_s": statistics.summary(times)[0]}
+        return records
+
+    before = measured(1)
+    assert not slower(compare.compare(before, run(2, slow_samples=9, factor=1.25)))
+    assert slower(compare.compare(before, run(2, slow_samples=11, factor=1.25))) == {CPU[3].name}
+
+
 def test_compare_sees_a_slowdown_of_everything_against_the_peers(quick_bootstrap):
     everything = dict.fromkeys(range(len(CPU)), 1.06)
     comparison = compare.compare(measured(1), measured(2, drift=0.94, slow=everything))
@@ -227,7 +241,7 @@ def test_plot_draws_series_over_sizes_where_there_are_some(tmp_path, capsys):
 
 @pytest.mark.parametrize("lengths", [None, "uniform"])
 def test_profile_accounts_for_all_of_the_time_and_leaves_no_trace(lengths):
-    own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "_add_ordered")}
+    own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "add_ordered")}
     text = profile_cpu.tables(Case("cpu", "gru", 6, 3, 4, 7, lengths=lengths), seconds=0.01)
     for table in text.split("\n\n")[1:]:
         _, *phases, whole = [line for line in table.splitlines() if "%" in line or "share" in line]

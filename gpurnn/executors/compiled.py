@@ -12,8 +12,9 @@ import numpy as np
 
 from gpurnn.cells import Cell
 from gpurnn.environment import cpu_threads
-from gpurnn.executors import threads
+from gpurnn.executors import layout, threads
 from gpurnn.executors.gemm import packed_size
+from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of, ordered
 from gpurnn.executors.loops import loops, packer
 from gpurnn.executors.numpy_loop import Backward, States, Weights
 
@@ -46,21 +47,21 @@ def forward(
     """See `numpy_loop.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
     T, N, _ = x.shape
     H, dtype = weights.weight_hh.shape[1], x.dtype
-    ragged = bool(T) and rows[-1] < N
+    ragged = is_ragged(rows, N)
     allocate = np.zeros if ragged else np.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
-    first = _starts(rows, N) if reverse else np.zeros(N, np.int64)
+    first = lengths_of(rows, N) if reverse else np.zeros(N, np.int64)
     h[first, np.arange(N)] = state[0]
     for s, part in enumerate(state[1:]):
         rest[s, first, np.arange(N)] = part
-    bias, params = _biases(cell, weights, H, dtype), _params(weights, H, dtype)
+    bias, params = layout.biases(cell, weights, H, np), layout.params(weights, H, np)
     steps = T if training else max(1, min(T, INFERENCE_BYTES // max(1, N * cell.trace.slots * H * dtype.itemsize)))
     slots = allocate((steps, N, cell.trace.slots * H), dtype)
     kernel = loops(cell, dtype).forward
     with threads.one_blas_thread:
         packed = _packed_for_forward(cell, weights.weight_hh)
-        weight_x = _ordered(weights.weight_ih, cell.trace.x_order, H).T
+        weight_x = ordered(weights.weight_ih, cell.trace.x_order, H).T
         chunks = range(0, T, max(1, steps))
         for t0 in reversed(chunks) if reverse else chunks:
             t1 = min(T, t0 + steps)
@@ -74,7 +75,7 @@ def forward(
                 )  # fmt: skip
 
             threads.run(loop, _shares(cell, rows, N, H))
-    end = np.zeros(N, np.int64) if reverse else _starts(rows, N)
+    end = np.zeros(N, np.int64) if reverse else lengths_of(rows, N)
     final = (h[end, np.arange(N)], *(part[end, np.arange(N)] for part in rest))
     visible = h
     if ragged and reverse:  # initial states stand in h behind each row's end
@@ -97,10 +98,10 @@ def backward(
     shares = _shares(cell, tape.rows, N, H)
     dparams = np.zeros((len(shares), len(cell.params), H), dtype)
     flow = np.zeros((len(shares), cell.states, T if options.flow is not None else 0))
-    params = _params(weights, H, dtype)
+    params = layout.params(weights, H, np)
     kernel = loops(cell, dtype).backward
     with threads.one_blas_thread:
-        weight_hh = _ordered(weights.weight_hh, trace.r_order, H)
+        weight_hh = ordered(weights.weight_hh, trace.r_order, H)
         packed = np.empty(packed_size(cell.gates * H, H, dtype), dtype)
         packer(dtype)(weight_hh, packed)
 
@@ -115,14 +116,14 @@ def backward(
         dr = flat[:, : cell.gates * H]
         dx = flat[:, trace.x_start * H : (trace.x_start + cell.gates) * H]
         h_before = (tape.h[1:] if tape.reverse else tape.h[:T]).reshape(T * N, H)
-        _add_ordered(grads.weight_hh, threads.matmul(dr.T, h_before), trace.r_order, H)
-        _add_ordered(grads.weight_ih, threads.matmul(dx.T, tape.x.reshape(T * N, I)), trace.x_order, H)
+        add_ordered(grads.weight_hh, threads.matmul(dr.T, h_before), trace.r_order, H)
+        add_ordered(grads.weight_ih, threads.matmul(dx.T, tape.x.reshape(T * N, I)), trace.x_order, H)
         ones = np.ones((1, T * N), dtype)  # a product sums columns faster than a reduction does
         if grads.bias_ih is not None:
-            _add_ordered(grads.bias_ih, (ones @ dx)[0], trace.x_order, H)
+            add_ordered(grads.bias_ih, (ones @ dx)[0], trace.x_order, H)
         if grads.bias_hh is not None:
-            _add_ordered(grads.bias_hh, (ones @ dr)[0], trace.r_order, H)
-        gradient_x = threads.matmul(dx, _ordered(weights.weight_ih, trace.x_order, H)).reshape(T, N, I)
+            add_ordered(grads.bias_hh, (ones @ dr)[0], trace.r_order, H)
+        gradient_x = threads.matmul(dx, ordered(weights.weight_ih, trace.x_order, H)).reshape(T, N, I)
     for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
         gradient += value
     if options.flow is not None:
@@ -139,49 +140,17 @@ def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, trainin
     return np.lib.stride_tricks.as_strided(place, (count, T + 1, N, H), strides)
 
 
-def _starts(rows: np.ndarray, N: int) -> np.ndarray:
-    """Each row's length: where its last state stands going forward, its initial state going in reverse."""
-    return (rows[:, None] > np.arange(N)).sum(0)
-
-
 def _shares(cell: Cell, rows: np.ndarray, N: int, H: int) -> list[slice]:
     """The batch cut into one share per thread, of equal numbers of living steps; one share where a step is too small."""
     parts = cpu_threads()
     if N < 2 or parts < 2 or 2 * N * cell.gates * H * H < PARALLEL_STEP_FLOPS:
         return [slice(0, N)]
-    if not len(rows) or rows[-1] == N:
+    if not is_ragged(rows, N):
         return threads.shares(N, parts)
-    work = np.cumsum(_starts(rows, N))
+    work = np.cumsum(lengths_of(rows, N))
     edges = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts, side="left") + 1
     edges = np.unique(np.concatenate([[0], np.minimum(edges, N), [N]]))
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
-
-
-def _ordered(matrix: np.ndarray, order: tuple[int, ...], H: int) -> np.ndarray:
-    """The rows of each gate in another order of gates; the matrix itself where the order is the same."""
-    if order == tuple(range(len(order))):
-        return matrix
-    return matrix.reshape(len(order), H, *matrix.shape[1:])[list(order)].reshape(matrix.shape)
-
-
-def _add_ordered(gradient: np.ndarray, value: np.ndarray, order: tuple[int, ...], H: int) -> None:
-    """Adds to `gradient` what stands in `value` with its gates in `order`."""
-    for k, gate in enumerate(order):
-        gradient[gate * H : (gate + 1) * H] += value[k * H : (k + 1) * H]
-
-
-def _biases(cell: Cell, weights: Weights, H: int, dtype: np.dtype) -> np.ndarray:
-    """(slots, H): what the cell adds to each slot, as it reads it."""
-    bias = np.zeros((cell.trace.slots, H), dtype)
-    if weights.bias_ih is not None and weights.bias_hh is not None:
-        start, gates = cell.trace.x_start, cell.gates
-        bias[:gates] += weights.bias_hh.reshape(gates, H)[list(cell.trace.r_order)]
-        bias[start : start + gates] += weights.bias_ih.reshape(gates, H)[list(cell.trace.x_order)]
-    return bias
-
-
-def _params(weights: Weights, H: int, dtype: np.dtype) -> np.ndarray:
-    return np.stack(weights.params) if weights.params else np.empty((0, H), dtype)
 
 
 def _packed_for_forward(cell: Cell, weight_hh: np.ndarray) -> np.ndarray:

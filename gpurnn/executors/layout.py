@@ -1,0 +1,48 @@
+"""What the compiled executors, on either device, do in the same way around their loops: orders, biases, states in memory.
+
+They share one memory layout, `gpurnn.cells.cell.Trace`, and one set of arrays: slots (T, N, slots*H), h (T+1, N, H), and
+the other states as `rest` (S-1, T+1, N, H).  Going forward, state t stands at t and its successor at t+1; in reverse
+state t stands at t+1 and its successor at t.
+"""
+
+import numpy as np
+
+from gpurnn.cells import Cell
+from gpurnn.executors.numpy_loop import Array, Weights
+
+
+def lengths_of(rows: np.ndarray, N: int) -> np.ndarray:
+    """Each row's length: where its last state stands going forward, its initial state going in reverse."""
+    return (rows[:, None] > np.arange(N)).sum(0)
+
+
+def is_ragged(rows: np.ndarray, N: int) -> bool:
+    return bool(len(rows)) and rows[-1] < N
+
+
+def ordered(matrix: Array, order: tuple[int, ...], H: int) -> Array:
+    """The rows of each gate in another order of gates; the matrix itself where the order is the same."""
+    if order == tuple(range(len(order))):
+        return matrix
+    return matrix.reshape(len(order), H, *matrix.shape[1:])[list(order)].reshape(matrix.shape)
+
+
+def add_ordered(gradient: Array, value: Array, order: tuple[int, ...], H: int) -> None:
+    """Adds to `gradient` what stands in `value` with its gates in `order`."""
+    for k, gate in enumerate(order):
+        gradient[gate * H : (gate + 1) * H] += value[k * H : (k + 1) * H]
+
+
+def biases(cell: Cell, weights: Weights, H: int, xp) -> Array:
+    """(slots, H): what the cell adds to each slot, as it reads it."""
+    bias = xp.zeros((cell.trace.slots, H), weights.weight_hh.dtype)
+    if weights.bias_ih is not None and weights.bias_hh is not None:
+        start, gates = cell.trace.x_start, cell.gates
+        bias[:gates] += weights.bias_hh.reshape(gates, H)[list(cell.trace.r_order)]
+        bias[start : start + gates] += weights.bias_ih.reshape(gates, H)[list(cell.trace.x_order)]
+    return bias
+
+
+def params(weights: Weights, H: int, xp) -> Array:
+    """(P, H)"""
+    return xp.stack(weights.params) if weights.params else xp.empty((0, H), weights.weight_hh.dtype)
