@@ -74,6 +74,8 @@ class TruncatedBPTT:
         """
         if not 1 <= len(x) <= self.k1 or len(targets) != len(x):
             raise ValueError(f"expected 1 to k1 = {self.k1} steps of x and of targets, got {len(x)} and {len(targets)}")
+        if flow is not None and not isinstance(flow, backend.xp.ndarray):
+            raise ValueError(f"flow: expected a float64 array of {backend.xp.__name__}, got {type(flow).__name__}")
         begin, stretch = self.before(len(x))
         x = backend.asarray(x, None, "x")
         stretch = x if stretch is None else backend.xp.concatenate([stretch, x])

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import check_unused, checked, generator, number, positive, probability, switch, whole
+from gpurnn.arguments import check_unused, checked, generator, number, positive, probability, supported, switch, whole
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
-from gpurnn.executors import choose
+from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.executors.threads import one_blas_thread
 from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
@@ -33,7 +33,10 @@ class Recurrent(Layer):
     init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
                     Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; everything else 0.
     dtype           float32 or float64.
-    executor        forces one: numpy or compiled; None: GPURNN_EXECUTOR, or the best.
+    precision       of the matrix products on CUDA: float32, exact, or bfloat16, both factors rounded to it.  Sums, states
+                    and parameters are float32 in either.  On a CPU the products are always exact.
+    executor        forces one: compiled or numpy on a CPU; resident, step or numpy on CUDA.  None: GPURNN_EXECUTOR, or
+                    the best.
 
     Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0,
     bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).
@@ -53,13 +56,14 @@ class Recurrent(Layer):
         clip_in_time: float | None = None,
         init: Mapping[str, str | Initializer] | None = None,
         dtype: Any = "float32",
+        precision: str = "float32",
         executor: str | None = None,
         rng: Any = None,
     ):
         if not isinstance(cell, Cell):
             raise TypeError(f"cell: expected a gpurnn.Cell, got {type(cell).__name__}")
         if executor is not None:
-            choose(executor)
+            check(executor)
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
         self.num_layers = whole("num_layers", num_layers)
@@ -67,6 +71,7 @@ class Recurrent(Layer):
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
         self.dropout, self.executor = probability("dropout", dropout), executor
+        self.precision = _precision(precision, supported(dtype))
         self.rng = generator(rng)
         shapes, symbols = self._shapes()
         super().__init__(shapes, dtype, symbols)
@@ -153,6 +158,7 @@ class Recurrent(Layer):
                     reverse=direction == 1,
                     executor=self.executor,
                     training=training,
+                    precision=self.precision,
                 )
                 outputs.append(y)
                 backwards.append(step_back)
@@ -216,9 +222,14 @@ class Recurrent(Layer):
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...]:
         """dL/d(final state), one array per state of the cell; ValueError where `dstate` or `flow` do not fit."""
         shape = (self.num_layers * self.directions, self.cell.states, T)
-        if flow is not None and (getattr(flow, "shape", None) != shape or flow.dtype != np.float64):
+        xp = backend.xp  # on a GPU a NumPy array cannot be filled
+        ours = isinstance(flow, xp.ndarray)
+        if flow is not None and (not ours or flow.shape != shape or flow.dtype != np.float64):
             came = f"{flow.dtype} {flow.shape}" if hasattr(flow, "dtype") else type(flow).__name__
-            raise ValueError(f"flow: expected a float64 array (L*D, S, T) = {shape}, got {came}")
+            whose = "" if ours or not hasattr(flow, "dtype") else f" of {type(flow).__module__}"
+            raise ValueError(
+                f"flow: expected a float64 array of {xp.__name__} (L*D, S, T) = {shape}, got {came}{whose}"
+            )
         return self._unpacked(dstate, N, "dstate")
 
     def _weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
@@ -299,6 +310,14 @@ class GRU(Recurrent):
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any):
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
+
+
+def _precision(given: Any, dtype: np.dtype) -> str:
+    if given not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {given!r}")
+    if given != "float32" and dtype != np.float32:
+        raise ValueError(f"precision: expected float32 for a layer of {dtype}, got {given!r}")
+    return given
 
 
 def _suffix(layer: int, direction: int) -> str:

@@ -64,6 +64,7 @@ def run(
     reverse: bool = False,
     executor: str | None = None,
     training: bool = True,
+    precision: str = "float32",
 ) -> tuple[Array, State, Callable | None]:
     """x (T, N, I) and S initial states (N, H) -> y (T, N, H), final states, backward.
 
@@ -71,15 +72,15 @@ def run(
     without training.  At padding y and dx are 0 and dy is not read.
     """
     xp = backend.xp
-    engine = choose(executor)
     T, N, _ = x.shape
+    engine = choose(executor, cell, weights.weight_hh.shape[1], N, x.dtype, precision)
     rows = np.full(T, N) if lengths is None else lengths.rows
     if lengths is not None:
         zero = xp.zeros((), x.dtype)
         x = xp.where(lengths.padding, zero, x)[:, lengths.order]
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
         given, state = state, tuple(xp.where(lengths.empty, zero, part)[lengths.order] for part in state)
-    states, tape = engine.forward(cell, xp.ascontiguousarray(x), weights, state, rows, reverse, training)
+    states, tape = engine.forward(cell, xp.ascontiguousarray(x), weights, state, rows, reverse, training, precision)
     y = states.h[:T] if reverse else states.h[1:]
     final = states.final
     if lengths is not None:

@@ -1,1 +1,9 @@
-"""CUDA kernels, written in Numba.  Installed as `gpurnn.kernels`; depends on Numba alone, never on the rest of gpurnn."""
+"""CUDA kernels, written in Numba.  Installed as `gpurnn.kernels`; depends on Numba's tools alone, never on the rest of gpurnn.
+
+ptx        inline PTX, one row per instruction; code that is written out, not unrolled
+pointwise  a cell's expression graph as code on registers
+products   weight_hh on one SM, times a step's vector: exact float32, and bfloat16 on tensor cores
+step       one time step of any cell          resident   all time steps of any cell, in one block
+plan       which tile a resident kernel gets
+build      Numba -> PTX -> cubin, and the cache on disk          launch   raw pointers on CuPy's stream
+"""

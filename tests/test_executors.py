@@ -456,13 +456,16 @@ def test_clip_in_time_bounds_what_is_passed_back(executor):
 
 
 def test_choose(monkeypatch):
+    def chosen(asked):
+        return choose(asked, LSTM_CELL, 8, 3, np.dtype("float32"), "float32")
+
     monkeypatch.delenv("GPURNN_EXECUTOR", raising=False)
-    assert choose(None) is compiled
-    assert choose("numpy") is numpy_loop
+    assert chosen(None) is compiled
+    assert chosen("numpy") is numpy_loop
     monkeypatch.setenv("GPURNN_EXECUTOR", "numpy")
-    assert choose(None) is numpy_loop
-    assert choose("compiled") is compiled
-    with pytest.raises(ValueError, match="one of numpy, compiled, got 'fast'"):
-        choose("fast")
-    with pytest.raises(ValueError, match="'persistent' is not available"):
-        choose("persistent")
+    assert chosen(None) is numpy_loop
+    assert chosen("compiled") is compiled
+    with pytest.raises(ValueError, match="one of compiled, numpy on the numpy backend, got 'fast'"):
+        chosen("fast")
+    with pytest.raises(ValueError, match="got 'resident'"):
+        chosen("resident")

@@ -43,6 +43,7 @@ def forward(
     rows: np.ndarray,
     reverse: bool,
     training: bool,
+    precision: str = "float32",
 ) -> tuple[States, Tape | None]:
     """See `numpy_loop.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
     T, N, _ = x.shape

@@ -62,12 +62,14 @@ def forward(
     rows: Array,
     reverse: bool,
     training: bool,
+    precision: str = "float32",
 ) -> tuple[States, Tape | None]:
     """Runs `cell` over x.
 
     x      (T, N, I), zero behind each row's end.
     state  S arrays (N, H), copied.
     rows   (T,) NumPy integers: at step t the batch rows 0..rows[t]-1 live; never increasing.
+    precision  of the products on CUDA; here, and on every CPU, they are exact in the dtype of x.
     Returns the states, and the tape if `training`.
     """
     xp = backend.xp
@@ -132,7 +134,7 @@ def backward(
         if grads.bias_hh is not None:
             grads.bias_hh[...] += dgates_r.sum(0)
         for gradient, value in zip(grads.params, dparams, strict=True):
-            gradient[...] += xp.broadcast_to(value, dnext[0].shape).sum(0)
+            gradient[...] += xp.broadcast_to(xp.asarray(value, x.dtype), dnext[0].shape).sum(0)
     flat = dgates_x.reshape(T * N, cell.gates * H)
     grads.weight_ih[...] += flat.T @ x.reshape(T * N, I)
     if grads.bias_ih is not None:

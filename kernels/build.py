@@ -1,0 +1,195 @@
+"""Numba function -> PTX -> cubin, on any machine, and a cache of the results on disk.
+
+Neither a GPU nor a driver is needed: NVVM and nvJitLink are libraries.  A kernel's key is everything that decides its
+code: the factory that writes it and its constants, the cell's traced mathematics, these sources, the tools' versions and
+the architecture.  Entries are written under a temporary name and renamed, so processes may share the folder; they hold a
+digest, and a damaged one is built again.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import types as python_types
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TOOLS = (
+    "numba-cuda",
+    "llvmlite",
+    "numba",
+    "nvidia-nvvm",
+    "nvidia-nvvm-cu12",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink",
+    "nvidia-nvjitlink-cu12",
+    "cuda-core",
+)
+DIGEST = 32  # bytes
+
+
+class Source(NamedTuple):
+    """What a factory returns: a Numba function and how it is launched.
+
+    signature  Numba types of the arguments: pointers, int64, and the real type of a number.
+    threads    of a block.  shared: bytes of dynamic shared memory of a block.
+    """
+
+    function: Callable
+    signature: tuple
+    threads: int
+    shared: int = 0
+
+
+class Kernel(NamedTuple):
+    """A built kernel: machine code for one architecture, such as (9, 0).
+
+    static_shared, shared: bytes of shared memory that the code declares, and that a launch adds.  registers: of a thread.
+    spilled: bytes of a thread's registers that had to go to memory.
+    """
+
+    name: str
+    cubin: bytes
+    arguments: int
+    threads: int
+    shared: int
+    static_shared: int
+    registers: int
+    spilled: int
+
+
+class Recipe(NamedTuple):
+    """`factory(trace, **constants)` returns a Source; `trace` may be None."""
+
+    factory: Callable[..., Source]
+    trace: Any
+    constants: tuple[tuple[str, Any], ...]
+
+    @property
+    def text(self) -> str:
+        mathematics = self.trace.text if self.trace is not None else ""
+        return (
+            f"{self.factory.__module__.rpartition('.')[2]}.{self.factory.__qualname__}{self.constants}\n{mathematics}"
+        )
+
+
+def recipe(factory: Callable[..., Source], trace: Any = None, /, **constants: Any) -> Recipe:
+    """Constants are numbers, strings and tuples of them: their text is part of the key."""
+    return Recipe(factory, trace, tuple(sorted(constants.items())))
+
+
+def build(recipe: Recipe, capability: tuple[int, int], folder: Path | None = None) -> Kernel:
+    """From the folder if an earlier process built it there, else compiled, in about a second, and kept there.
+
+    Raises RuntimeError with the tool's message where the code does not assemble.
+    """
+    path = folder and folder / f"{recipe.factory.__name__}-{_key(recipe, capability)}.cubin"
+    kernel = _read(path) if path else None
+    if kernel is None:
+        source = recipe.factory(recipe.trace, **dict(recipe.constants))
+        name = f"gpurnn_{source.function.__name__}"
+        try:
+            code, usage = assemble(ptx(source, name, capability), capability)
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}") from error
+        kernel = Kernel(name, code, len(source.signature), source.threads, source.shared, **usage)
+        if path:
+            _write(path, kernel)
+    return kernel
+
+
+def ptx(source: Source, name: str, capability: tuple[int, int]) -> str:
+    """The PTX that Numba emits, its entry called `name`."""
+    from numba import cuda
+
+    options = {"cc": capability, "device": False, "abi": "numba", "output": "ptx"}
+    with _without_device(capability):
+        text, _ = cuda.compile(source.function, source.signature, launch_bounds=(source.threads, 1), **options)
+    entry = re.search(r"\.visible \.entry (\w+)\(", text)
+    if entry is None:
+        raise RuntimeError(f"expected an entry in the PTX of {name}, got none")
+    text = text.replace(entry.group(1), name)  # Numba's own name is hundreds of characters long
+    return re.sub(r"\.common \.global \.align 8 \.u64 \w+;\n", "", text)  # Numba's environment, never read
+
+
+def assemble(text: str, capability: tuple[int, int]) -> tuple[bytes, dict[str, int]]:
+    """PTX of one kernel -> cubin, and what it uses, as the assembler reports it: the numbers of Kernel by name.
+
+    Raises RuntimeError with the assembler's message, on one line.
+    """
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    chip = f"sm_{capability[0]}{capability[1]}"
+    try:
+        linker = Linker(ObjectCode.from_ptx(text.encode()), options=LinkerOptions(arch=chip, verbose=True))
+        code = bytes(linker.link("cubin").code)
+    except Exception as error:  # nvJitLink's kind, or the driver's where that assembles in its place
+        said = " ".join(str(error).replace("\0", "").split())
+        raise RuntimeError(f"the PTX does not assemble for {chip}: {said}") from error
+    log = linker.get_info_log()
+    found = re.search(r"used (\d+) registers.*?(\d+) stack, (\d+) bytes smem", log)
+    if found is None:
+        raise RuntimeError(f"expected the assembler to report what a kernel uses, got {log!r}")
+    registers, stack, shared = map(int, found.groups())
+    return code, {"registers": registers, "spilled": stack, "static_shared": shared}
+
+
+@contextlib.contextmanager
+def _without_device(capability: tuple[int, int]) -> Iterator[None]:
+    """Device functions ask the current device for its capability while they are compiled; this answers for it."""
+    from numba.cuda import dispatcher
+
+    real = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = real
+
+
+def _key(recipe: Recipe, capability: Sequence[int]) -> str:
+    text = f"{recipe.text}\n{tuple(capability)}\n{_environment()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _environment() -> str:
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    return f"{sources.hexdigest()} {[(tool, _version(tool)) for tool in TOOLS]}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _write(path: Path, kernel: Kernel) -> None:
+    about = json.dumps(kernel._replace(cubin=b"")._asdict() | {"cubin": len(kernel.cubin)}).encode()
+    payload = about + b"\n" + kernel.cubin
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
+        os.replace(temporary, path)
+    except OSError:  # a full or read-only disk costs the next process a compilation, nothing else
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Kernel | None:
+    try:
+        entry = path.read_bytes()
+    except OSError:
+        return None
+    digest, payload = entry[:DIGEST], entry[DIGEST:]
+    if hashlib.sha256(payload).digest() != digest:
+        return None
+    about, _, code = payload.partition(b"\n")
+    return Kernel(**(json.loads(about) | {"cubin": code}))

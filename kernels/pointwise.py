@@ -1,0 +1,158 @@
+"""A cell's mathematics in a kernel: an expression graph becomes straight-line code on one unit's registers.
+
+A graph has `nodes`, each with `op`, `args` and `value`, in an order in which each stands behind its arguments, and
+`reachable(outputs)`; gpurnn's cells are traced into such graphs.  The code reads its inputs from one small local array
+and writes its results to another: indices are constants, so both become registers.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba.cuda import cgutils, types
+from numba.cuda.extending import intrinsic
+
+APPROXIMATE = "approximate"  # float32 by the special function unit: tanh good to 2^-11, for products in bfloat16
+EXACT = "exact"  # NVIDIA's libdevice, within a few units in the last place
+
+
+class Scalar:
+    """Operations on one number in a register, for the graphs' node names.  `NaN` passes through all of them."""
+
+    def __init__(self, builder, real, accuracy):
+        self.builder, self.single, self.accuracy = builder, real == types.float32, accuracy
+        self.type = ir.FloatType() if self.single else ir.DoubleType()
+
+    def constant(self, value):
+        return ir.Constant(self.type, float(np.float32(value)) if self.single else value)
+
+    def add(self, a, b):
+        return self.builder.fadd(a, b)
+
+    def sub(self, a, b):
+        return self.builder.fsub(a, b)
+
+    def mul(self, a, b):
+        return self.builder.fmul(a, b)
+
+    def div(self, a, b):
+        return (
+            self._ptx("div.full.f32", a, b) if self.single else self.builder.fdiv(a, b)
+        )  # good to 2 ulp, calls nothing
+
+    def neg(self, a):
+        return self.builder.fsub(self.constant(-0.0), a)  # NVVM's LLVM has no fneg
+
+    def abs(self, a):
+        return self._library("fabs", a)
+
+    def sqrt(self, a):
+        return self._ptx("sqrt.approx.f32", a) if self.single else self._library("sqrt", a)
+
+    def log(self, a):
+        return self._library("log", a)
+
+    def exp(self, a):
+        return self._library("exp", a)
+
+    def tanh(self, a):
+        return self._ptx("tanh.approx.f32", a) if self.accuracy == APPROXIMATE else self._library("tanh", a)
+
+    def less(self, a, b):
+        return self.builder.fcmp_ordered("<", a, b)
+
+    def less_equal(self, a, b):
+        return self.builder.fcmp_ordered("<=", a, b)
+
+    def where(self, condition, a, b):
+        return self.builder.select(condition, a, b)
+
+    def maximum(self, a, b):
+        return self._or_nan(self.builder.fcmp_unordered(">=", a, b), a, b)
+
+    def minimum(self, a, b):
+        return self._or_nan(self.builder.fcmp_unordered("<=", a, b), a, b)
+
+    def _or_nan(self, first, a, b):
+        """`a` where `first` (which holds where either is NaN), else `b`; NaN where b is."""
+        return self.where(self.builder.fcmp_unordered("uno", b, b), b, self.where(first, a, b))
+
+    def _library(self, name, a):
+        kind = ir.FunctionType(self.type, [self.type])
+        symbol = f"__nv_{name}{'f' if self.single else ''}"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, symbol), [a])
+
+    def _ptx(self, opcode, *operands):
+        numbers = ", ".join(f"${k}" for k in range(len(operands) + 1))
+        kind = ir.FunctionType(self.type, [self.type] * len(operands))
+        text = ir.InlineAsm(kind, f"{opcode} {numbers};", ",".join(["=f", *"f" * len(operands)]), side_effect=False)
+        return self.builder.call(text, operands)
+
+
+def function(graph, inputs, outputs, real, accuracy):
+    """An intrinsic `f(given, result)` on two local arrays of `real`: result[k] = the value of node outputs[k].
+
+    inputs[k]: the nodes, none or one or several, whose value is given[k].
+    """
+    position = {node: k for k, nodes in enumerate(inputs) for node in nodes}
+    needed = graph.reachable(outputs)
+
+    def emit(builder, given, result):
+        scalar = Scalar(builder, real, accuracy)
+        values = {}
+        for index, node in enumerate(graph.nodes):
+            if index in position:
+                values[index] = builder.load(builder.gep(given, [ir.IntType(64)(position[index])]))
+            elif index in needed and node.op == "const":
+                values[index] = scalar.constant(node.value)
+            elif index in needed and all(argument in values for argument in node.args) and node.op != "input":
+                values[index] = getattr(scalar, node.op)(*(values[argument] for argument in node.args))
+        for k, index in enumerate(outputs):
+            builder.store(values[index], builder.gep(result, [ir.IntType(64)(k)]))
+
+    @intrinsic
+    def pointwise(context, given, result):
+        def codegen(context, builder, sig, args):
+            emit(
+                builder,
+                *(
+                    context.make_array(kind)(context, builder, value=a).data
+                    for kind, a in zip(sig.args, args, strict=True)
+                ),
+            )
+            return context.get_dummy_value()
+
+        return types.none(given, result), codegen
+
+    return pointwise
+
+
+def forward(trace, real, accuracy):
+    """A cell's forward.  given: slots without a product's share of joint gates' (see below), states, params.
+
+    given[k]      the first G: r of the split gates, then x + r of the joint gates; then x of the split gates.
+    result[k]     the next states, then what backward wants to see, `trace.kept`.
+    """
+    graph, start = trace.forward, trace.x_start
+    slots = [(trace.r[gate].index,) for gate in trace.r_order]
+    slots += [(trace.x[gate].index,) for gate in trace.x_order[trace.cell.gates - start :]]
+    for k, gate in enumerate(trace.r_order):
+        if gate not in trace.split:
+            slots[k] = tuple(graph.users(trace.x[gate].index))
+    inputs = [*slots, *((symbol.index,) for symbol in (*trace.state, *trace.params))]
+    return function(graph, inputs, trace.outputs, real, accuracy)
+
+
+def backward(trace, real, accuracy):
+    """A cell's backward.  given: what forward kept, states, next states, their gradients, params.
+
+    result[k]     the first G: dr in `trace.r_order`; then dx of the split gates; then dstate, dparams.
+    """
+    graph, cell = trace.backward, trace.cell
+    kinds = [("saved", index) for index in trace.kept]
+    kinds += [(kind, s) for kind in ("state", "next_state", "dnext") for s in range(cell.states)]
+    kinds += [("param", p) for p in range(len(cell.params))]
+    place = {node.value: k for k, node in enumerate(graph.nodes) if node.op == "input"}
+    inputs = [(place[kind],) if kind in place else () for kind in kinds]
+    written = [trace.dr[gate] for gate in trace.r_order]
+    written += [trace.dx[gate] for gate in trace.x_order[cell.gates - trace.x_start :]]
+    outputs = [symbol.index for symbol in (*written, *trace.dstate, *trace.dparams)]
+    return function(graph, inputs, outputs, real, accuracy)

@@ -1,0 +1,172 @@
+"""Inline PTX for Numba kernels: a table, one row per instruction; and code that is written out, not unrolled.
+
+Global addresses are uint64 (`global_address`), shared ones uint32 (`shared_address`); a `b16` pair travels in a uint32.
+Semantics: NVIDIA's PTX ISA.  What Numba expresses itself (scalar loads and stores, barriers, shuffles) stays Numba's.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import cgutils, types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+f32, u32, u64 = types.float32, types.uint32, types.uint64
+CONSTRAINT = {f32: "f", u32: "r", u64: "l"}
+LLVM = {f32: ir.FloatType(), u32: ir.IntType(32), u64: ir.IntType(64)}
+
+
+class Instruction:
+    """One PTX instruction: `$0, $1, ...` stand for the results, then for the operands.
+
+    results   a tuple of types.
+    pure      it neither reads nor writes memory, so equal calls may become one.
+    tied      the first `tied` operands live in the registers of the first results.
+    A warp-wide instruction (`.sync`) is convergent: LLVM may not make it depend on a condition it did not depend on.
+    """
+
+    def __init__(self, text, results, operands, pure, tied):
+        self.text, self.results, self.operands, self.pure = text, results, operands, pure
+        constraints = ["=" + CONSTRAINT[t] for t in results] + [str(k) for k in range(tied)]
+        self.constraints = ",".join(
+            constraints + [CONSTRAINT[t] for t in operands[tied:]] + ([] if pure else ["~{memory}"])
+        )
+        kinds = [LLVM[t] for t in results]
+        answer = ir.VoidType() if not kinds else kinds[0] if len(kinds) == 1 else ir.LiteralStructType(kinds)
+        self.kind = ir.FunctionType(answer, [LLVM[t] for t in operands])
+        self.attributes = ("convergent",) if ".sync" in text else ()
+
+    def emit(self, builder, *operands):
+        """Writes it; a list of LLVM values, one a result."""
+        body = ir.InlineAsm(self.kind, self.text, self.constraints, side_effect=not self.pure)
+        value = builder.call(body, operands, attrs=self.attributes)
+        if len(self.results) < 2:
+            return [value] * len(self.results)
+        return [builder.extract_value(value, k) for k in range(len(self.results))]
+
+
+def instruction(name, text, results, operands, *, pure=False, tied=0):
+    """An intrinsic for kernels: one result is returned as itself, several as a tuple.  `.emit`: see Instruction."""
+    written = Instruction(text, results, operands, pure, tied)
+    answer = (
+        types.none if not results else results[0] if len(results) == 1 else types.UniTuple(results[0], len(results))
+    )
+
+    def codegen(context, builder, sig, args):
+        values = written.emit(builder, *args)
+        if len(values) > 1:
+            return context.make_tuple(builder, sig.return_type, values)
+        return values[0] if values else context.get_dummy_value()
+
+    made = intrinsic(_with_arity(lambda context, *given: (signature(answer, *operands), codegen), name, len(operands)))
+    made.emit = written.emit
+    return made
+
+
+class Local:
+    """A local array in code that is written out: elements by constant index, so that they become registers."""
+
+    def __init__(self, builder, data):
+        self.builder, self.data = builder, data
+
+    def __getitem__(self, k: int) -> Any:
+        return self.builder.load(self.builder.gep(self.data, [ir.IntType(64)(k)]))
+
+    def __setitem__(self, k: int, value: Any) -> None:
+        self.builder.store(value, self.builder.gep(self.data, [ir.IntType(64)(k)]))
+
+
+def written_out(write):
+    """An intrinsic whose code `write(builder, ...)` lays down line by line, with Python's loops.
+
+    Arrays arrive as `Local`, numbers as LLVM values; nothing is returned.  LLVM unrolls loops only up to a size, and an
+    array whose index is not a constant in the end is memory, not registers: what must be registers is written out.
+    """
+
+    def typer(context, *given):
+        def codegen(context, builder, sig, args):
+            values = [
+                Local(builder, context.make_array(kind)(context, builder, value=value).data)
+                if isinstance(kind, types.Array)
+                else value
+                for kind, value in zip(sig.args, args, strict=True)
+            ]
+            write(builder, *values)
+            return context.get_dummy_value()
+
+        return signature(types.none, *given), codegen
+
+    return intrinsic(_with_arity(typer, write.__name__, write.__code__.co_argcount - 1))
+
+
+def multiply_add(builder, a, b, c):
+    """a*b + c in float32, rounded once."""
+    kind = ir.FunctionType(LLVM[f32], [LLVM[f32]] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), [a, b, c])
+
+
+def _with_arity(typer, name, count):
+    """Numba reads how many arguments an intrinsic takes off its Python signature, so it needs a real one."""
+    names = ", ".join(f"a{k}" for k in range(count))
+    scope = {"typer": typer}
+    exec(
+        f"def {name}(context{', ' + names if names else ''}):\n    return typer(context{', ' + names if names else ''})",
+        scope,
+    )
+    return scope[name]
+
+
+def _pointer(context, builder, kind, array, index):
+    data = array if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, value=array).data
+    return builder.gep(data, [index])
+
+
+@intrinsic
+def global_address(context, array, index):
+    """The address of element `index`, counted flat, of a pointer or a contiguous array."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(_pointer(context, builder, sig.args[0], *args), LLVM[u64])
+
+    return u64(array, types.int64), codegen
+
+
+@intrinsic
+def advance(context, pointer, count):
+    """The pointer `count` elements on: what all threads share is added once, and each thread adds a small offset."""
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), codegen
+
+
+@intrinsic
+def shared_address(context, array, index):
+    """The address of element `index` of a shared array, in the window of shared memory."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, sig.args[0], *args)
+        shared = ir.PointerType(addrspace=3) if pointer.type.is_opaque else pointer.type.pointee.as_pointer(3)
+        return builder.ptrtoint(builder.addrspacecast(pointer, shared), LLVM[u32])
+
+    return u32(array, types.int64), codegen
+
+
+def _mma(name, shape, kind):
+    """D = A B + D for one warp; D in the registers of the results, then A (four) and B (two)."""
+    d, a, b = "{$0,$1,$2,$3}", "{$8,$9,$10,$11}", "{$12,$13}"
+    text = f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 {d}, {a}, {b}, {d};"
+    return instruction(name, text, (f32,) * 4, (f32,) * 4 + (u32,) * 6, pure=True, tied=4)
+
+
+mma_bf16 = _mma("mma_bf16", "m16n8k16", "bf16")
+
+load_global_4f = instruction("load_global_4f", "ld.global.v4.f32 {$0,$1,$2,$3}, [$4];", (f32,) * 4, (u64,))
+load_global_4u = instruction("load_global_4u", "ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u64,))
+load_shared_4f = instruction("load_shared_4f", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (f32,) * 4, (u32,))
+load_shared_4u = instruction("load_shared_4u", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u32,))
+
+exchange = instruction("exchange", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, u32))  # with lane ^ mask
+
+pack_bf16 = instruction("pack_bf16", "cvt.rn.bf16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)

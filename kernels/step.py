@@ -1,0 +1,115 @@
+"""One time step of any cell: what is left of a step once cuBLAS has multiplied by weight_hh.
+
+    forward    slots (x W_ih^T and h W_hh^T, no biases), states -> next states, and in the slots what backward reads
+    backward   dL/dnext state, the slots, states -> in the slots dL/dr and dL/dx, and dL/dstate by the direct path
+
+One thread has one unit of one batch row, all its gates; units run along the threads, so every access is coalesced.
+The layout of the slots is that of a traced cell: `r of the split gates | joint gates | x of the split gates`, each H wide.
+"""
+
+from numba import cuda
+from numba.cuda import types
+
+from . import pointwise
+from .build import Source
+
+THREADS = 256
+
+
+def forward(trace, *, dtype):
+    """slots (T, N, slots*H): overwritten.  bias (slots, H).  h (T+1, N, H), rest (S-1, T+1 or 1, N, H): written at one step.
+
+    params (P, H).  t: the step, of `rows` living batch rows.  reverse: 1 where time runs backwards.
+    rest_state, rest_step: how far apart, in elements, states and steps stand in `rest`.
+    """
+    real = getattr(types, dtype)
+    cell = pointwise.forward(trace, real, pointwise.EXACT)
+    S, P, SLOTS = trace.cell.states, len(trace.cell.params), trace.slots
+    GIVEN, KEPT = trace.cell.gates + trace.x_start, len(trace.kept)
+    INPUTS, OUTPUTS = GIVEN + S + P, S + KEPT
+
+    def step_forward(slots, bias, h, rest, params, t, rows, N, H, reverse, rest_state, rest_step):
+        k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+        if k >= rows * H:
+            return
+        n = types.int64(types.uint32(k) // types.uint32(H))  # 64 bits would call a function
+        u = k - n * H
+        before, after = t + reverse, t + 1 - reverse
+        given = cuda.local.array(INPUTS, real)
+        result = cuda.local.array(OUTPUTS, real)
+        slot = (t * N + n) * SLOTS * H + u
+        for s in range(GIVEN):
+            given[s] = slots[slot + s * H] + bias[s * H + u]
+        given[GIVEN] = h[before * N * H + k]
+        for s in range(S - 1):
+            given[GIVEN + 1 + s] = rest[s * rest_state + before * rest_step + k]
+        for p in range(P):
+            given[GIVEN + S + p] = params[p * H + u]
+        cell(given, result)
+        h[after * N * H + k] = result[0]
+        for s in range(S - 1):
+            rest[s * rest_state + after * rest_step + k] = result[1 + s]
+        for s in range(KEPT):
+            slots[slot + s * H] = result[S + s]
+
+    pointer = types.CPointer(real)
+    return Source(step_forward, (pointer,) * 5 + (types.int64,) * 7, THREADS)
+
+
+def backward(trace, *, dtype, clip):
+    """Assigns slots and dstate (S, N, H), adds to dparams (P, N, H).
+
+    dy: (T, N, H), steps and rows dy_step and dy_row elements apart.  rows: living at t; of them the first `seen` have
+    been at the step processed before, and there weight_hh's product was added to dstate[0].
+    clip: whether what one step passes to the one before is kept within [-limit, limit].
+    """
+    real = getattr(types, dtype)
+    cell = pointwise.backward(trace, real, pointwise.EXACT)
+    G, S, P, SLOTS = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots
+    WRITTEN, KEPT = G + trace.x_start, len(trace.kept)
+    STATE, NEXT, DNEXT, PARAM = KEPT, KEPT + S, KEPT + 2 * S, KEPT + 3 * S
+    INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
+
+    def step_backward(
+        slots, h, rest, dy, dstate, params, dparams, t, rows, seen, N, H, reverse, rest_state, dy_step, dy_row, limit
+    ):
+        k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+        if k >= rows * H:
+            return
+        n = types.int64(types.uint32(k) // types.uint32(H))  # 64 bits would call a function
+        u = k - n * H
+        before, after = t + reverse, t + 1 - reverse
+        given = cuda.local.array(INPUTS, real)
+        result = cuda.local.array(OUTPUTS, real)
+        slot = (t * N + n) * SLOTS * H + u
+        for s in range(KEPT):
+            given[s] = slots[slot + s * H]
+        given[STATE] = h[before * N * H + k]
+        given[NEXT] = h[after * N * H + k]
+        for s in range(S - 1):
+            given[STATE + 1 + s] = rest[s * rest_state + before * N * H + k]
+            given[NEXT + 1 + s] = rest[s * rest_state + after * N * H + k]
+        for s in range(S):
+            value = dstate[s * N * H + k]
+            if clip and n < seen:
+                value = clipped(value, limit)
+            given[DNEXT + s] = value
+        given[DNEXT] += dy[t * dy_step + n * dy_row + u]
+        for p in range(P):
+            given[PARAM + p] = params[p * H + u]
+        cell(given, result)
+        for s in range(WRITTEN):
+            slots[slot + s * H] = result[s]
+        for s in range(S):
+            dstate[s * N * H + k] = result[WRITTEN + s]
+        for p in range(P):
+            dparams[p * N * H + k] += result[WRITTEN + S + p]
+
+    @cuda.jit(device=True)
+    def clipped(value, limit):
+        """NaN stays NaN."""
+        value = limit if value > limit else value
+        return -limit if value < -limit else value
+
+    pointer = types.CPointer(real)
+    return Source(step_backward, (pointer,) * 7 + (types.int64,) * 9 + (real,), THREADS)

@@ -1,0 +1,133 @@
+"""cuBLAS's matrix products on raw addresses, with `cupy.cuda.cublas`'s signatures.
+
+Every operand has to lie within one live allocation, whole: a wrong leading dimension or block is an error here.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from .memory import allocations
+from .runtime import CUDA_R_16BF, CUDA_R_32F, CUDA_R_64F
+
+CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C = 0, 1, 2
+CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
+CUBLAS_GEMM_DEFAULT, CUBLAS_GEMM_DEFAULT_TENSOR_OP = -1, 99
+CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC = 68, 69
+CUBLAS_COMPUTE_32F_FAST_16BF, CUBLAS_COMPUTE_32F_FAST_TF32 = 75, 77
+CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_64F_PEDANTIC = 70, 71
+
+_EXACT = (CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC)
+_FAST = {CUBLAS_COMPUTE_32F_FAST_16BF: 16, CUBLAS_COMPUTE_32F_FAST_TF32: 13}  # bits of a float32 that are rounded off
+_DOUBLE = (CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_64F_PEDANTIC)
+_TYPES = (  # compute type, type of A and B, type of C
+    *((compute, CUDA_R_64F, CUDA_R_64F) for compute in _DOUBLE),
+    *((compute, CUDA_R_32F, CUDA_R_32F) for compute in (*_EXACT, *_FAST)),
+    *((compute, CUDA_R_16BF, c) for compute in _EXACT for c in (CUDA_R_16BF, CUDA_R_32F)),
+)
+_MEMORY = {CUDA_R_32F: np.dtype(np.float32), CUDA_R_64F: np.dtype(np.float64), CUDA_R_16BF: np.dtype(np.uint16)}
+
+
+class CUBLASError(RuntimeError):
+    """As `cupy.cuda.cublas.CUBLASError`, with the reason."""
+
+
+def gemmEx(
+    handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int,
+    B: int, Btype: int, ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int, algo: int,
+) -> None:  # fmt: skip
+    """C (m, n) = alpha op(A) op(B) + beta C, all column-major; alpha and beta lie on the host."""
+    if Atype != Btype or (computeType, Atype, Ctype) not in _TYPES:
+        raise CUBLASError(f"not supported: types {Atype}, {Btype}, {Ctype} with compute type {computeType}")
+    if min(m, n, k) < 0:
+        raise CUBLASError(f"invalid value: m, n, k = {m}, {n}, {k}")
+    if not (m and n):
+        return
+    a = _matrix("A", A, Atype, lda, m, k, transa)
+    b = _matrix("B", B, Btype, ldb, k, n, transb)
+    c = _matrix("C", C, Ctype, ldc, m, n, CUBLAS_OP_N)
+    if np.shares_memory(a, c) or np.shares_memory(b, c):
+        raise CUBLASError("C overlaps A or B")
+    a, b = (_rounded(_widened(factor, Atype), _FAST.get(computeType, 0)) for factor in (a, b))
+    scale = ctypes.c_double if computeType in _DOUBLE else ctypes.c_float
+    factor, keep = _host_scalar("alpha", alpha, scale), _host_scalar("beta", beta, scale)
+    with np.errstate(all="ignore"):
+        value = a.dtype.type(factor) * (a @ b)
+        if keep:  # beta 0 never reads C, which may hold NaN
+            value += a.dtype.type(keep) * _widened(c, Ctype)
+    c[...] = _rounded(value, 16).view(np.uint32) >> 16 if Ctype == CUDA_R_16BF else value
+
+
+def sgemm(
+    handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, lda: int, B: int, ldb: int,
+    beta: int, C: int, ldc: int,
+) -> None:  # fmt: skip
+    types = (CUDA_R_32F, CUBLAS_COMPUTE_32F)
+    _gemm(types, handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc)
+
+
+def dgemm(
+    handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, lda: int, B: int, ldb: int,
+    beta: int, C: int, ldc: int,
+) -> None:  # fmt: skip
+    types = (CUDA_R_64F, CUBLAS_COMPUTE_64F)
+    _gemm(types, handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc)
+
+
+def setPointerMode(handle: int, mode: int) -> None:
+    if mode != CUBLAS_POINTER_MODE_HOST:
+        raise NotImplementedError("scalars in device memory are not modelled")
+
+
+def setMathMode(handle: int, mode: int) -> None:
+    if mode:
+        raise NotImplementedError("only CUBLAS_DEFAULT_MATH is modelled")
+
+
+def _gemm(types: tuple[int, int], handle: int, ta: int, tb: int, m: int, n: int, k: int, alpha: int, A: int, lda: int,
+          B: int, ldb: int, beta: int, C: int, ldc: int) -> None:  # fmt: skip
+    kind, compute = types
+    gemmEx(handle, ta, tb, m, n, k, alpha, A, kind, lda, B, kind, ldb, beta, C, kind, ldc, compute, CUBLAS_GEMM_DEFAULT)
+
+
+def _matrix(name: str, address: int, kind: int, leading: int, rows: int, columns: int, transposed: int) -> np.ndarray:
+    """op(matrix), a view (rows, columns) of what lies column-major in device memory."""
+    if transposed:
+        return _matrix(name, address, kind, leading, columns, rows, CUBLAS_OP_N).T
+    dtype = _MEMORY[kind]
+    if leading < max(1, rows):
+        raise CUBLASError(f"invalid value: the leading dimension of {name} is {leading}, it has {rows} rows")
+    if address % dtype.itemsize:
+        raise CUBLASError(f"{name} is not aligned to its values")
+    if not columns or not rows:
+        return np.empty((rows, columns), dtype)
+    nbytes = ((columns - 1) * leading + rows) * dtype.itemsize
+    try:
+        memory = allocations.bytes_at(address, nbytes)
+    except LookupError as error:
+        raise CUBLASError(f"{name} ({rows}, {columns}) with leading dimension {leading}: {error}") from None
+    return np.ndarray((rows, columns), dtype, memory, strides=(dtype.itemsize, leading * dtype.itemsize))
+
+
+def _host_scalar(name: str, address: int, kind: Any) -> float:
+    try:
+        _, _, where = allocations.find(address)
+    except LookupError:
+        return kind.from_address(address).value
+    raise CUBLASError(f"{name} lies in device memory ({where}), the pointer mode is the host's")
+
+
+def _widened(matrix: np.ndarray, kind: int) -> np.ndarray:
+    """bfloat16 is the upper half of a float32."""
+    return (matrix.astype(np.uint32) << 16).view(np.float32) if kind == CUDA_R_16BF else matrix
+
+
+def _rounded(values: np.ndarray, dropped: int) -> np.ndarray:
+    """float32 with its last `dropped` bits rounded off, to nearest, ties to even; NaN and inf stay."""
+    if not dropped:
+        return values
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    tie = (bits >> np.uint32(dropped)) & np.uint32(1)
+    up = (bits + np.uint32((1 << (dropped - 1)) - 1) + tie) & np.uint32(-(1 << dropped) & 0xFFFFFFFF)
+    return np.where(np.isfinite(values), up.view(np.float32), values)

@@ -1,0 +1,192 @@
+"""Loads and stores, and the fences that order them."""
+
+import numpy as np
+
+from tests.ptx.convert import EIGHTS
+from tests.ptx.elementwise import BITS, INTEGERS
+from tests.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW, Space
+from tests.ptx.parse import Address, Variable
+from tests.ptx.registers import Active, Modifiers, Operands
+from tests.ptx.types import DTYPE
+
+u8, u64 = np.uint8, np.uint64
+
+ANY = (*INTEGERS, *EIGHTS, *BITS, "b8", "f32", "f64")
+SPACES = ("global", "shared", "shared::cta", "local", "const")
+CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first")
+CACHE += ("L1::evict_last", "L1::no_allocate", "L2::64B", "L2::128B", "L2::256B")
+SCOPES = {"cta": 1, "gpu": 2, "sys": 2}
+
+
+class Semantics:
+    """How an access takes part in ordering.  scope: 1 the block, 2 the device."""
+
+    def __init__(self, m: Modifiers, default: str):
+        self.order = m.one("weak", "relaxed", "acquire", "release", "acq_rel", "volatile", default=default)
+        scope = SCOPES[m.one(*SCOPES, default="gpu")] if self.order not in ("weak", "volatile") else 2
+        self.scope = scope
+        self.strength = 0 if self.order == "weak" else scope
+        self.acquires, self.releases = self.order in ("acquire", "acq_rel"), self.order in ("release", "acq_rel")
+
+
+class Place:
+    """Which memory an instruction goes to; a generic address says so itself, thread by thread."""
+
+    def __init__(self, m: Modifiers, x: Operands):
+        self.spaces = x.spaces
+        self.name = m.one(*SPACES, default="generic").removesuffix("::cta").replace("const", "global")
+
+    def parts(self, addresses: np.ndarray, active: Active):
+        """(space, addresses in it, threads, which of the active ones: a slice or a mask)."""
+        if self.name != "generic":
+            yield self.spaces[self.name], addresses, active.threads, slice(None)
+            return
+        for name, low, high in (
+            ("global", 0, SHARED_WINDOW),
+            ("shared", SHARED_WINDOW, LOCAL_WINDOW),
+            ("local", LOCAL_WINDOW, 1 << 64),
+        ):
+            inside = (addresses >= u64(low)) & (addresses <= u64(high - 1))
+            base = u64(low)
+            if inside.all():
+                yield self.spaces[name], addresses - base, active.threads, slice(None)
+            elif inside.any():
+                yield self.spaces[name], addresses[inside] - base, active.threads[inside], inside
+
+
+def keys(space: Space, addresses: np.ndarray, threads: np.ndarray) -> np.ndarray:
+    """One number for each byte of the device, other than the same address in another block's shared memory."""
+    return addresses if space.base is None else addresses + u64(SHARED_WINDOW) + space.base[threads].astype(u64)
+
+
+def load(m: Modifiers, x: Operands):
+    kind = m.type(*ANY)
+    count = {"v2": 2, "v4": 4, "v1": 1}[m.one("v2", "v4", default="v1")]
+    destination, source = m.operands(2)
+    parts = destination if isinstance(destination, tuple) else (destination,)
+    if len(parts) != count or not isinstance(source, Address):
+        raise m.unknown(f"expected {count} registers and an address")
+    writes = [x.write(part, kind, wider=True) for part in parts]
+    if m.flag("param"):
+        m.flag("func")
+        return _load_param(x, source, DTYPE[kind], writes)
+    how, constant = Semantics(m, "weak"), m.flag("nc")
+    m.flag(*CACHE)
+    place, address, dtype = Place(m, x), x.address(source), DTYPE[kind]
+    x.yields = how.strength > 0
+
+    def execute(active):
+        addresses = address(active)
+        if how.strength:
+            x.poll(active, addresses)
+        values = None
+        for space, there, threads, which in place.parts(addresses, active):
+            found = space.load(there, dtype, count, threads, how.strength, constant)
+            if isinstance(which, slice):
+                values = found
+            else:
+                values = np.empty((len(active), count), dtype) if values is None else values
+                values[which] = found
+            if how.acquires:
+                x.clocks.acquire(threads, keys(space, there, threads), how.scope)
+            elif how.strength:
+                x.clocks.relaxed_read(threads, keys(space, there, threads), how.scope)
+        for k, write in enumerate(writes):
+            write(active, values[:, k])
+
+    return execute
+
+
+def _load_param(x: Operands, source: Address, dtype: np.dtype, writes):
+    if not isinstance(source.base, Variable) or source.base.key not in x.params:
+        raise x.unknown("expected a parameter")
+    stop = source.offset + dtype.itemsize * len(writes)
+    held = x.params[source.base.key]
+    if not 0 <= source.offset < stop <= held.shape[1]:
+        raise x.unknown(f"expected bytes within the parameter's {held.shape[1]}")
+
+    def execute(active):
+        values = (held if len(held) == 1 else held[active.at])[:, source.offset : stop]
+        values = np.ascontiguousarray(values).view(dtype)
+        for k, write in enumerate(writes):
+            write(active, values[:, k])
+
+    return execute
+
+
+def store(m: Modifiers, x: Operands):
+    kind = m.type(*ANY)
+    count = {"v2": 2, "v4": 4, "v1": 1}[m.one("v2", "v4", default="v1")]
+    target, source = m.operands(2)
+    parts = source if isinstance(source, tuple) else (source,)
+    if len(parts) != count or not isinstance(target, Address):
+        raise m.unknown(f"expected an address and {count} registers")
+    reads, dtype = [x.read(part, kind, wider=True) for part in parts], DTYPE[kind]
+
+    def gather(active):
+        values = np.empty((len(active), count), dtype)
+        for k, read in enumerate(reads):
+            values[:, k] = read(active)
+        return values
+
+    if m.flag("param"):
+        m.flag("func")
+        return _store_param(x, target, dtype.itemsize * count, gather)
+    how = Semantics(m, "weak")
+    m.flag(*CACHE)
+    place, address = Place(m, x), x.address(target)
+
+    def execute(active):
+        addresses, values = address(active), gather(active)
+        for space, there, threads, which in place.parts(addresses, active):
+            if how.strength:
+                order(x, how, threads, keys(space, there, threads), replace=True)
+            x.changes += space.store(there, values[which], threads, how.strength)
+
+    return execute
+
+
+def _store_param(x: Operands, target: Address, size: int, gather):
+    if not isinstance(target.base, Variable) or target.base.key not in x.params:
+        raise x.unknown("expected a parameter")
+    held = x.params[target.base.key]
+    if not 0 <= target.offset <= held.shape[1] - size:
+        raise x.unknown(f"expected bytes within the parameter's {held.shape[1]}")
+
+    def execute(active):
+        held[active.at, target.offset : target.offset + size] = gather(active).view(u8).reshape(-1, size)
+
+    return execute
+
+
+def order(x: Operands, how: Semantics, threads, addresses, replace: bool) -> None:
+    """The releasing side of a strong write."""
+    if how.releases:
+        for thread, address in zip(threads.tolist(), addresses.tolist(), strict=True):
+            x.clocks.release(thread, address, how.scope, replace)
+    else:
+        x.clocks.relaxed_write(threads, addresses, how.scope, replace)
+
+
+def fence(m: Modifiers, x: Operands):
+    m.one("acq_rel", "sc", default="acq_rel")
+    scope = SCOPES[m.one(*SCOPES)]
+    m.operands(0)
+    return lambda active: x.clocks.fence(active.threads, scope)
+
+
+def membar(m: Modifiers, x: Operands):
+    scope = {"cta": 1, "gl": 2, "sys": 2}[m.one("cta", "gl", "sys")]
+    m.operands(0)
+    return lambda active: x.clocks.fence(active.threads, scope)
+
+
+def nanosleep(m: Modifiers, x: Operands):
+    x.read(m.operands(1)[0], m.type("u32"))
+    x.yields = True
+    return lambda active: None
+
+
+TABLE = {
+    **{"ld": load, "st": store, "fence": fence, "membar": membar, "nanosleep": nanosleep},
+}

@@ -1,0 +1,6 @@
+"""Every opcode that the interpreter knows, but for those that steer threads (program.py)."""
+
+from tests.ptx import access, arithmetic, atomics, bits, compare, convert, copies, functions, moves, warp
+
+BUILDERS = arithmetic.TABLE | functions.TABLE | compare.TABLE | moves.TABLE | convert.TABLE | bits.TABLE
+BUILDERS |= access.TABLE | atomics.TABLE | copies.TABLE | warp.TABLE

@@ -1,0 +1,204 @@
+"""The CUDA executors without a GPU: the kernels that Numba emits, run in the interpreter, against the NumPy executor.
+
+Every launch is also checked for bounds, alignment, races between threads and blocks, divergence, deadlock and reads of
+memory that nobody wrote; `tests/ptx` says how.
+"""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+
+import gpurnn
+from gpurnn import backend
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL
+from gpurnn.executors import resident, step
+from gpurnn.kernels.products import Ffma, Mma
+from tests import fake_cupy
+from tests.interpreted import Interpreted, interpreted
+
+pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
+
+# Relative to a tensor's largest entry (or 1 for what is added to ones), against the NumPy executor in float64.
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
+ENGINES = {"step": step, "resident": resident}
+EXECUTORS = tuple(ENGINES)
+
+
+def results(cell, shape, *, dtype="float64", lengths=None, given=True, flow=False, keep=False, seed=0, **options):
+    """Every tensor of a training and an inference pass of a layer, by name, on the host."""
+    T, N, I, H = shape
+    rng = np.random.default_rng(seed)
+    layer = gpurnn.Recurrent(cell, I, H, dtype=dtype, rng=1, **options)
+    D, L = layer.directions, layer.num_layers
+
+    def draw(*size):
+        return backend.asarray(rng.standard_normal(size).astype("float32"), dtype, "x")
+
+    for name, value in layer.params.items():  # biases, too, and the cell's own parameters
+        value[...] = draw(*value.shape) * (0.7 * H**-0.5 if "weight" in name else 0.5)
+    layer.grads.flat[...] = 1
+    x, dy = draw(T, N, I), draw(T, N, D * H)
+    state, dstate = (tuple(draw(L * D, N, H) for _ in range(cell.states)) for _ in range(2))
+    if cell.states == 1:
+        state, dstate = state[0], dstate[0]
+    found = {}
+    y, final, backward = layer(x, state if given else None, lengths=lengths)
+    found["y"] = y
+    found |= _named("final", final)
+    norms = backend.xp.zeros((L * D, cell.states, T)) if flow else None
+    for call in range(2 if keep else 1):
+        dx, dinitial = backward(dy, dstate, keep=keep and call == 0, flow=norms)
+        found |= {f"dx {call}": dx} | _named(f"dinitial {call}", dinitial)
+    if flow:
+        found["flow"] = norms
+    found |= {f"d{name}": value for name, value in layer.grads.items()}
+    found |= _named("inference", layer(x, state if given else None, lengths=lengths, training=False)[:2])
+    return {name: np.asarray(backend.to_numpy(value), np.float64) for name, value in found.items()}
+
+
+def _named(name, values):
+    if not isinstance(values, tuple):
+        return {name: values}
+    return {key: value for k, part in enumerate(values) for key, value in _named(f"{name} {k}", part).items()}
+
+
+def compare(cell, shape, executor, kind="float32", seed=None, **options):
+    """kind: a dtype, or bfloat16 for the products of a float32 layer."""
+    precise = {"precision": kind} if kind == "bfloat16" else {"dtype": kind}
+    expected = results(cell, shape, executor="numpy", **options)
+    before = Interpreted.launches
+    with interpreted(seed=seed):
+        got = results(cell, shape, executor=executor, **({"dtype": "float32"} | precise | options))
+    assert Interpreted.launches > before or not shape[0] or not shape[1], "nothing ran in the interpreter"
+    for name, reference in expected.items():
+        assert got[name].shape == reference.shape, name
+        if reference.size:
+            largest = max(np.abs(reference).max(), 1.0)
+            error = np.abs(got[name] - reference).max() / largest
+            assert error <= TOLERANCES[kind], f"{name}: off by {error:.1e} of its largest entry"
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_step(any_cell, kind):
+    compare(any_cell, (4, 3, 2, 5), "step", kind)
+
+
+def test_resident(any_cell):
+    compare(any_cell, (4, 3, 2, 5), "resident")
+
+
+def test_resident_on_tensor_cores(any_cell):
+    if any_cell.name == "every_function":
+        pytest.skip("its kinks are crossed by rounding alone")
+    compare(any_cell, (3, 9, 2, 17), "resident", "bfloat16")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 1, 4, 33), (2, 5, 1, 40), (0, 2, 3, 4), (2, 0, 3, 4)], ids=str)
+def test_odd_sizes(shape, executor):
+    compare(GRU_CELL, shape, executor)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "both directions"])
+def test_lengths_clipping_and_flow(executor, reverse):
+    options = {"lengths": [2, 0, 5, 3, 5], "clip_in_time": 0.3, "bidirectional": reverse, "keep": True}
+    compare(LSTM_CELL, (5, 5, 3, 6), executor, **options)
+    compare(LSTM_CELL, (5, 5, 3, 6), executor, flow=True, **options)
+    compare(LSTM_CELL, (5, 5, 3, 6), executor, flow=True, clip_in_time=0.3)
+
+
+def test_lengths_on_tensor_cores():
+    options = {"lengths": [2, 0, 4, 3, 4, 1, 1, 4, 4, 2], "clip_in_time": 0.3, "bidirectional": True}
+    compare(GRU_CELL, (4, 10, 3, 9), "resident", "bfloat16", **options)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_layers_and_trained_initial_states(executor):
+    compare(LSTM_CELL, (3, 2, 3, 4), executor, num_layers=2, trainable_h0=True, given=False, bias=False)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_any_order_of_warps(kind, seed):
+    compare(LSTM_CELL, (3, 9, 2, 20), "resident", kind, seed, lengths=[3, 3, 1, 0, 2, 3, 2, 2, 3])
+
+
+TILES = [
+    (CELLS["rnn_tanh"], Ffma(1, 1, 1, 0)),
+    (CELLS["rnn_tanh"], Ffma(4, 8, 1, 1)),
+    (CELLS["rnn_tanh"], Ffma(4, 2, 4, 2)),
+    (CELLS["rnn_tanh"], Mma(4, 1)),
+    (GRU_CELL, Ffma(2, 4, 2, 1)),
+    (GRU_CELL, Ffma(1, 8, 4, 0)),
+    (GRU_CELL, Mma(2, 0)),
+]
+
+
+@pytest.mark.parametrize(("cell", "tile"), TILES, ids=lambda value: getattr(value, "name", str(value)))
+def test_every_kind_of_tile(cell, tile, monkeypatch):
+    """More lanes than pairs and fewer, weights in registers, in shared memory and in both."""
+    monkeypatch.setattr(resident, "tile", lambda *_: tile)
+    resident._fitted.cache_clear()
+    try:
+        kind = "bfloat16" if isinstance(tile, Mma) else "float32"
+        compare(cell, (4, 5, 2, 37), "resident", kind, bidirectional=True, lengths=[2, 3, 0, 4, 1])
+    finally:
+        resident._fitted.cache_clear()
+
+
+def test_inference_in_pieces(monkeypatch):
+    """Long sequences are projected and run a few steps at a time; states go from piece to piece."""
+    monkeypatch.setattr("gpurnn.executors.device.INFERENCE_BYTES", 2 * 3 * 4 * 5 * 4)
+    for executor in EXECUTORS:
+        compare(LSTM_CELL, (5, 3, 2, 5), executor, lengths=[5, 2, 3], bidirectional=True)
+
+
+def test_what_one_executor_wrote_the_other_goes_back_over():
+    found = []
+    with interpreted():
+        for there, back in (("step", "step"), ("step", "resident"), ("resident", "step")):
+            layer = gpurnn.LSTM(3, 6, rng=1, executor=there)
+            x = fake_cupy.asarray(np.random.default_rng(0).standard_normal((4, 3, 3)).astype("float32"))
+            _, _, backward = layer(x)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ENGINES[there], "backward", ENGINES[back].backward)
+                dx, _ = backward(fake_cupy.ones((4, 3, 6), np.float32))
+            found.append(dx.get())
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_bits_twice():
+    with interpreted():
+        first, second = (results(LSTM_CELL, (4, 3, 2, 20), dtype="float32", executor="resident") for _ in range(2))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_row_s_nan_stays_in_its_row():
+    for precision in ("float32", "bfloat16"):
+        with interpreted():
+            layer = gpurnn.GRU(2, 18, rng=1, executor="resident", precision=precision)
+            x = np.zeros((3, 10, 2), np.float32)
+            x[1, 4] = np.nan
+            y, _, backward = layer(fake_cupy.asarray(x))
+            dx, _ = backward(fake_cupy.ones((3, 10, 18), np.float32))
+            y, dx = y.get(), dx.get()
+        others = [n for n in range(10) if n != 4]
+        assert np.isfinite(y[:, others]).all() and np.isfinite(dx[:, others]).all()
+        assert np.isnan(y[1:, 4]).all() and np.isfinite(y[0, 4]).all()
+
+
+def test_the_choice_and_its_limits():
+    with interpreted():
+        small, large = (gpurnn.LSTM(3, H, rng=1) for H in (16, 512))
+        chosen = gpurnn.executors.choose
+        pick = [chosen(None, layer.cell, layer.hidden_size, 4, layer.dtype, "float32") for layer in (small, large)]
+        assert [module.__name__.rpartition(".")[2] for module in pick] == ["resident", "step"]
+        double = chosen(None, small.cell, 16, 4, np.dtype("float64"), "float32")
+        assert double.__name__.endswith("step")
+        with pytest.raises(ValueError, match="weight_hh of lstm with 512 units does not fit one SM"):
+            gpurnn.LSTM(3, 512, executor="resident")(fake_cupy.zeros((2, 1, 3), np.float32))
+        with pytest.raises(ValueError, match="one of resident, step, numpy on the cuda backend, got 'compiled'"):
+            gpurnn.LSTM(3, 4, executor="compiled")
