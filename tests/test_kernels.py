@@ -10,10 +10,13 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import backend
+from gpurnn import backend, checkpoint
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL
+from gpurnn.config import TrainConfig
+from gpurnn.data import load_corpus
 from gpurnn.executors import resident, step
 from gpurnn.kernels.products import Ffma, Mma
+from gpurnn.training import Training
 from tests import fake_cupy
 from tests.interpreted import Interpreted, interpreted
 
@@ -176,6 +179,32 @@ def test_the_same_bits_twice():
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_the_main_job_trains_on_the_kernels(tmp_path):
+    """The steps of `gpurnn train`, gone on with from a checkpoint bit for bit; the losses are those of the CPU."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox, die schnelle Füchsin.\n" * 20, "utf-8")
+    corpus = load_corpus(text)
+    config = TrainConfig(batch=2, k1=4, k2=6, hidden_size=9, embedding_size=5, steps=4, seed=3)
+
+    def whole():
+        training = Training(config, corpus)
+        return [training.step(flow=k == 1) for k in range(4)], training
+
+    with interpreted():
+        before = Interpreted.launches
+        seen, training = whole()
+        assert Interpreted.launches >= before + 4 * 4, "each step packs weight_hh twice, goes forward and back"
+        pieces = Training(config, corpus)
+        first = [pieces.step(flow=k == 1) for k in range(2)]
+        checkpoint.save(tmp_path / "model.safetensors", pieces.checkpoint())
+        resumed = Training(config, corpus)
+        assert resumed.restore(checkpoint.load(tmp_path / "model.safetensors")) == []
+        assert first + [resumed.step() for _ in range(2)] == seen
+        for name, value in training.model.state_dict().items():
+            np.testing.assert_array_equal(resumed.model.state_dict()[name], value)
+    np.testing.assert_allclose(seen, whole()[0], rtol=1e-4)
+
+
 def test_a_row_s_nan_stays_in_its_row():
     for precision in ("float32", "bfloat16"):
         with interpreted():
@@ -200,5 +229,7 @@ def test_the_choice_and_its_limits():
         assert double.__name__.endswith("step")
         with pytest.raises(ValueError, match="weight_hh of lstm with 512 units does not fit one SM"):
             gpurnn.LSTM(3, 512, executor="resident")(fake_cupy.zeros((2, 1, 3), np.float32))
+        with pytest.raises(ValueError, match="'resident' computes in float32, got float64"):
+            gpurnn.GRU(3, 4, dtype="float64", executor="resident")(fake_cupy.zeros((2, 1, 3)))
         with pytest.raises(ValueError, match="one of resident, step, numpy on the cuda backend, got 'compiled'"):
             gpurnn.LSTM(3, 4, executor="compiled")

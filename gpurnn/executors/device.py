@@ -227,8 +227,9 @@ def _launcher(recipe: build.Recipe, device: int) -> Launcher:
 
 
 class Chip(NamedTuple):
-    """capability: such as (9, 0).  shared: bytes of shared memory that a block may have."""
+    """number: of the device.  capability: such as (9, 0).  shared: bytes of shared memory that a block may have."""
 
+    number: int
     capability: tuple[int, int]
     multiprocessors: int
     shared: int
@@ -244,7 +245,7 @@ def _chip(number: int) -> Chip:
     device = backend.xp.cuda.Device(number)
     digits, attributes = device.compute_capability, device.attributes
     capability = int(digits[:-1]), int(digits[-1])
-    return Chip(capability, attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
+    return Chip(number, capability, attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 def grid(count: int, each: int) -> int:

@@ -58,7 +58,9 @@ def forward(
     training: bool,
     precision: str = "float32",
 ) -> tuple[States, Tape | None]:
-    """See `numpy_loop.forward`."""
+    """See `numpy_loop.forward`.  Raises ValueError where the dtype is not float32, or weight_hh does not fit."""
+    if x.dtype != np.float32:
+        raise ValueError(f"executor 'resident' computes in float32, got {x.dtype}: 'step' computes in float64 as well")
     sweep = device.begin(cell, x, weights, state, rows, reverse, training, precision)
     tape = sweep.tape
     N = tape.h.shape[1]
