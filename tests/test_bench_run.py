@@ -1,5 +1,6 @@
 """The benchmarks' own correctness: reference, check, statistics, results file, floors; nothing here judges a time."""
 
+import itertools
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ from bench.__main__ import main
 from bench.cases import Case
 from bench.peers import Implementation, numpy_loop, numpy_model
 from bench.peers.workload import Workload
+from gpurnn import backend
 
 SMALL = Case("cpu", "lstm", 5, 3, 4, 6)
 MACHINE = floors.Machine("cpu", {"float32": 1e11}, 1e10, 1 << 20)
@@ -138,6 +140,79 @@ def test_every_character_model_here_takes_the_same_three_steps():
     for implementation in _here(case, "model"):
         got = implementation.build(problem.make(case), "training", "model").results()
         assert expected.error(got, check.REQUIRED["model"]) < 1e-5, implementation.name
+
+
+@pytest.fixture
+def on_a_gpu():
+    """The CUDA backend with interpreted kernels."""
+    if backend.name == "cuda":
+        pytest.skip("on a GPU the kernels run on the GPU")
+    pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+    from tests.interpreted import interpreted
+
+    with interpreted():
+        yield
+
+
+def _ours_on_cuda():
+    return {i.name: i for i in peers.implementations("cuda") if i.ours}
+
+
+def test_the_cuda_table_refuses_what_ours_cannot_run(on_a_gpu):
+    table = _ours_on_cuda()
+    assert list(table) == ["gpurnn-resident", "gpurnn-step", "gpurnn-numpy"]
+    assert [i.default for i in table.values()] == [True, True, False]
+    assert all(i.missing() is None for i in table.values())
+
+    def refusals(**changes):
+        case = Case(**{"group": "gaps", "cell": "lstm", "T": 5, "N": 3, "I": 4, "H": 64} | changes)
+        parts = ("model",) if case.group == "train" else ("layer", "recurrence")
+        names = ("gpurnn-resident", "gpurnn-step")
+        return [table[name].refuses(case, "training", part) for part in parts for name in names]
+
+    apart = "it does not run the recurrence apart from the input projection"
+    fits = [None, None, apart, apart]
+    for cell, dtype in itertools.product(cases.GATES, ("float32", "bfloat16")):
+        assert refusals(cell=cell, dtype=dtype, lengths="uniform") == fits
+    assert refusals(group="train") == [None, None]
+    for dtype in ("tf32", "float16"):
+        assert refusals(dtype=dtype)[:2] == [f"its products are not computed in {dtype} yet"] * 2
+    assert refusals(heads=2)[:2] == ["it has no block-diagonal weight_hh"] * 2
+    large = refusals(H=512, dtype="bfloat16")
+    assert large[:2] == ["weight_hh of lstm with 512 units does not fit one SM in bfloat16", None]
+    assert refusals(cell="rnn", H=1024)[0] == "weight_hh of rnn with 1024 units does not fit one SM in float32"
+
+
+def test_the_cuda_table_away_from_a_gpu(monkeypatch):
+    monkeypatch.setattr("gpurnn.backend.name", "numpy")
+    table = _ours_on_cuda()
+    assert all("gpurnn's backend is numpy" in i.missing() for i in table.values())
+    assert "on a GPU only" in table["gpurnn-resident"].refuses(SMALL, "training", "layer")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpurnn-resident", "gpurnn-step"])
+def test_ours_on_cuda_gives_the_reference(on_a_gpu, name, dtype, monkeypatch):
+    freed = []
+    pool = SimpleNamespace(free_all_blocks=lambda: freed.append(name))
+    monkeypatch.setattr("tests.fake_cupy.get_default_memory_pool", lambda: pool, raising=False)
+    case = Case("lengths", "gru", 4, 3, 2, 5, dtype, lengths="uniform")
+    made = problem.make(case)
+    expected = check.Expected(made)
+    workload = _ours_on_cuda()[name].build(made, "training", "layer")
+    assert workload.layer.executor == name.removeprefix("gpurnn-") and workload.layer.precision == dtype
+    error = expected.error(workload.results(), check.REQUIRED["layer"])
+    assert error < 1e-5 if dtype == "float32" else 1e-4 < error < check.TOLERANCE[dtype]
+    assert workload.time(2) > 0
+    workload.close()
+    assert not vars(workload) and freed == [name], "the next implementation may want the memory"
+
+
+@pytest.mark.parametrize("name", ["gpurnn-resident", "gpurnn-step"])
+def test_our_character_model_on_cuda_takes_the_same_three_steps(on_a_gpu, name):
+    made = problem.make(Case("train", "lstm", 3, 2, 5, 6))
+    got = _ours_on_cuda()[name].build(made, "training", "model").results()
+    assert check.Expected(made).error(got, check.REQUIRED["model"]) < 1e-5
 
 
 def test_model_reference_descends():

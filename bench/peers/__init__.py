@@ -7,10 +7,13 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bench.cases import Case
 from bench.peers.workload import Workload
 from bench.problem import Problem
 from gpurnn import backend
+from gpurnn.cells import CELLS
 from gpurnn.environment import cpu_threads
 
 OURS = "gpurnn"
@@ -100,6 +103,8 @@ def _on_cuda() -> list[Implementation]:
         return FlashRNN(problem, phase, part)
 
     return [
+        _gpurnn("resident", "cuda", _resident),
+        _gpurnn("step", "cuda", _dense_on_cuda),
         _gpurnn("numpy", "cuda", _dense_float32, default=False),
         Implementation("torch-cudnn", "cuda", torch_cudnn, why_no_torch_cuda, _dense),
         Implementation(
@@ -179,6 +184,26 @@ def _dense_float32(case: Case, phase: str, part: str) -> str | None:
     if case.dtype != "float32":
         return f"it computes in float32, not in {case.dtype}"
     return _dense(case, phase, part)
+
+
+def _dense_on_cuda(case: Case, phase: str, part: str) -> str | None:
+    if case.dtype not in ("float32", "bfloat16"):
+        return f"its products are not computed in {case.dtype} yet"
+    return _dense(case, phase, part)
+
+
+def _resident(case: Case, phase: str, part: str) -> str | None:
+    if reason := _dense_on_cuda(case, phase, part):
+        return reason
+    if backend.name != "cuda":
+        return "what fits is known on a GPU only"
+    from bench.peers.gpurnn_layer import precision_of
+    from gpurnn.executors import resident
+
+    cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
+    if resident.fits(cell, case.H, case.N, np.dtype("float32"), precision_of(case)):
+        return None
+    return f"weight_hh of {case.cell} with {case.H} units does not fit one SM in {case.dtype}"
 
 
 def _layer_only(rule: Any) -> Callable[[Case, str, str], str | None]:

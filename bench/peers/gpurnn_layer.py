@@ -1,15 +1,24 @@
-"""Ours: a layer of gpurnn, or the whole character model, with the executor named, on the backend gpurnn has chosen."""
+"""Ours: a layer of gpurnn, or the whole character model, with the executor named, on the backend gpurnn has chosen.
+
+A case of bfloat16 asks for that precision of the matrix products; what goes in and comes out is float32.
+"""
 
 import time
 
 import numpy as np
 
 import gpurnn
+from bench.cases import Case
 from bench.peers.workload import Workload
 from bench.problem import CLIP_NORM, LEARNING_RATE, Problem
 from gpurnn import backend
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
+
+
+def precision_of(case: Case) -> str:
+    """How the products are asked for: arrays, sums and states are float32 in every case."""
+    return "bfloat16" if case.dtype == "bfloat16" else "float32"
 
 
 class GpurnnWorkload(Workload):
@@ -21,13 +30,18 @@ class GpurnnWorkload(Workload):
         backend.synchronize()  # the device's work is in the time, and one wait for it
         return time.perf_counter() - start
 
+    def close(self) -> None:
+        vars(self).clear()
+        if backend.name == "cuda":  # CuPy would keep the memory, and the next implementation may want it
+            backend.xp.get_default_memory_pool().free_all_blocks()
+
 
 class GpurnnLayer(GpurnnWorkload):
     """`gpurnn-<executor>`"""
 
     def __init__(self, problem: Problem, phase: str, executor: str):
         case = problem.case
-        self.layer = LAYERS[case.cell](case.I, case.H, executor=executor)
+        self.layer = LAYERS[case.cell](case.I, case.H, executor=executor, precision=precision_of(case))
         self.layer.load_state_dict(problem.weights)
         self.training, self.lengths = phase == "training", problem.lengths
         self.x = [backend.asarray(x, "float32", "x") for x in problem.x]
@@ -63,7 +77,7 @@ class GpurnnModel(GpurnnWorkload):
     def __init__(self, problem: Problem, executor: str):
         case = problem.case
         symbols = len(problem.weights["head.bias"])
-        recurrent = LAYERS[case.cell](case.I, case.H, executor=executor)
+        recurrent = LAYERS[case.cell](case.I, case.H, executor=executor, precision=precision_of(case))
         self.model = gpurnn.SequenceModel(gpurnn.Embedding(symbols, case.I), recurrent, gpurnn.Linear(case.H, symbols))
         self.model.load_state_dict(problem.weights)
         self.x, self.targets = (

@@ -1,0 +1,356 @@
+"""On a GPU: what the interpreter proves on small shapes, on the chip and on large ones, and what only a device can show.
+
+Every result of a layer is compared with the NumPy executor in float64 on the host.  A run compiles some hundred kernels,
+about a second each; GPURNN_CACHE_DIR=folder keeps them from run to run.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+import gpurnn
+from gpurnn import backend, checkpoint
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL
+from gpurnn.cli import main
+
+pytestmark = pytest.mark.gpu
+
+# Largest error, relative to a tensor's largest entry, over up to 64 steps.  Over T of them sqrt(T / 64) times as much in
+# the dtypes, where it comes from long sums; bfloat16's comes from rounding factors, whose sums are of float32.
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2}
+KINKED = ("rnn_relu", "every_function")  # bfloat16's rounding alone crosses their kinks, where gradients jump
+KINDS = [("step", "float32"), ("step", "bfloat16"), ("resident", "float32"), ("resident", "bfloat16")]
+by_kind = pytest.mark.parametrize(("executor", "precision"), KINDS, ids=["-".join(kind) for kind in KINDS])
+RAGGED = [7, 0, 3, 7, 1]
+
+
+@contextlib.contextmanager
+def on_the_host():
+    """gpurnn as on a machine without a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "name", "numpy")
+        patch.setattr(backend, "xp", np)
+        yield
+
+
+def results(cell, shape, *, dtype="float32", lengths=None, given=True, flow=False, keep=False, **options):
+    """Every tensor of a training and an inference pass of a layer, by name, on the host.
+
+    The same numbers for every dtype.  keep: backward twice.  flow: the norms of dL/dstate are asked for.
+    """
+    T, N, I, H = shape
+    rng, xp = np.random.default_rng(0), backend.xp
+    layer = gpurnn.Recurrent(cell, I, H, dtype=dtype, rng=1, **options)
+    LD, width = layer.num_layers * layer.directions, layer.directions * H
+
+    def draw(*size, scale=1.0):
+        return xp.asarray((scale * rng.standard_normal(size)).astype("float32").astype(dtype))
+
+    for name, value in layer.params.items():
+        value[...] = draw(*value.shape, scale=0.7 * value.shape[1] ** -0.5 if "weight" in name else 0.4)
+    x, dy = draw(T, N, I), draw(T, N, width)
+    state, dstate = (tuple(draw(LD, N, H, scale=0.5) for _ in range(cell.states)) for _ in range(2))
+    if cell.states == 1:
+        state, dstate = state[0], dstate[0]
+    if lengths is not None:  # what stands behind a row's end is nobody's business
+        behind = xp.asarray(np.arange(T)[:, None] >= np.asarray(lengths))
+        x[behind] = dy[behind] = np.nan
+    state = state if given else None
+    y, final, backward = layer(x, state, lengths=lengths)
+    norms = xp.zeros((LD, cell.states, T)) if flow else None
+    found = {"y": y, "final": final}
+    for call in range(2 if keep else 1):
+        found[f"back {call}"] = backward(dy, dstate, keep=keep and call == 0, flow=norms)
+    found["inference"] = layer(x, state, lengths=lengths, training=False)[:2]
+    found |= {f"d{name}": value for name, value in layer.grads.items()} | ({"flow": norms} if flow else {})
+    return dict(named(found))
+
+
+def named(found, prefix=""):
+    """(name, NumPy array) of every array in nested dicts and tuples."""
+    if isinstance(found, dict | tuple):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            yield from named(value, f"{prefix} {key}".strip())
+    else:
+        yield prefix, backend.to_numpy(found)
+
+
+def compare(cell, shape, executor, precision="float32", dtype="float32", **options):
+    with on_the_host():
+        expected = results(cell, shape, dtype="float64", executor="numpy", **options)
+    got = results(cell, shape, dtype=dtype, executor=executor, precision=precision, **options)
+    assert got.keys() == expected.keys()
+    growth = 1 if precision == "bfloat16" else max(1, shape[0] / 64) ** 0.5
+    tolerance = TOLERANCES["float64" if dtype == "float64" else precision] * growth
+    for name, reference in expected.items():
+        assert got[name].shape == reference.shape and got[name].dtype == ("float64" if name == "flow" else dtype), name
+        if reference.size:
+            error = np.abs(got[name] - reference).max() / max(np.abs(reference).max(), 1e-30)
+            assert error <= tolerance, f"{name}: off by {error:.1e} of its largest entry, {tolerance:.1e} is allowed"
+
+
+def skip_where_it_does_not_fit(cell, shape, executor, precision):
+    from gpurnn.executors import resident
+
+    if executor == "resident" and not resident.fits(cell, shape[3], shape[1], np.dtype("float32"), precision):
+        pytest.skip(f"{cell.name} with {shape[3]} units does not fit one SM of this GPU in {precision}")
+
+
+# Results
+
+
+@by_kind
+def test_every_cell(any_cell, executor, precision):
+    if precision == "bfloat16" and any_cell.name in KINKED:
+        pytest.skip("its kinks are crossed by rounding alone")
+    compare(any_cell, (7, 5, 4, 33), executor, precision, bidirectional=True, lengths=RAGGED)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (3, 300, 1, 1),
+        (20, 1, 3, 7),
+        (9, 131, 5, 17),
+        (5, 200, 40, 64),
+        (12, 600, 3, 33),
+        (6, 33, 129, 128),
+    ],
+    ids=str,
+)
+@by_kind
+def test_sizes(shape, executor, precision):
+    """One row and one unit; more rows than SMs, twice and four times as many; the largest LSTM that one SM holds."""
+    skip_where_it_does_not_fit(LSTM_CELL, shape, executor, precision)
+    compare(LSTM_CELL, shape, executor, precision)
+
+
+@pytest.mark.parametrize(
+    ("cell", "H"), [("rnn_tanh", 256), ("rnn_tanh", 255), ("gru", 128), ("gru", 100)], ids=lambda value: str(value)
+)
+@by_kind
+def test_weights_that_fill_an_sm(cell, H, executor, precision):
+    shape = (10, 9, 3, H)
+    skip_where_it_does_not_fit(CELLS[cell], shape, executor, precision)
+    compare(CELLS[cell], shape, executor, precision)
+
+
+@pytest.mark.parametrize("cell", [LSTM_CELL, GRU_CELL], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("lengths", [None, [2000, 0, 1, 1033, 64]], ids=["full", "ragged"])
+@by_kind
+def test_two_thousand_steps(cell, lengths, executor, precision):
+    compare(cell, (2000, 5, 4, 33), executor, precision, lengths=lengths)
+
+
+@by_kind
+def test_layers_directions_clipping_and_trained_states(executor, precision):
+    common = {"num_layers": 2, "bidirectional": True, "lengths": RAGGED, "clip_in_time": 0.3}
+    compare(LSTM_CELL, (7, 5, 4, 33), executor, precision, trainable_h0=True, given=False, **common)
+    compare(GRU_CELL, (7, 5, 4, 33), executor, precision, bias=False, keep=True, **common)
+
+
+@by_kind
+def test_a_tape_serves_twice_and_shows_the_flow(executor, precision):
+    for options in ({"keep": True}, {"flow": True}, {"flow": True, "keep": True, "lengths": RAGGED}):
+        compare(LSTM_CELL, (7, 5, 4, 33), executor, precision, **options)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu", "peephole_lstm"])
+def test_step_in_float64(cell, pytestconfig):
+    cell = (CELLS | pytestconfig.user_cells)[cell]
+    compare(cell, (40, 5, 4, 33), "step", dtype="float64", bidirectional=True, flow=True)
+    compare(cell, (7, 5, 4, 33), "step", dtype="float64", lengths=RAGGED, clip_in_time=0.3, keep=True)
+
+
+@pytest.mark.parametrize("H", [512, 1024])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_step_where_products_are_large(H, precision):
+    compare(LSTM_CELL, (8, 64, 100, H), "step", precision)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 5), (3, 0, 2, 5), (0, 0, 2, 5)], ids=str)
+@by_kind
+def test_nothing_to_do(shape, executor, precision):
+    compare(LSTM_CELL, shape, executor, precision)
+
+
+@by_kind
+def test_inference_in_pieces(executor, precision, monkeypatch):
+    monkeypatch.setattr("gpurnn.executors.device.INFERENCE_BYTES", 3 * 5 * 4 * 33 * 4)
+    compare(LSTM_CELL, (7, 5, 4, 33), executor, precision, bidirectional=True, lengths=RAGGED)
+
+
+# What a device does
+
+
+@by_kind
+def test_the_same_bits_twice(executor, precision):
+    for shape, lengths in (((50, 300, 5, 33), None), ((7, 5, 4, 33), RAGGED)):
+        first, second = (
+            results(LSTM_CELL, shape, lengths=lengths, executor=executor, precision=precision) for _ in range(2)
+        )
+        assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+
+
+@by_kind
+def test_another_stream(executor, precision):
+    """Work goes to CuPy's current stream: a long product before it on that stream alone would be overtaken elsewhere."""
+    cupy = backend.xp
+    expected = results(LSTM_CELL, (7, 5, 4, 33), executor=executor, precision=precision)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        wide = cupy.ones((4096, 4096), np.float32)
+        for _ in range(20):
+            wide = wide @ wide * np.float32(1e-4)
+        got = results(LSTM_CELL, (7, 5, 4, 33), executor=executor, precision=precision)
+    stream.synchronize()
+    assert all(got[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def forward_launch(N, T, H):
+    """(launch, outputs): the resident forward kernel in inference on buffers of its own; `launch()` does nothing else."""
+    from gpurnn.executors import device, resident
+    from gpurnn.executors.numpy_loop import Weights
+
+    cupy, rng = backend.xp, np.random.default_rng(0)
+
+    def draw(*shape):
+        return cupy.asarray(rng.standard_normal(shape).astype("float32") * np.float32(0.3))
+
+    weights = Weights(draw(4 * H, 3), draw(4 * H, H), draw(4 * H), draw(4 * H), ())
+    state = draw(N, H), draw(N, H)
+    sweep = device.begin(LSTM_CELL, draw(T, N, 3), weights, state, np.full(T, N), False, False, "float32")
+    tape, carried = sweep.tape, cupy.stack(state)
+    kernel, packed, blocks = resident._prepared(
+        resident.resident.forward, tape, sweep.weight_hh, transposed=False, training=False
+    )
+    ((_, _, slots),) = device.pieces(sweep)
+    arrays = packed, slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, tape.lengths
+    initial = carried.copy()
+
+    def begin():
+        carried[...] = initial
+        tape.h[1:] = np.nan
+
+    def launch():
+        kernel(blocks, *(array.data.ptr for array in arrays), T, 0, N, 0, tape.rest.strides[0] // 4)
+
+    return begin, launch, (tape.h, carried)
+
+
+def test_a_captured_graph():
+    cupy = backend.xp
+    begin, launch, outputs = forward_launch(N=5, T=9, H=33)
+    begin()
+    launch()
+    expected = [cupy.asnumpy(array) for array in outputs]
+    assert all(np.isfinite(array).all() for array in expected)
+    begin()
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        launch()
+        graph = stream.end_capture()
+    stream.synchronize()
+    assert cupy.isnan(outputs[0][1:]).all(), "a captured launch does not run"
+    for _ in range(2):
+        begin()
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        for array, wanted in zip(outputs, expected, strict=True):
+            assert cupy.asnumpy(array).tobytes() == wanted.tobytes()
+
+
+def test_out_of_memory_is_an_error_and_the_next_call_works():
+    cupy = backend.xp
+    pool = cupy.get_default_memory_pool()
+    small, large = (cupy.ones((T, 64, 1), np.float32) for T in (10, 20_000))
+    layers = [gpurnn.LSTM(1, 128, rng=1, executor=executor) for executor in ("step", "resident")]
+    for layer in layers:
+        expected = cupy.asnumpy(layer(small)[0])
+        pool.free_all_blocks()
+        pool.set_limit(size=pool.total_bytes() + (64 << 20))
+        try:
+            with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+                layer(large)
+        finally:
+            pool.set_limit(size=0)
+        y, _, backward = layer(small)
+        assert cupy.asnumpy(y).tobytes() == expected.tobytes()
+        assert cupy.isfinite(backward(cupy.ones_like(y))[0]).all()
+
+
+def test_blocks_that_wait_for_each_other_are_never_too_many():
+    """Refused before the launch: the arguments here point nowhere."""
+    from gpurnn.executors import device
+    from gpurnn.kernels import build, step
+    from gpurnn.kernels.launch import Launcher
+
+    kernel = build.build(build.recipe(step.forward, LSTM_CELL.trace, dtype="float32"), device.chip().capability)
+    launcher = Launcher(kernel, cooperative=True)
+    most = launcher.resident_blocks
+    assert most >= device.chip().multiprocessors and most % device.chip().multiprocessors == 0
+    with pytest.raises(RuntimeError, match=f"{most + 1} blocks wait for each other, but only {most} run at once"):
+        launcher(most + 1, *[0] * kernel.arguments)
+    backend.synchronize()
+
+
+def test_shared_memory_beyond_what_a_block_may_have():
+    from gpurnn.executors import device
+    from gpurnn.kernels import build, step
+    from gpurnn.kernels.launch import Launcher
+
+    chip = device.chip()
+    kernel = build.build(build.recipe(step.forward, LSTM_CELL.trace, dtype="float32"), chip.capability)
+    assert Launcher(kernel._replace(shared=chip.shared)).resident_blocks == chip.multiprocessors
+    with pytest.raises(RuntimeError, match=f"may not have {chip.shared + 1} bytes of shared memory"):
+        Launcher(kernel._replace(shared=chip.shared + 1))
+
+
+def test_the_choice_and_its_limits():
+    from gpurnn.executors import choose, resident, step
+
+    float32 = np.dtype("float32")
+    assert choose(None, LSTM_CELL, 64, 16, float32, "float32") is resident
+    assert choose(None, LSTM_CELL, 1024, 16, float32, "float32") is step
+    assert choose(None, LSTM_CELL, 64, 16, np.dtype("float64"), "float32") is step
+    x = backend.xp.zeros((2, 1, 3), np.float32)
+    with pytest.raises(ValueError, match="lstm with 1024 units does not fit one SM in bfloat16"):
+        gpurnn.LSTM(3, 1024, executor="resident", precision="bfloat16", rng=1)(x)
+    with pytest.raises(ValueError, match="computes in float32, got float64"):
+        gpurnn.LSTM(3, 4, executor="resident", dtype="float64", rng=1)(x)
+
+
+# The command line
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox, die schnelle Füchsin.\n" * 60, "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_run_resumes_bit_for_bit(cell, text, tmp_path, capsys):
+    options = ["--cell", cell, "--hidden-size", "40", "--batch", "3", "--k1", "6", "--validation", "0.2"]
+    train = ["train", "--data", str(text), *options, "--num-layers", "2", "--dropout", "0.1", "--schedule", "constant"]
+    assert main([*train, "--steps", "30", "--run", str(tmp_path / "whole")]) == 0
+    assert main([*train, "--steps", "17", "--run", str(tmp_path / "parts")]) == 0
+    assert main(["train", "--resume", str(tmp_path / "parts"), "--steps", "30"]) == 0
+    assert "backend cuda" in " ".join(capsys.readouterr().out.split())
+    whole, parts = (checkpoint.load(tmp_path / name / checkpoint.MODEL) for name in ("whole", "parts"))
+    for group in ("tensors", "optimizer", "state"):
+        expected, got = getattr(whole, group), getattr(parts, group)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert got[name].tobytes() == value.tobytes(), name
+    sample = ["sample", str(tmp_path / "whole"), "--prompt", "the ", "--length", "40", "--seed", "1"]
+    assert main(sample) == 0
+    first = capsys.readouterr().out
+    assert main(sample) == 0
+    assert capsys.readouterr().out == first and first.startswith("the ") and len(first) > 40

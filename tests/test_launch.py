@@ -1,0 +1,345 @@
+"""Kernels built and launched where there is no GPU: the disk cache with the real tools, launches with stand-ins."""
+
+import importlib.util
+import multiprocessing
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gpurnn.cells import GRU_CELL, LSTM_CELL
+from gpurnn.kernels import build
+from gpurnn.kernels import launch as launching
+from gpurnn.kernels.launch import Launcher
+
+KERNEL = build.Kernel(
+    "gpurnn_tried", b"\x7fELF machine code", 3, threads=64, shared=0, static_shared=0, registers=40, spilled=0
+)
+SMS = 132
+tools = pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None,
+    reason="the kernels' tools are not installed: pip install 'gpurnn[test]'",
+)
+
+
+# Launching
+
+
+class Machine:
+    """Device 3 as cupy, cuda.core and cuda.bindings show it; `asked` is what was asked of it, in order."""
+
+    def __init__(self):
+        self.asked = []
+        self.blocks_per_sm, self.stream, self.code = 2, 0, "CUDA_SUCCESS"
+
+    def note(self, what, answer=None):
+        def asked(*arguments, **named):
+            self.asked.append((what, *arguments, *named.values()))
+            return answer(*arguments, **named) if callable(answer) else answer
+
+        return asked
+
+    def of(self, what):
+        return [entry[1:] for entry in self.asked if entry[0] == what]
+
+    def modules(self):
+        find = self.note("occupancy", lambda threads, shared: self.blocks_per_sm)
+        entry = SimpleNamespace(occupancy=SimpleNamespace(max_active_blocks_per_multiprocessor=find), handle="handle")
+        code = SimpleNamespace(get_kernel=self.note("kernel", entry))
+        properties = SimpleNamespace(multiprocessor_count=SMS)
+        device = SimpleNamespace(name="Imaginary GPU", properties=properties, set_current=self.note("current"))
+        core = SimpleNamespace(
+            Device=self.note("device", device),
+            LaunchConfig=self.note("config", lambda **options: options),
+            ObjectCode=SimpleNamespace(from_cubin=self.note("cubin", code)),
+            Stream=SimpleNamespace(from_handle=self.note("stream", lambda handle: f"stream {handle}")),
+            launch=self.note("launch"),
+        )
+        cuda = SimpleNamespace(
+            Device=lambda: SimpleNamespace(id=3), get_current_stream=lambda: SimpleNamespace(ptr=self.stream)
+        )
+        driver = SimpleNamespace(
+            CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="dynamic shared"),
+            CUresult=SimpleNamespace(CUDA_SUCCESS="CUDA_SUCCESS"),
+            CUdevice=lambda number: f"device {number}",
+            cuKernelSetAttribute=self.note("attribute", lambda *_: (Code(self.code),)),
+        )
+        return {"cupy": SimpleNamespace(cuda=cuda), "cuda.core": core, "cuda.bindings": SimpleNamespace(driver=driver)}
+
+
+class Code(str):
+    """A result of the driver, which has a name."""
+
+    @property
+    def name(self):
+        return str(self)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    for name, module in machine.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    launching._wrapped.cache_clear()
+    yield machine
+    launching._wrapped.cache_clear()
+
+
+def test_a_launch_passes_its_arguments_as_they_are(machine):
+    launcher = Launcher(KERNEL)
+    assert machine.of("device") == [(3,)] and machine.of("cubin") == [(KERNEL.cubin,)]
+    assert machine.of("kernel") == [(KERNEL.name,)]
+    launcher(7, 1 << 40, 5, np.float32(0.25))
+    ((stream, config, entry, *arguments),) = machine.of("launch")
+    assert config == {"grid": 7, "block": 64, "shmem_size": 0, "is_cooperative": False}
+    assert arguments == [1 << 40, 5, np.float32(0.25)] and type(arguments[2]) is np.float32
+    assert entry.handle == "handle" and stream == "stream 1", "CUDA's handle of the default stream is 1, CuPy's is 0"
+
+
+def test_the_device_is_current_before_anything_is_loaded(machine):
+    Launcher(KERNEL)
+    assert [entry[0] for entry in machine.asked] == ["device", "current", "cubin", "kernel", "occupancy"]
+
+
+def test_every_launch_goes_to_the_stream_that_is_current_then(machine):
+    launcher = Launcher(KERNEL)
+    for machine.stream in (0, 1 << 33, 0, 2, 1 << 33):
+        launcher(1, 0, 0, 0)
+    assert [entry[0] for entry in machine.of("launch")] == [f"stream {s}" for s in (1, 1 << 33, 1, 2, 1 << 33)]
+    assert machine.of("stream") == [(1,), (1 << 33,), (2,)], "a handle is wrapped once"
+
+
+def test_a_grid_is_configured_once(machine):
+    launcher = Launcher(KERNEL)
+    for blocks in (4, 9, 4, 4, 9):
+        launcher(blocks, 0, 0, 0)
+    assert [grid for grid, *_ in machine.of("config")] == [4, 9]
+    assert [config["grid"] for _, config, *_ in machine.of("launch")] == [4, 9, 4, 4, 9]
+
+
+@pytest.mark.parametrize("given", [(), (1, 2), (1, 2, 3, 4)])
+def test_a_wrong_number_of_arguments_is_not_launched(machine, given):
+    launcher = Launcher(KERNEL)
+    with pytest.raises(TypeError, match=f"gpurnn_tried: expected 3 arguments, got {len(given)}"):
+        launcher(1, *given)
+    assert not machine.of("launch"), "the driver would read what lies behind them"
+
+
+def test_a_cooperative_launch_of_too_many_blocks_raises_before_it(machine):
+    launcher = Launcher(KERNEL, cooperative=True)
+    assert launcher.resident_blocks == 2 * SMS
+    launcher(2 * SMS, 0, 0, 0)
+    assert machine.of("launch")[0][1]["is_cooperative"] is True
+    with pytest.raises(RuntimeError, match=f"gpurnn_tried: {2 * SMS + 1} blocks .* only {2 * SMS} run at once"):
+        launcher(2 * SMS + 1, 0, 0, 0)
+    assert len(machine.of("launch")) == 1
+    Launcher(KERNEL)(2 * SMS + 1, 0, 0, 0)
+    assert len(machine.of("launch")) == 2, "blocks that do not wait for each other may be as many as they like"
+
+
+def test_a_kernel_of_which_no_block_fits_is_refused_with_its_numbers(machine):
+    machine.blocks_per_sm = 0
+    kernel = KERNEL._replace(threads=512, registers=200, shared=9000, static_shared=70)
+    message = "gpurnn_tried: no block fits an SM of Imaginary GPU: 512 threads of 200 registers and 9070 bytes of shared memory"
+    with pytest.raises(RuntimeError, match=message):
+        Launcher(kernel)
+
+
+@pytest.mark.parametrize(
+    ("static", "dynamic", "asked"),
+    [(0, 0, 0), (48 << 10, 0, 0), (1024, 47 << 10, 0), (1025, 47 << 10, 1), (0, 1 << 17, 1)],
+)
+def test_shared_memory_is_asked_for_only_beyond_48_kb(machine, static, dynamic, asked):
+    launcher = Launcher(KERNEL._replace(shared=dynamic, static_shared=static))
+    assert machine.of("attribute") == [("dynamic shared", dynamic, "handle", "device 3")] * asked
+    assert machine.of("occupancy") == [(64, dynamic)]
+    assert machine.asked[-1][0] == "occupancy", "without leave for the memory it would be 0"
+    launcher(1, 0, 0, 0)
+    assert machine.of("launch")[0][1]["shmem_size"] == dynamic
+
+
+def test_shared_memory_that_is_refused(machine):
+    machine.code = "CUDA_ERROR_INVALID_VALUE"
+    with pytest.raises(RuntimeError, match="may not have 300000 bytes of shared memory: CUDA_ERROR_INVALID_VALUE"):
+        Launcher(KERNEL._replace(shared=300_000))
+
+
+# Building
+
+
+def scaling(trace, *, factor):
+    from numba import cuda
+    from numba.cuda import types
+
+    def scale(values, n):
+        k = cuda.grid(1)
+        if k < n:
+            values[k] *= factor
+
+    return build.Source(scale, (types.CPointer(types.float32), types.int64), 32, 16)
+
+
+def other(trace, *, factor):
+    return scaling(trace, factor=factor)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The names of the kernels that are compiled, as they are."""
+    names, real = [], build.ptx
+
+    def ptx(source, name, capability):
+        names.append(name)
+        return real(source, name, capability)
+
+    monkeypatch.setattr(build, "ptx", ptx)
+    return names
+
+
+@tools
+def test_a_kernel_is_compiled_once_and_then_read(folder, monkeypatch):
+    first = build.build(build.recipe(scaling, factor=2), (9, 0), folder)
+    assert first.name == "gpurnn_scale" and first.arguments == 2 and first.threads == 32 and first.shared == 16
+    assert first.cubin.startswith(b"\x7fELF") and 0 < first.registers <= 255 and first.spilled == 0
+    (path,) = folder.iterdir()
+    assert path.name.startswith("scaling-") and path.suffix == ".cubin"
+    monkeypatch.setattr(build, "ptx", None)
+    assert build.build(build.recipe(scaling, factor=2), (9, 0), folder) == first
+
+
+@tools
+def test_whatever_decides_the_code_is_another_file(folder, compilations, monkeypatch):
+    def build_all():
+        for recipe, capability in (
+            (build.recipe(scaling, factor=2), (9, 0)),
+            (build.recipe(scaling, factor=3), (9, 0)),
+            (build.recipe(scaling, factor=2.0), (9, 0)),
+            (build.recipe(scaling, factor=2), (8, 0)),
+            (build.recipe(scaling, LSTM_CELL.trace, factor=2), (9, 0)),
+            (build.recipe(scaling, GRU_CELL.trace, factor=2), (9, 0)),
+            (build.recipe(other, factor=2), (9, 0)),
+        ):
+            build.build(recipe, capability, folder)
+
+    build_all()
+    assert len(list(folder.iterdir())) == len(compilations) == 7
+    build_all()
+    assert len(compilations) == 7
+    build._environment.cache_clear()
+    monkeypatch.setattr(build, "_version", lambda tool: "another")
+    build.build(build.recipe(scaling, factor=2), (9, 0), folder)
+    monkeypatch.undo()
+    build._environment.cache_clear()
+    assert len(list(folder.iterdir())) == 8, "a tool of another version writes other code"
+
+
+def test_the_order_of_constants_does_not_matter_and_their_values_do():
+    a, b = build.recipe(scaling, x=1, y=2), build.recipe(scaling, y=2, x=1)
+    assert a == b and build._key(a, (9, 0)) == build._key(b, (9, 0))
+    assert build._key(a, (9, 0)) != build._key(build.recipe(scaling, x=2, y=1), (9, 0))
+
+
+@tools
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: b"",
+        lambda entry: entry[:20],
+        lambda entry: entry[:-1],
+        lambda entry: entry + b"more",
+        lambda entry: entry[:-100] + bytes([entry[-100] ^ 1]) + entry[-99:],
+        lambda entry: bytes([entry[0] ^ 1]) + entry[1:],
+    ],
+    ids=["empty", "cut in its digest", "cut", "longer", "a bit of the code", "a bit of the digest"],
+)
+def test_a_damaged_file_is_built_again(folder, compilations, damage):
+    recipe = build.recipe(scaling, factor=2)
+    kernel = build.build(recipe, (9, 0), folder)
+    (path,) = folder.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    again = build.build(recipe, (9, 0), folder)
+    assert len(compilations) == 2 and again._replace(cubin=b"") == kernel._replace(cubin=b"")
+    assert build.build(recipe, (9, 0), folder) == again and len(compilations) == 2, "the good file is in its place"
+
+
+@tools
+def test_a_folder_that_cannot_be_written_costs_only_time(folder, compilations):
+    (folder / "file").write_text("no folder")
+    for place in (None, folder / "missing", folder / "file"):
+        kernel = build.build(build.recipe(scaling, factor=2), (9, 0), place)
+        assert kernel.cubin.startswith(b"\x7fELF")
+    assert len(compilations) == 3 and [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_no_half_written_file(folder, monkeypatch):
+    def full(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    build._write(folder / "a.cubin", KERNEL)
+    assert not list(folder.iterdir())
+
+
+def write_again_and_again(path, kernel, times, ready):
+    ready.wait(60)
+    for _ in range(times):
+        build._write(path, kernel)
+
+
+def test_two_processes_that_write_at_once_leave_a_whole_file(folder):
+    path = folder / "shared.cubin"
+    kernels = [KERNEL._replace(cubin=bytes([k]) * size) for k, size in ((1, 3_000_000), (2, 50_000))]
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(3)
+    writers = [context.Process(target=write_again_and_again, args=(path, kernel, 40, ready)) for kernel in kernels]
+    for writer in writers:
+        writer.start()
+    ready.wait(60)
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            kernel = build._read(path)
+            assert kernel in kernels, "a half-written file was read"
+            seen.add(kernel.cubin[0])
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    assert build._read(path) in kernels and seen
+    assert [left.name for left in folder.iterdir()] == ["shared.cubin"]
+
+
+@tools
+def test_code_that_does_not_assemble_is_an_error_with_the_assembler_s_words(folder, monkeypatch):
+    real = build.ptx
+    monkeypatch.setattr(build, "ptx", lambda *given: real(*given).replace("ret;", "retreat;"))
+    with pytest.raises(RuntimeError, match=r"gpurnn_scale: .*sm_90.*'retreat'") as caught:
+        build.build(build.recipe(scaling, factor=2), (9, 0), folder)
+    assert "\x00" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(folder.iterdir())
+
+
+@tools
+def test_ptx_has_our_name_and_nothing_to_be_resolved():
+    text = build.ptx(scaling(None, factor=2), "gpurnn_scale", (8, 0))
+    assert text.count(".entry") == 1 and ".entry gpurnn_scale(" in text and ".target sm_80" in text
+    assert ".common" not in text and ".extern" not in text and ".maxntid 32" in text
+
+
+@tools
+def test_compiling_leaves_numba_as_it_was():
+    from numba.cuda import dispatcher
+
+    before = dispatcher.get_current_device
+    build.ptx(scaling(None, factor=2), "gpurnn_scale", (9, 0))
+    with pytest.raises(ZeroDivisionError), build._without_device((9, 0)):
+        assert dispatcher.get_current_device().compute_capability == (9, 0)
+        raise ZeroDivisionError
+    assert dispatcher.get_current_device is before
