@@ -152,8 +152,11 @@ def backward(trace, *, H, tile, clip):
         return -limit if value < -limit else value
 
     @cuda.jit(device=True)
-    def load(ready, p, slot_at, state_at, dy_at, slots, h, rest, dy, t, N, reverse, rest_state, dy_step):
+    def load(ready, p, places, arrays, strides, t):
         """What step t of one pair needs, into registers."""
+        slot_at, state_at, dy_at = places
+        slots, h, rest, dy = arrays
+        N, reverse, rest_state, dy_step = strides
         before, after = (t + reverse) * N * H, (t + 1 - reverse) * N * H
         now = advance(slots, t * N * SLOT_STEP)
         for k in range(KEPT):
@@ -178,6 +181,7 @@ def backward(trace, *, H, tile, clip):
         slot_at = cuda.local.array(OWN, i32)  # of the pair's first slot, in its step
         state_at = cuda.local.array(OWN, i32)
         dy_at = cuda.local.array(OWN, i32)
+        places, arrays, strides = (slot_at, state_at, dy_at), (slots, h, rest, dy), (N, reverse, rest_state, dy_step)
         values = cuda.local.array(OWN_STATE, f32)
         own = cuda.local.array(OWN_PARAM, f32)
         gradients = cuda.local.array(OWN_PARAM, f32)
@@ -202,7 +206,7 @@ def backward(trace, *, H, tile, clip):
                 gradients[p * P + k] = f32(0)
             if steps > 0:
                 t = 0 if reverse else steps - 1
-                load(ready, p, slot_at, state_at, dy_at, slots, h, rest, dy, t, N, reverse, rest_state, dy_step)
+                load(ready, p, places, arrays, strides, t)
         cuda.syncthreads()
         for i in range(steps):
             t = i if reverse else steps - 1 - i
@@ -217,22 +221,7 @@ def backward(trace, *, H, tile, clip):
                 for k in range(P):
                     given[PARAM + k] = own[p * P + k]
                 if i + 1 < steps:
-                    load(
-                        ready,
-                        p,
-                        slot_at,
-                        state_at,
-                        dy_at,
-                        slots,
-                        h,
-                        rest,
-                        dy,
-                        following,
-                        N,
-                        reverse,
-                        rest_state,
-                        dy_step,
-                    )
+                    load(ready, p, places, arrays, strides, following)
                 cell(given, result)
                 if t < length[p]:
                     for k in range(WRITTEN):
