@@ -27,6 +27,7 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
         "dropout": config.dropout,
         "trainable_h0": config.trainable_h0,
         "clip_in_time": config.clip_in_time or None,
+        "precision": config.precision,
     }
     recurrent: Recurrent
     if config.cell == "rnn":

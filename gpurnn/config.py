@@ -7,6 +7,7 @@ from typing import Any, Self, get_args
 
 CELLS = ("lstm", "gru", "rnn")
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd")
+PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -33,6 +34,7 @@ class TrainConfig:
     dropout: float = _option("model", 0.0, "between layers and behind the last")
     trainable_h0: bool = _option("model", False, "learn the initial states")
     dtype: str = _option("model", "float32", "of parameters and states", ("float32", "float64"))
+    precision: str = _option("model", "float32", "of the recurrent layers' products on a GPU", PRECISIONS)
 
     k1: int = _option("truncated BPTT", 64, "time steps between updates")
     k2: int | None = _option("truncated BPTT", None, "time steps that a gradient goes back; none: k1")
@@ -65,6 +67,8 @@ class TrainConfig:
             raise ValueError(f"k2: expected at least k1 = {self.k1}, got {self.k2}")
         if self.nonlinearity != "tanh" and self.cell != "rnn":
             raise ValueError(f"nonlinearity: only the cell rnn has a choice, got {self.nonlinearity} for {self.cell}")
+        if self.precision != "float32" and self.dtype != "float32":
+            raise ValueError(f"precision: expected float32 for dtype {self.dtype}, got {self.precision}")
         if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
             raise ValueError(f"momentum: {self.optimizer} has its own, expected 0, got {self.momentum}")
 

@@ -4,6 +4,8 @@ Every launch is also checked for bounds, alignment, races between threads and bl
 memory that nobody wrote; `tests/ptx` says how.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -202,7 +204,11 @@ def test_the_main_job_trains_on_the_kernels(tmp_path):
         assert first + [resumed.step() for _ in range(2)] == seen
         for name, value in training.model.state_dict().items():
             np.testing.assert_array_equal(resumed.model.state_dict()[name], value)
+        rounded = Training(replace(config, precision="bfloat16"), corpus)
+        fewer_bits = [rounded.step() for _ in range(4)]
+        assert fewer_bits != seen
     np.testing.assert_allclose(seen, whole()[0], rtol=1e-4)
+    np.testing.assert_allclose(fewer_bits, seen, rtol=2e-2)
 
 
 def test_a_row_s_nan_stays_in_its_row():
