@@ -125,17 +125,39 @@ def assemble(text: str, capability: tuple[int, int]) -> tuple[bytes, dict[str, i
 
     chip = f"sm_{capability[0]}{capability[1]}"
     try:
-        linker = Linker(ObjectCode.from_ptx(text.encode()), options=LinkerOptions(arch=chip, verbose=True))
+        readable = ObjectCode.from_ptx(_as_old_as(_assembler(), text).encode())
+        linker = Linker(readable, options=LinkerOptions(arch=chip, verbose=True))
         code = bytes(linker.link("cubin").code)
     except Exception as error:  # nvJitLink's kind, or the driver's where that assembles in its place
         said = " ".join(str(error).replace("\0", "").split())
         raise RuntimeError(f"the PTX does not assemble for {chip}: {said}") from error
     log = linker.get_info_log()
-    found = re.search(r"used (\d+) registers.*?(\d+) stack, (\d+) bytes smem", log)
-    if found is None:
-        raise RuntimeError(f"expected the assembler to report what a kernel uses, got {log!r}")
-    registers, stack, shared = map(int, found.groups())
-    return code, {"registers": registers, "spilled": stack, "static_shared": shared}
+    reports = {
+        "registers": r"[Uu]sed (\d+) registers",
+        "spilled": r"(\d+) bytes stack frame",
+        "static_shared": r"(\d+) bytes smem",
+    }
+    found = {name: re.search(pattern, log) for name, pattern in reports.items()}
+    return code, {name: int(match.group(1)) if match else 0 for name, match in found.items()}
+
+
+def _assembler() -> tuple[int, int]:
+    """The version of PTX that nvJitLink reads at most; a driver that assembles in its place reads what it is given."""
+    try:
+        from cuda.bindings import nvjitlink
+
+        major, minor = nvjitlink.version()
+    except Exception:  # not installed, or too old to tell
+        return (9, 99)
+    return (9, minor) if major >= 13 else (8, minor if minor < 6 else minor - 1)  # CUDA 12.6 had no PTX of its own
+
+
+def _as_old_as(newest: tuple[int, int], text: str) -> str:
+    """The PTX under a version that the assembler reads: NVVM may be newer than it, and nothing here needs a new one."""
+    written = re.search(r"^\.version (\d+)\.(\d+)$", text, re.MULTILINE)
+    if written is None or tuple(map(int, written.groups())) <= newest:
+        return text
+    return text.replace(written.group(), ".version {}.{}".format(*newest), 1)
 
 
 @contextlib.contextmanager

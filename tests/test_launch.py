@@ -317,6 +317,14 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(folder):
 
 
 @tools
+def test_ptx_newer_than_the_assembler_gets_a_version_that_it_reads():
+    text = "//\n.version 9.4\n.target sm_90\n"
+    assert build._as_old_as((9, 0), text) == text.replace("9.4", "9.0")
+    assert build._as_old_as((8, 8), text) == text.replace("9.4", "8.8")
+    assert build._as_old_as((9, 4), text) == build._as_old_as((10, 0), text) == text
+    assert build._assembler() >= (8, 0)
+
+
 def test_code_that_does_not_assemble_is_an_error_with_the_assembler_s_words(folder, monkeypatch):
     real = build.ptx
     monkeypatch.setattr(build, "ptx", lambda *given: real(*given).replace("ret;", "retreat;"))
