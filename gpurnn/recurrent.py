@@ -33,8 +33,8 @@ class Recurrent(Layer):
     init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
                     Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; everything else 0.
     dtype           float32 or float64.
-    precision       of the matrix products on CUDA: float32, exact, or bfloat16, both factors rounded to it.  Sums, states
-                    and parameters are float32 in either.  On a CPU the products are always exact.
+    precision       of the matrix products on CUDA: float32, exact, or bfloat16, both factors rounded to it (and tanh good
+                    to 2^-11).  Sums, states and parameters are float32 in either.  On a CPU all of it is always exact.
     executor        forces one: compiled or numpy on a CPU; resident, step or numpy on CUDA.  None: GPURNN_EXECUTOR, or
                     the best.
 

@@ -231,6 +231,16 @@ def test_the_choice_and_its_limits():
         chosen = gpurnn.executors.choose
         pick = [chosen(None, layer.cell, layer.hidden_size, 4, layer.dtype, "float32") for layer in (small, large)]
         assert [module.__name__.rpartition(".")[2] for module in pick] == ["resident", "step"]
+        many = resident.tile(LSTM_CELL, 136, 2000, "float32", False)
+        assert many is not None, "what fits does not depend on the batch"
+        assert many.rows < 4 == resident.tile(LSTM_CELL, 32, 2000, "float32", False).rows
+        float32 = np.dtype("float32")
+        for cell, precision, largest in (
+            (CELLS["rnn_tanh"], "float32", 288),
+            (GRU_CELL, "bfloat16", 192),
+        ):  # the README's
+            fits = [resident.fits(cell, H, 64, float32, precision) for H in (largest, largest + 1)]
+            assert fits == [True, False]
         double = chosen(None, small.cell, 16, 4, np.dtype("float64"), "float32")
         assert double.__name__.endswith("step")
         with pytest.raises(ValueError, match="weight_hh of lstm with 512 units does not fit one SM"):

@@ -28,11 +28,15 @@ def tile(cell: Cell, H: int, N: int, precision: str, transposed: bool) -> Tile |
     if precision == "bfloat16":
         fit = plan.mma_tile(shape, pair, chip.shared)
         return fit and fit.tile
-    for rows in (1, 2, 4):  # as few as let all rows run at once
+    best = None
+    for rows in (1, 2, 4):  # as few as let all rows of the batch run at once, or as many as fit
         fit = plan.ffma_tile(shape, rows, pair, chip.shared, chip.capability >= (9, 0))
-        if fit is None or rows * chip.multiprocessors >= N or rows == 4:
-            return fit and fit.tile
-    return None
+        if fit is None:
+            break
+        best = fit.tile
+        if rows * chip.multiprocessors >= N:
+            break
+    return best
 
 
 def fits(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> bool:
