@@ -30,6 +30,8 @@ from .ptx import (
     multiply_add,
     pack_bf16,
     shared_address,
+    store_shared_b16,
+    store_shared_f,
     written_out,
 )
 
@@ -71,7 +73,8 @@ class Product(NamedTuple):
     """Sizes, and the device functions that a time loop is written with.
 
     place(tid, pair) -> unit, batch row (unit H where the pair is another thread's), fetch(packed, registers),
-    put(vector, buffer, row, k, value), multiply(registers, vector, buffer, sums): sums[pair*outputs + output].
+    home(vector, row, k) -> an element's address in the first buffer, put(home, buffer, k, value): k elements behind it,
+    multiply(registers, vector, buffer, sums): sums[pair*outputs + output].
     """
 
     threads: int
@@ -84,6 +87,7 @@ class Product(NamedTuple):
     element: Any
     place: Callable
     fetch: Callable
+    home: Callable
     put: Callable
     multiply: Callable
 
@@ -139,8 +143,12 @@ def ffma(shape, tile):
             weights[k] = packed[KEPT * J * THREADS * 4 + k]
 
     @cuda.jit(device=True)
-    def put(vector, buffer, row, k, value):
-        vector[buffer * BUFFER + row * WIDE + k] = value
+    def home(vector, row, k):
+        return shared_address(vector, row * WIDE + k)
+
+    @cuda.jit(device=True)
+    def put(home, buffer, k, value):
+        store_shared_f(u32(home + (buffer * BUFFER + k) * 4), value)
 
     def add(b, partial, row, j, weights, values):
         at = (j // OUT * ROWS + row) * OUT + j % OUT
@@ -176,7 +184,19 @@ def ffma(shape, tile):
             sums[k] = partial[k]
 
     return Product(
-        THREADS, ROWS, OWN, KEPT * J * 4, SPILLED * J * THREADS * 16, 2 * BUFFER, f32, f32, place, fetch, put, multiply
+        THREADS,
+        ROWS,
+        OWN,
+        KEPT * J * 4,
+        SPILLED * J * THREADS * 16,
+        2 * BUFFER,
+        f32,
+        f32,
+        place,
+        fetch,
+        home,
+        put,
+        multiply,
     )
 
 
@@ -255,8 +275,12 @@ def mma(shape, tile):
                 ]
 
     @cuda.jit(device=True)
-    def put(vector, buffer, row, k, value):
-        vector[buffer * BUFFER + row * WIDE + k] = u16(pack_bf16(f32(0), value))
+    def home(vector, row, k):
+        return shared_address(vector, row * WIDE + k)
+
+    @cuda.jit(device=True)
+    def put(home, buffer, k, value):
+        store_shared_b16(u32(home + (buffer * BUFFER + k) * 2), pack_bf16(f32(0), value))
 
     @written_out
     def multiply_all(b, registers, vector, weights, sums):
@@ -291,6 +315,7 @@ def mma(shape, tile):
 
     return Product(
         THREADS, ROWS, 2 * GROUPS, TILES * KEPT * 8, SPILLED * TILES * THREADS * 32, 2 * BUFFER, u32, u16, place, fetch,
+        home,
         put, multiply,
     )  # fmt: skip
 

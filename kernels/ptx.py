@@ -12,6 +12,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 f32, u32, u64 = types.float32, types.uint32, types.uint64
+GLOBAL, SHARED = 1, 3
 CONSTRAINT = {f32: "f", u32: "r", u64: "l"}
 LLVM = {f32: ir.FloatType(), u32: ir.IntType(32), u64: ir.IntType(64)}
 
@@ -121,6 +122,11 @@ def _pointer(context, builder, kind, array, index):
     return builder.gep(data, [index])
 
 
+def _in_space(pointer, space):
+    """The pointer's type in an address space: global accesses are faster than those that might be of any space."""
+    return ir.PointerType(addrspace=space) if pointer.type.is_opaque else pointer.type.pointee.as_pointer(space)
+
+
 @intrinsic
 def global_address(context, array, index):
     """The address of element `index`, counted flat, of a pointer or a contiguous array."""
@@ -133,10 +139,17 @@ def global_address(context, array, index):
 
 @intrinsic
 def advance(context, pointer, count):
-    """The pointer `count` elements on: what all threads share is added once, and each thread adds a small offset."""
+    """The pointer `count` elements on: what all threads share is added once, and each thread adds a small offset.
+
+    LLVM would add the two counts first, for every access: it does not see through this.
+    """
 
     def codegen(context, builder, sig, args):
-        return builder.gep(args[0], [args[1]])
+        pointer = builder.gep(args[0], [args[1]])
+        kind = ir.FunctionType(LLVM[u64], [LLVM[u64]])
+        same = ir.InlineAsm(kind, "mov.u64 $0, $1;", "=l,l", side_effect=False)
+        address = builder.call(same, [builder.ptrtoint(pointer, LLVM[u64])])
+        return builder.addrspacecast(builder.inttoptr(address, _in_space(pointer, GLOBAL)), pointer.type)
 
     return pointer(pointer, types.int64), codegen
 
@@ -147,8 +160,7 @@ def shared_address(context, array, index):
 
     def codegen(context, builder, sig, args):
         pointer = _pointer(context, builder, sig.args[0], *args)
-        shared = ir.PointerType(addrspace=3) if pointer.type.is_opaque else pointer.type.pointee.as_pointer(3)
-        return builder.ptrtoint(builder.addrspacecast(pointer, shared), LLVM[u32])
+        return builder.ptrtoint(builder.addrspacecast(pointer, _in_space(pointer, SHARED)), LLVM[u32])
 
     return u32(array, types.int64), codegen
 
@@ -167,6 +179,10 @@ load_global_4u = instruction("load_global_4u", "ld.global.v4.u32 {$0,$1,$2,$3}, 
 load_shared_4f = instruction("load_shared_4f", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (f32,) * 4, (u32,))
 load_shared_4u = instruction("load_shared_4u", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u32,))
 
+store_shared_f = instruction("store_shared_f", "st.shared.f32 [$0], $1;", (), (u32, f32))
+store_shared_b16 = instruction(
+    "store_shared_b16", "{ .reg .b16 low, high; mov.b32 {low, high}, $1; st.shared.b16 [$0], low; }", (), (u32, u32)
+)
 exchange = instruction("exchange", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, u32))  # with lane ^ mask
 
 pack_bf16 = instruction("pack_bf16", "cvt.rn.bf16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)

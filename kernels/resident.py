@@ -18,7 +18,7 @@ from .build import Source
 from .products import Ffma, Shape, product
 from .ptx import advance
 
-i32, i64, f32 = types.int32, types.int64, types.float32
+i32, i64, u32, f32 = types.int32, types.int64, types.uint32, types.float32
 ALIGNED = 16
 
 
@@ -35,7 +35,7 @@ def forward(trace, *, H, tile, training):
     G, S, P, SLOTS, START = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots, trace.x_start
     GIVEN, KEPT = G + START, len(trace.kept)
     make = product(Shape.of(G, H, transposed=False), tile)
-    place, fetch, put, multiply = make.place, make.fetch, make.put, make.multiply
+    place, fetch, home, put, multiply = make.place, make.fetch, make.home, make.put, make.multiply
     THREADS, ROWS, PAIRS, WORDS, VECTOR = make.threads, make.rows, make.pairs, max(1, make.registers), make.vector
     word, element = make.word, make.element
     cell = pointwise.forward(trace, f32, _accuracy(tile))
@@ -50,8 +50,7 @@ def forward(trace, *, H, tile, training):
         vector = cuda.shared.array(VECTOR, element, alignment=ALIGNED)
         weights = cuda.local.array(WORDS, word)
         length = cuda.local.array(OWN, i32)  # 0: the pair is another thread's, or lies beyond the batch
-        unit = cuda.local.array(OWN, i32)
-        row = cuda.local.array(OWN, i32)  # of the block
+        spot = cuda.local.array(OWN, u32)  # of the pair's first value in the vector
         slot_at = cuda.local.array(OWN, i32)  # of the pair's first slot, in its step
         state_at = cuda.local.array(OWN, i32)
         biases = cuda.local.array(OWN_BIAS, f32)
@@ -68,9 +67,10 @@ def forward(trace, *, H, tile, training):
         now = advance(slots, (steps - 1 if reverse and steps > 0 else 0) * N * SLOT_STEP)
         cuda.syncthreads()
         for p in range(PAIRS):
-            unit[p], row[p] = place(tid, p)
-            living = unit[p] < H and first + row[p] < N
-            u, n = min(unit[p], H - 1), min(first + row[p], N - 1)  # so that every load is of something
+            unit, row = place(tid, p)
+            living = unit < H and first + row < N
+            u, n = min(unit, H - 1), min(first + row, N - 1)  # so that every load is of something
+            spot[p] = home(vector, row, u)
             slot_at[p], state_at[p] = n * SLOT_STEP + u, n * H + u
             length[p] = max(0, min(T, lengths[n] - start)) if living else 0
             for k in range(GIVEN):
@@ -82,8 +82,8 @@ def forward(trace, *, H, tile, training):
             for g in range(G):
                 x[p * G + g] = now[slot_at[p] + (START + g) * H]
             if living:  # into both buffers: going in reverse, a row may begin at any step
-                put(vector, 0, row[p], u, values[p * S])
-                put(vector, 1, row[p], u, values[p * S])
+                put(spot[p], 0, 0, values[p * S])
+                put(spot[p], 1, 0, values[p * S])
         cuda.syncthreads()
         for i in range(steps):
             t = steps - 1 - i if reverse else i
@@ -109,7 +109,7 @@ def forward(trace, *, H, tile, training):
                 if t < length[p]:
                     for s in range(S):
                         values[p * S + s] = result[s]
-                    put(vector, i & 1 ^ 1, row[p], unit[p], result[0])
+                    put(spot[p], i & 1 ^ 1, 0, result[0])
                     h_after[state_at[p]] = result[0]
                     if training:
                         for s in range(S - 1):
@@ -137,7 +137,7 @@ def backward(trace, *, H, tile, clip):
     DNEXT, PARAM = DY, DY + S  # of what the cell is given
     READ = DY + 1
     make = product(Shape.of(G, H, transposed=True), tile)
-    place, fetch, put, multiply = make.place, make.fetch, make.put, make.multiply
+    place, fetch, home, put, multiply = make.place, make.fetch, make.home, make.put, make.multiply
     THREADS, ROWS, PAIRS, WORDS, VECTOR = make.threads, make.rows, make.pairs, max(1, make.registers), make.vector
     word, element = make.word, make.element
     cell = pointwise.backward(trace, f32, _accuracy(tile))
@@ -176,8 +176,7 @@ def backward(trace, *, H, tile, clip):
         vector = cuda.shared.array(VECTOR, element, alignment=ALIGNED)
         weights = cuda.local.array(WORDS, word)
         length = cuda.local.array(OWN, i32)  # 0: the pair is another thread's, or lies beyond the batch
-        unit = cuda.local.array(OWN, i32)
-        row = cuda.local.array(OWN, i32)  # of the block
+        spot = cuda.local.array(OWN, u32)  # of the pair's first value in the vector
         slot_at = cuda.local.array(OWN, i32)  # of the pair's first slot, in its step
         state_at = cuda.local.array(OWN, i32)
         dy_at = cuda.local.array(OWN, i32)
@@ -194,9 +193,10 @@ def backward(trace, *, H, tile, clip):
             vector[k] = 0
         steps = lengths[first]
         for p in range(PAIRS):
-            unit[p], row[p] = place(tid, p)
-            living = unit[p] < H and first + row[p] < N
-            u, n = min(unit[p], H - 1), min(first + row[p], N - 1)  # so that every load is of something
+            unit, row = place(tid, p)
+            living = unit < H and first + row < N
+            u, n = min(unit, H - 1), min(first + row, N - 1)  # so that every load is of something
+            spot[p] = home(vector, row, u)
             slot_at[p], state_at[p], dy_at[p] = n * SLOT_STEP + u, n * H + u, n * dy_row + u
             length[p] = lengths[n] if living else 0
             for s in range(S):
@@ -227,7 +227,7 @@ def backward(trace, *, H, tile, clip):
                     for k in range(WRITTEN):
                         now[slot_at[p] + k * H] = result[k]
                     for g in range(G):
-                        put(vector, i & 1, row[p], g * H + unit[p], result[g])
+                        put(spot[p], i & 1, g * H, result[g])
                     for s in range(S):
                         values[p * S + s] = result[WRITTEN + s]
                     for k in range(P):
