@@ -66,10 +66,10 @@ def built(recipe, capability):
 
 
 def check(recipe, capability, tmp_path):
-    """Spills nothing; on the newer chips, whose 99 KB leave less room for weights, at most four registers."""
+    """Spills nothing; on the newer chips, whose 99 KB leave less room for weights, at most eight registers."""
     source, text, cubin, usage = built(recipe, capability)
     codes = opcodes(cubin, tmp_path)
-    assert usage["spilled"] <= (16 if capability in NEWER else 0)
+    assert usage["spilled"] <= (32 if capability in NEWER else 0)
     assert not {"CALL.ABS", "CALL.ABS.NOINC", *(() if usage["spilled"] else ("LDL", "STL"))} & set(codes)
     warps = -(-source.threads // 128)  # on the busiest of four schedulers
     assert 0 < usage["registers"] <= min(255, 65536 // 4 // (32 * warps))
