@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from tests.ptx.clocks import BLOCK, CLUSTER, DEVICE
 from tests.ptx.convert import EIGHTS
 from tests.ptx.elementwise import BITS, INTEGERS
-from tests.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW, Space
+from tests.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW
 from tests.ptx.parse import Address, Variable
 from tests.ptx.registers import Active, Modifiers, Operands
 from tests.ptx.types import DTYPE
@@ -12,18 +13,18 @@ from tests.ptx.types import DTYPE
 u8, u64 = np.uint8, np.uint64
 
 ANY = (*INTEGERS, *EIGHTS, *BITS, "b8", "f32", "f64")
-SPACES = ("global", "shared", "shared::cta", "local", "const")
+SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "const")
 CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first")
 CACHE += ("L1::evict_last", "L1::no_allocate", "L2::64B", "L2::128B", "L2::256B")
-SCOPES = {"cta": 1, "gpu": 2, "sys": 2}
+SCOPES = {"cta": BLOCK, "cluster": CLUSTER, "gpu": DEVICE, "sys": DEVICE}
 
 
 class Semantics:
-    """How an access takes part in ordering.  scope: 1 the block, 2 the device."""
+    """How an access takes part in ordering."""
 
     def __init__(self, m: Modifiers, default: str):
         self.order = m.one("weak", "relaxed", "acquire", "release", "acq_rel", "volatile", default=default)
-        scope = SCOPES[m.one(*SCOPES, default="gpu")] if self.order not in ("weak", "volatile") else 2
+        scope = SCOPES[m.one(*SCOPES, default="gpu")] if self.order not in ("weak", "volatile") else DEVICE
         self.scope = scope
         self.strength = 0 if self.order == "weak" else scope
         self.acquires, self.releases = self.order in ("acquire", "acq_rel"), self.order in ("release", "acq_rel")
@@ -54,14 +55,41 @@ class Place:
                 yield self.spaces[name], addresses[inside] - base, active.threads[inside], inside
 
 
-def keys(space: Space, addresses: np.ndarray, threads: np.ndarray) -> np.ndarray:
-    """One number for each byte of the device, other than the same address in another block's shared memory."""
-    return addresses if space.base is None else addresses + u64(SHARED_WINDOW) + space.base[threads].astype(u64)
+def elements(m: Modifiers, dtype: np.dtype) -> int:
+    """Of .v2 and .v4; 16 bytes are the most."""
+    count = {"v2": 2, "v4": 4, "v1": 1}[m.one("v2", "v4", default="v1")]
+    if count * dtype.itemsize > 16:
+        raise m.unknown(f"expected at most 16 bytes, got {count * dtype.itemsize}")
+    return count
+
+
+def _each(keys: np.ndarray, threads: np.ndarray, dtype: np.dtype, count: int):
+    """Every element of a strong vector is an access of its own."""
+    if count == 1:
+        return threads, keys
+    return np.repeat(threads, count), (keys[:, None] + np.arange(count, dtype=u64) * u64(dtype.itemsize)).reshape(-1)
+
+
+class Torn:
+    """The elements of a strong vector are loaded one by one: in a random order, some at a second visit."""
+
+    def __init__(self, x: Operands, dtype: np.dtype, count: int):
+        self.x, self.held = x, np.zeros((x.threads, count), dtype)
+        self.waiting = np.zeros(x.threads, bool)
+
+    def visit(self, active: Active, values: np.ndarray) -> np.ndarray:
+        """Returns which of the threads have to come again; the others have got all values."""
+        came, random = self.waiting[active.at], self.x.random
+        again = ~came & (random.random() < 0.5)
+        late = random.random(values.shape) < 0.5
+        values[:] = np.where(late | ~came[:, None], values, self.held[active.at])
+        self.held[active.at], self.waiting[active.at] = values, again
+        return again
 
 
 def load(m: Modifiers, x: Operands):
-    kind = m.type(*ANY)
-    count = {"v2": 2, "v4": 4, "v1": 1}[m.one("v2", "v4", default="v1")]
+    dtype = DTYPE[kind := m.type(*ANY)]
+    count = elements(m, dtype)
     destination, source = m.operands(2)
     parts = destination if isinstance(destination, tuple) else (destination,)
     if len(parts) != count or not isinstance(source, Address):
@@ -69,11 +97,12 @@ def load(m: Modifiers, x: Operands):
     writes = [x.write(part, kind, wider=True) for part in parts]
     if m.flag("param"):
         m.flag("func")
-        return _load_param(x, source, DTYPE[kind], writes)
+        return _load_param(x, source, dtype, writes)
     how, constant = Semantics(m, "weak"), m.flag("nc")
     m.flag(*CACHE)
-    place, address, dtype = Place(m, x), x.address(source), DTYPE[kind]
+    place, address = Place(m, x), x.address(source)
     x.yields = how.strength > 0
+    torn = Torn(x, dtype, count) if how.strength and count > 1 else None
 
     def execute(active):
         addresses = address(active)
@@ -87,12 +116,13 @@ def load(m: Modifiers, x: Operands):
             else:
                 values = np.empty((len(active), count), dtype) if values is None else values
                 values[which] = found
-            if how.acquires:
-                x.clocks.acquire(threads, keys(space, there, threads), how.scope)
-            elif how.strength:
-                x.clocks.relaxed_read(threads, keys(space, there, threads), how.scope)
+            if how.strength:
+                learn = x.clocks.acquire if how.acquires else x.clocks.relaxed_read
+                learn(*_each(space.keys(there, threads), threads, dtype, count), how.scope)
+        again = torn.visit(active, values) if torn and x.random else None
         for k, write in enumerate(writes):
             write(active, values[:, k])
+        return again
 
     return execute
 
@@ -114,21 +144,27 @@ def _load_param(x: Operands, source: Address, dtype: np.dtype, writes):
     return execute
 
 
-def store(m: Modifiers, x: Operands):
-    kind = m.type(*ANY)
-    count = {"v2": 2, "v4": 4, "v1": 1}[m.one("v2", "v4", default="v1")]
-    target, source = m.operands(2)
-    parts = source if isinstance(source, tuple) else (source,)
-    if len(parts) != count or not isinstance(target, Address):
-        raise m.unknown(f"expected an address and {count} registers")
+def gathered(x: Operands, parts, kind: str):
+    """Active -> the values of the registers, (threads, registers)."""
     reads, dtype = [x.read(part, kind, wider=True) for part in parts], DTYPE[kind]
 
     def gather(active):
-        values = np.empty((len(active), count), dtype)
+        values = np.empty((len(active), len(reads)), dtype)
         for k, read in enumerate(reads):
             values[:, k] = read(active)
         return values
 
+    return gather
+
+
+def store(m: Modifiers, x: Operands):
+    dtype = DTYPE[kind := m.type(*ANY)]
+    count = elements(m, dtype)
+    target, source = m.operands(2)
+    parts = source if isinstance(source, tuple) else (source,)
+    if len(parts) != count or not isinstance(target, Address):
+        raise m.unknown(f"expected an address and {count} registers")
+    gather = gathered(x, parts, kind)
     if m.flag("param"):
         m.flag("func")
         return _store_param(x, target, dtype.itemsize * count, gather)
@@ -140,7 +176,7 @@ def store(m: Modifiers, x: Operands):
         addresses, values = address(active), gather(active)
         for space, there, threads, which in place.parts(addresses, active):
             if how.strength:
-                order(x, how, threads, keys(space, there, threads), replace=True)
+                order(x, how, *_each(space.keys(there, threads), threads, dtype, count), replace=True)
             x.changes += space.store(there, values[which], threads, how.strength)
 
     return execute
@@ -169,6 +205,16 @@ def order(x: Operands, how: Semantics, threads, addresses, replace: bool) -> Non
 
 
 def fence(m: Modifiers, x: Operands):
+    if m.flag("mbarrier_init"):
+        m.one("release")
+        m.one("cluster")
+        m.operands(0)
+        return lambda active: x.mbarriers.fence_inits(active.threads)
+    if m.flag("proxy"):  # between generic and asynchronous accesses; st.async, the only one known here, is generic
+        m.one("async")
+        m.flag("global", "shared::cta", "shared::cluster")
+        m.operands(0)
+        return lambda active: None
     m.one("acq_rel", "sc", default="acq_rel")
     scope = SCOPES[m.one(*SCOPES)]
     m.operands(0)
@@ -176,7 +222,7 @@ def fence(m: Modifiers, x: Operands):
 
 
 def membar(m: Modifiers, x: Operands):
-    scope = {"cta": 1, "gl": 2, "sys": 2}[m.one("cta", "gl", "sys")]
+    scope = {"cta": BLOCK, "gl": DEVICE, "sys": DEVICE}[m.one("cta", "gl", "sys")]
     m.operands(0)
     return lambda active: x.clocks.fence(active.threads, scope)
 
@@ -188,5 +234,5 @@ def nanosleep(m: Modifiers, x: Operands):
 
 
 TABLE = {
-    **{"ld": load, "st": store, "fence": fence, "membar": membar, "nanosleep": nanosleep},
+    **{"ld": load, "fence": fence, "membar": membar, "nanosleep": nanosleep},
 }

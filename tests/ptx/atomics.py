@@ -3,7 +3,8 @@
 import numpy as np
 
 from tests.ptx import numbers
-from tests.ptx.access import ANY, Place, Semantics, keys, order
+from tests.ptx.access import ANY, Place, Semantics, order
+from tests.ptx.clocks import BLOCK
 from tests.ptx.elementwise import BITS
 from tests.ptx.registers import Modifiers, Operands
 from tests.ptx.types import DTYPE
@@ -50,7 +51,7 @@ def atom(m: Modifiers, x: Operands, returns: bool = True):
         result, addresses = np.empty(len(active), dtype), address(active)
         x.poll(active, addresses)
         for space, there, threads, which in place.parts(addresses, active):
-            _order_atomics(x, how, threads, keys(space, there, threads))
+            _order_atomics(x, how, threads, space.keys(there, threads))
             old = space.load(there, dtype, 1, threads, how.strength)[:, 0]
             flushes = kind == "f32" and name == "add" and space.name == "global"
             apply = (lambda a, b: numbers.flush(numbers.flush(a) + numbers.flush(b))) if flushes else function
@@ -80,7 +81,7 @@ def _in_turn(addresses, old, values, function):
 
 def _order_atomics(x: Operands, how: Semantics, threads, addresses) -> None:
     """Each thread's turn sees what the turns before it published."""
-    if not (how.acquires or how.releases or x.clocks.published or (x.clocks.fenced[1][threads] >= 0).any()):
+    if not (how.acquires or how.releases or x.clocks.published or x.clocks.fenced[BLOCK][threads].any()):
         return
     for k in range(len(threads)):
         thread, address = threads[k : k + 1], addresses[k : k + 1]

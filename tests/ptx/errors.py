@@ -18,7 +18,7 @@ class Misaligned(PtxError):
 
 
 class Uninitialised(PtxError):
-    """A byte or a register that nobody has written yet."""
+    """A byte or a register that nobody has written yet, or an mbarrier that nobody has initialised."""
 
 
 class Race(PtxError):
@@ -31,6 +31,14 @@ class Divergence(PtxError):
 
 class Deadlock(PtxError):
     """Nothing will ever happen again."""
+
+
+class BarrierMisuse(PtxError):
+    """A cluster's barrier or an mbarrier used against its rules, or an mbarrier's bytes used as data."""
+
+
+class PeerExited(PtxError):
+    """An access to the shared memory of a block that has exited by then, or may have: nothing orders the two."""
 
 
 class Trap(PtxError):

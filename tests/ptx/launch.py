@@ -2,11 +2,15 @@
 
 import numpy as np
 
+from tests.ptx.asynchronous import Stores
+from tests.ptx.clocks import Clocks
+from tests.ptx.clusters import Clusters, Distributed
 from tests.ptx.copies import Copies
 from tests.ptx.errors import PtxError
+from tests.ptx.mbarriers import Mbarriers
 from tests.ptx.memory import FIRST_LOCAL, FIRST_SHARED, Memory, Space, windows
 from tests.ptx.parse import WIDTH, Instruction, Module
-from tests.ptx.races import Clocks, Tracker
+from tests.ptx.races import Tracker
 from tests.ptx.registers import Operands
 from tests.ptx.types import DTYPE, UNSIGNED
 
@@ -24,8 +28,10 @@ class Launch:
     x: the operands' arrays.  executed: instructions so far, each counted once for each thread.
     """
 
-    def __init__(self, module: Module, grid, block, args, memory: Memory, dynamic_shared: int):
-        self.grid, self.block = three(grid), three(block)
+    def __init__(self, module: Module, grid, block, args, memory: Memory, dynamic_shared: int, cluster: int):
+        self.grid, self.block, self.cluster = three(grid), three(block), cluster
+        if cluster < 1 or self.grid[0] % cluster:
+            raise PtxError(f"expected a grid of whole clusters of {cluster} blocks along x, got {self.grid}")
         self.blocks, self.per_block = int(np.prod(self.grid)), int(np.prod(self.block))
         most = module.functions[module.entry].most_threads or 1024
         if self.per_block > most:
@@ -34,7 +40,7 @@ class Launch:
         self.lanes = 32 * self.warps
         self.threads = self.blocks * self.lanes
         self.executed = 0
-        clocks = Clocks(self.threads, self.warps)
+        clocks = Clocks(self.blocks, self.warps, self.per_block, cluster)
         symbols = memory.load(module)
         shared, size = self._shared(module, dynamic_shared, symbols)
         local, places = self._local(module)
@@ -42,9 +48,15 @@ class Launch:
         for name, grain in grains(module).items():
             spaces[name].tracker = _tracker(clocks, spaces[name], grain)
         special = self._special(size, dynamic_shared)
-        self.x = Operands(self.threads, special, symbols, spaces, clocks, Copies(self.threads))
-        self.x.locals = places
+        self.x = Operands(self.threads, special, symbols, spaces, clocks)
+        self.x.locals, self.x.copies = places, Copies(self.threads)
+        self._clusters(shared, clocks)
         self._arguments(module, args)
+
+    def name(self, thread: int) -> str:
+        """A thread by its place in its block, and its block's in the grid."""
+        block, index = divmod(thread, self.lanes)
+        return f"block {_coordinates(block, self.grid)}, thread {_coordinates(index, self.block)}"
 
     def _shared(self, module: Module, dynamic: int, symbols: dict[str, int]) -> tuple[Space, int]:
         """Static arrays one after another, then the dynamic one, at which every array without a size begins."""
@@ -64,6 +76,13 @@ class Launch:
             spans.append((size, dynamic, "dynamic shared memory"))
         owner = np.arange(self.threads) // self.lanes
         return windows("shared", FIRST_SHARED, spans, size + dynamic, owner, self.blocks), size + dynamic
+
+    def _clusters(self, shared: Space, clocks: Clocks) -> None:
+        x, absent = self.x, np.arange(self.threads) % self.lanes >= self.per_block
+        x.mbarriers = Mbarriers(clocks, shared)
+        x.stores = Stores(x, shared)
+        memory = x.spaces["shared::cluster"] = Distributed(shared, clocks)
+        x.clusters = Clusters(clocks, x.mbarriers, memory, absent)
 
     def _local(self, module: Module) -> tuple[Space, dict[str, int]]:
         """Each function has its own place: none calls itself."""
@@ -102,14 +121,24 @@ class Launch:
             **{"lanemask_eq": 1 << lane, "lanemask_lt": (1 << lane) - 1, "lanemask_le": (2 << lane) - 1},
             **{"lanemask_gt": (1 << 32) - (2 << lane), "lanemask_ge": (1 << 32) - (1 << lane)},
         }
+        rank = block % self.cluster
+        values |= {"cluster_ctarank": rank, "cluster_nctarank": self.cluster}
         below_t = below_b = 1
         for axis, t, b in zip("xyz", self.block, self.grid, strict=True):
             values |= {f"tid.{axis}": thread // below_t % t, f"ntid.{axis}": t}
             values |= {f"ctaid.{axis}": block // below_b % b, f"nctaid.{axis}": b}
+            along, mine = (self.cluster, rank) if axis == "x" else (1, 0)
+            values |= {f"cluster_ctaid.{axis}": mine, f"cluster_nctaid.{axis}": along}
+            values |= {f"clusterid.{axis}": block // below_b % b // along, f"nclusterid.{axis}": b // along}
             below_t, below_b = below_t * t, below_b * b
         special = {f"%{k}": np.broadcast_to(np.asarray(v, np.uint64), self.threads) for k, v in values.items()}
         clocks = ("clock", "clock64", "globaltimer", "globaltimer_lo")
         return special | {f"%{name}": lambda: self.executed for name in clocks}
+
+
+def _coordinates(index: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    x, y, _ = shape
+    return index % x, index // x % y, index // (x * y)
 
 
 def grains(module: Module) -> dict[str, int]:
@@ -127,8 +156,8 @@ def grains(module: Module) -> dict[str, int]:
 def _access_size(instruction: Instruction) -> int:
     """In bytes; 16, the most, for what does not access these memories."""
     *modifiers, kind = instruction.modifiers or ("",)
-    if instruction.opcode == "cp":
-        return 4
+    if instruction.opcode in ("cp", "mbarrier"):
+        return 4 if instruction.opcode == "cp" else 8
     if instruction.opcode not in ("ld", "st", "atom", "red") or "param" in modifiers or "local" in modifiers:
         return 16
     return min(16, WIDTH.get(kind, 8) // 8 * (2 if "v2" in modifiers else 4 if "v4" in modifiers else 1))
@@ -137,4 +166,4 @@ def _access_size(instruction: Instruction) -> int:
 def _tracker(clocks: Clocks, space: Space, grain: int) -> Tracker:
     shared = space.base is not None
     place = (lambda at: space.place(at % space.limit)) if shared else space.place
-    return Tracker(clocks, len(space.words.views[1]), grain, shared, place)
+    return Tracker(clocks, len(space.words.views[1]), grain, space.limit if shared else None, place)

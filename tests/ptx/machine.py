@@ -13,40 +13,51 @@ from tests.ptx.errors import Deadlock, Divergence, PtxError
 from tests.ptx.launch import Launch
 from tests.ptx.memory import Memory
 from tests.ptx.parse import Module
-from tests.ptx.program import BARRIER, BRANCH, CALL, EXIT, PLAIN, RETURN, WARP, Program, Step
+from tests.ptx.program import BARRIER, BRANCH, CALL, CLUSTER, EXIT, PLAIN, RETURN, WARP, Program, Step
 from tests.ptx.registers import Active
 
-READY, YIELDED, AT_BARRIER, AT_WARP, EXITED = range(5)
+READY, YIELDED, AT_BARRIER, AT_CLUSTER, AT_WARP, EXITED = range(6)
 NEVER = np.iinfo(np.int64).max
 IDLE_ROUNDS = 200  # of everybody polling the same addresses, in which no memory changes
 RESTLESS_ROUNDS = 20_000  # of polling addresses that do change: a loop over data, or over several flags
 ENDLESS_TURNS = 300_000  # without a change of memory, a barrier or an exit
 UNFAIR_TURNS = 1000  # of the lowest threads, before others get theirs too
 SWITCH = 1 / 8  # how often a warp is left for another at the end of a basic block, with a seed
+ARRIVAL = 1 / 4  # how often an asynchronous store arrives at the end of a basic block, with a seed
 
 
 class Report(NamedTuple):
     executed: int  # instructions, each counted once for each thread
-    barriers: int  # that blocks have passed
+    barriers: int  # that blocks or clusters have passed
     turns: int  # of the scheduler
 
 
-def run(module: Module, grid, block, args, memory: Memory, dynamic_shared: int = 0, seed: int | None = None) -> Report:
+def run(
+    module: Module,
+    grid,
+    block,
+    args,
+    memory: Memory,
+    dynamic_shared: int = 0,
+    seed: int | None = None,
+    cluster: int = 1,
+) -> Report:
     """Launches the module's kernel and waits for its end.
 
     grid, block: int or up to three ints.  args: ints and floats in the order of the parameters; pointers are addresses.
     dynamic_shared: bytes.  seed: None runs in lock-step, an int in that random order.
+    cluster: blocks, neighbours along x, that form a cluster; grid must be a multiple.
     Raises a PtxError that names the instruction, the block and the thread.
     """
     with np.errstate(all="ignore"):
-        return Machine(module, Launch(module, grid, block, args, memory, dynamic_shared), seed).run()
+        return Machine(module, Launch(module, grid, block, args, memory, dynamic_shared, cluster), seed).run()
 
 
 class Machine:
     def __init__(self, module: Module, launch: Launch, seed: int | None):
         self.launch, self.x, self.clocks = launch, launch.x, launch.x.clocks
         self.program = Program(module, launch.x)
-        self.random = None if seed is None else np.random.default_rng(seed)
+        self.random = self.x.random = None if seed is None else np.random.default_rng(seed)
         count = launch.threads
         self.pc = np.full(count, self.program.entry, np.int64)
         self.ready = self.pc.copy()  # the pc of threads that may run, NEVER for the others
@@ -54,7 +65,7 @@ class Machine:
         self.barrier_id, self.barrier_count = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self._wait(np.flatnonzero(np.arange(count) % launch.lanes >= launch.per_block), EXITED)
         self.warp = -1  # the one that runs, with a seed
-        self.barriers = self.turns = self.useful = self.idle = 0
+        self.barriers = self.turns = self.useful = self.idle = self.met = 0
         self.before = (-1, -1)  # changes of memory and barriers passed, at the last idle round
 
     def run(self) -> Report:
@@ -63,7 +74,7 @@ class Machine:
             if threads is not None:
                 self._turn(threads)
             elif (self.state == EXITED).all():
-                return Report(self.launch.executed, self.barriers, self.turns)
+                return Report(self.launch.executed, self.barriers + self.met, self.turns)
             else:
                 self._stall()
 
@@ -111,6 +122,10 @@ class Machine:
             if k in leaders:
                 self.ready[active.at] = k
                 break
+        if self.x.stores.flying and self.random.random() < ARRIVAL:
+            self._land()
+        if self.x.clusters.passed != self.met:
+            self._open_clusters()
         if self.x.changes != changes:
             self.useful = self.turns
 
@@ -144,9 +159,11 @@ class Machine:
         if step.kind == BRANCH:
             self.ready[taken.at] = step.target
         elif step.kind == PLAIN:
-            step.execute(taken)
+            again = step.execute(taken)
             if self.random is None or self.random.random() < 0.5:
                 self._wait(taken.threads, YIELDED, k + 1)
+            if again is not None and again.any():
+                self._wait(taken.threads[again], YIELDED, k)
             self.warp = -1
         elif step.kind == CALL:
             step.execute[0](taken, k)
@@ -161,9 +178,12 @@ class Machine:
             self._wait(taken.threads, AT_BARRIER, k)
             self.barrier_id[taken.at], self.barrier_count[taken.at] = identity, 0 if count is None else count
             self._open_barriers(taken.threads)
+        elif step.kind == CLUSTER:
+            self._wait(taken.threads[~step.execute(taken)], AT_CLUSTER, k)
         elif step.kind == EXIT:
             self.useful = self.turns
             self._wait(taken.threads, EXITED)
+            self.x.clusters.leave(taken.threads)
             self._open_barriers(taken.threads)
 
     def _wait(self, threads: np.ndarray, state: int, pc: int | None = None) -> None:
@@ -248,8 +268,23 @@ class Machine:
         self.useful = self.turns
         self._resume(np.flatnonzero(here.reshape(-1)) % lanes + np.repeat(blocks, here.sum(1)) * lanes, 1)
 
+    def _open_clusters(self) -> None:
+        """Lets the threads go on that wait at a cluster's barrier at which all have come by now."""
+        self.met = self.x.clusters.passed
+        self.useful = self.turns
+        for pc in np.unique(self.pc[self.state == AT_CLUSTER]).tolist():
+            threads = np.flatnonzero((self.state == AT_CLUSTER) & (self.pc == pc))
+            free = self.program.steps[pc].execute(Active(threads))
+            self._resume(threads[free], 1)
+
+    def _land(self) -> None:
+        self.x.stores.arrive()
+        self.x.changes += 1
+
     def _stall(self) -> None:
         """Nobody may run: lets the yielded threads go on, or says why nothing can ever happen again."""
+        while self.x.stores.flying:
+            self._land()
         for pc in np.unique(self.pc[self.state == AT_WARP]).tolist():
             threads = np.flatnonzero((self.state == AT_WARP) & (self.pc == pc))
             if self._meet(self.program.steps[pc], pc, threads):
@@ -259,7 +294,7 @@ class Machine:
             self._idle(yielded)
             self._resume(yielded, 0)
             return
-        stuck = np.flatnonzero((self.state == AT_WARP) | (self.state == AT_BARRIER))
+        stuck = np.flatnonzero((self.state != READY) & (self.state != EXITED))
         thread = int(stuck[np.argsort(self.state[stuck] != AT_WARP, kind="stable")[0]])
         step = self.program.steps[int(self.pc[thread])]
         if self.state[thread] == AT_WARP:
@@ -268,26 +303,15 @@ class Machine:
         raise Deadlock(self._where(why, thread, step))
 
     def _idle(self, yielded: np.ndarray) -> None:
-        now = (self.x.changes, self.barriers)
+        now = (self.x.changes, self.barriers + self.met)
         cost = RESTLESS_ROUNDS // IDLE_ROUNDS if not self.x.moved else 1
         self.idle = 0 if now != self.before else self.idle + cost
         self.before, self.x.moved = now, False
         if self.idle >= RESTLESS_ROUNDS:
             thread = int(yielded[0])
             step = self.program.steps[int(self.pc[thread]) - 1]
-            why = f"{len(yielded)} threads spin, and nobody writes any more"
+            why = f"{len(yielded)} threads spin, and nobody writes any more{self.x.mbarriers.lacking()}"
             raise Deadlock(self._where(why, thread, step))
 
     def _where(self, why: str, thread: int, step: Step) -> str:
-        block, index = (
-            _coordinates(number, shape)
-            for number, shape in zip(
-                divmod(thread, self.launch.lanes), (self.launch.grid, self.launch.block), strict=True
-            )
-        )
-        return f"line {step.instruction.line}: `{step.instruction.text}`: {why} (block {block}, thread {index})"
-
-
-def _coordinates(index: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    x, y, _ = shape
-    return index % x, index // x % y, index // (x * y)
+        return f"line {step.instruction.line}: `{step.instruction.text}`: {why} ({self.launch.name(thread)})"

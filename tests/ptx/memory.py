@@ -4,7 +4,7 @@ import bisect
 
 import numpy as np
 
-from tests.ptx.errors import Misaligned, OutOfBounds, Uninitialised
+from tests.ptx.errors import BarrierMisuse, Misaligned, OutOfBounds, Uninitialised
 from tests.ptx.parse import Module
 from tests.ptx.types import UNSIGNED
 
@@ -13,7 +13,7 @@ FIRST_GLOBAL = 7 << 32  # beyond 32 bits, so that an address cut to 32 bits is f
 FIRST_SHARED, FIRST_LOCAL = 1024, 256  # in their own spaces: 0 is nobody's address
 SHARED_WINDOW, LOCAL_WINDOW = 1 << 40, 1 << 44  # where generic addresses see the two
 
-ALLOCATED, WRITTEN = 1, 3  # states of a byte; 0: outside of every span
+ALLOCATED, WRITTEN, MBARRIER = 1, 3, 4  # states of a byte, the last one no data; 0: outside of every span
 
 
 def _each_byte(state: int) -> dict[int, int]:
@@ -21,7 +21,7 @@ def _each_byte(state: int) -> dict[int, int]:
     return {size: int.from_bytes(bytes([state] * size), "little") for size in (1, 2, 4, 8)}
 
 
-ALL_ALLOCATED, ALL_WRITTEN = _each_byte(ALLOCATED), _each_byte(WRITTEN)
+ALL_ALLOCATED, ALL_WRITTEN, ALL_MBARRIER = _each_byte(ALLOCATED), _each_byte(WRITTEN), _each_byte(MBARRIER)
 
 
 class Words:
@@ -52,8 +52,18 @@ class Space:
         self.words, self.state = Words(data), Words(state)
         self.tracker = None  # races.Tracker, where races are looked for
 
+    def resolve(self, addresses: np.ndarray, threads: np.ndarray) -> tuple[np.ndarray, np.ndarray | int]:
+        """Addresses in one window, and where in `data` each thread's begins."""
+        return addresses, 0 if self.base is None else self.base[threads]
+
+    def keys(self, addresses: np.ndarray, threads: np.ndarray) -> np.ndarray:
+        """One number for each byte of the device, other than the same address in another block's shared memory."""
+        addresses, base = self.resolve(addresses, threads)
+        return addresses if self.base is None else addresses + np.uint64(SHARED_WINDOW) + base.astype(np.uint64)
+
     def locate(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         """Byte indices into the data; `size` bytes will be accessed."""
+        addresses, base = self.resolve(addresses, threads)
         offsets = addresses - np.uint64(self.first)  # wraps below the first address, to something huge
         outside = offsets > np.uint64(max(self.limit - size, 0))
         if outside.any() or self.limit < size:
@@ -63,15 +73,14 @@ class Space:
         if slanted.any():
             k = int(slanted.argmax())
             raise Misaligned(f"{size} bytes at {self.place(int(offsets[k]))}", int(threads[k]))
-        index = offsets.view(np.int64)
-        return index if self.base is None else index + self.base[threads]
+        return offsets.view(np.int64) + base
 
     def load(self, addresses, dtype: np.dtype, count: int, threads, strength=0, constant=False) -> np.ndarray:
         """(threads, count) values of the type; strength and constant as in races.py."""
         size = dtype.itemsize * count
         index = self.locate(addresses, size, threads)
         words = index // size
-        self._expect(self.state.gather(size, words), ALL_WRITTEN, index, size, threads)
+        self.expect(self.state.gather(size, words), ALL_WRITTEN, index, size, threads)
         if self.tracker is not None:
             self.tracker.read(index, size, threads, strength, constant)
         return self.words.gather(size, words).view(dtype).reshape(-1, count)
@@ -82,7 +91,7 @@ class Space:
         index = self.locate(addresses, size, threads)
         words = index // size
         state = self.state.gather(size, words)
-        self._expect(state, ALL_ALLOCATED, index, size, threads)
+        self.expect(state, ALL_ALLOCATED, index, size, threads)
         if self.tracker is not None:
             self.tracker.write(index, size, threads, strength)
         full = state.dtype.type(ALL_WRITTEN[state.dtype.itemsize])
@@ -97,20 +106,23 @@ class Space:
         """The bytes are as if never written: an asynchronous copy is on its way to them."""
         index = self.locate(addresses, size, threads)
         state = self.state.gather(size, index // size)
-        self._expect(state, ALL_ALLOCATED, index, size, threads)
+        self.expect(state, ALL_ALLOCATED, index, size, threads)
         blank = np.full_like(state, ALL_ALLOCATED[state.dtype.itemsize])
         self.state.scatter(size, index // size, blank)
 
-    def _expect(self, state: np.ndarray, wanted: dict[int, int], index, size: int, threads) -> None:
+    def expect(self, state: np.ndarray, wanted: dict[int, int], index, size: int, threads) -> None:
+        """Raises what it means that the bytes at an index are not in the state that they should be in."""
         want = state.dtype.type(wanted[state.dtype.itemsize])
         short = (state & want) != want
         if not short.any():
             return
         k = int(short.argmax()) * state.dtype.itemsize // size
-        offset = int(index[k]) - (0 if self.base is None else int(self.base[threads[k]]))
+        offset = int(index[k]) if self.base is None else int(index[k]) % self.limit
         existing = self.state.views[1][int(index[k]) : int(index[k]) + size]
         if not existing.all():
             raise OutOfBounds(f"{size} bytes at {self.place(offset)}", int(threads[k]))
+        if (existing == MBARRIER).any():
+            raise BarrierMisuse(f"{size} bytes at {self.place(offset)}, in which an mbarrier lives", int(threads[k]))
         unwritten = offset + int((existing != WRITTEN).argmax())
         raise Uninitialised(
             f"{size} bytes at {self.place(offset)}: {self.place(unwritten)} was never written", int(threads[k])

@@ -11,6 +11,7 @@ from tests.ptx.types import DTYPE, NUMBER, literal
 WIDTH = {name: 8 * dtype.itemsize for name, dtype in DTYPE.items()} | {"pred": 1}
 SPECIAL = re.compile(
     r"%(n?tid\.[xyz]|n?ctaid\.[xyz]|laneid|n?warpid|n?smid|gridid|lanemask_(eq|le|lt|ge|gt)"
+    r"|cluster_n?ctarank|cluster_n?ctaid\.[xyz]|n?clusterid\.[xyz]"
     r"|clock|clock_hi|clock64|globaltimer|globaltimer_(lo|hi)|(dynamic|total)_smem_size)"
 )
 ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?(?:0x[0-9a-fA-F]+|\d+)))?\s*\]")

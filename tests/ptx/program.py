@@ -4,18 +4,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx import warp
+from tests.ptx import clusters, warp
 from tests.ptx.errors import Trap, Uninitialised, UnknownInstruction
 from tests.ptx.instructions import BUILDERS
 from tests.ptx.parse import Function, Instruction, Label, Module, Register, Symbol, Variable
 from tests.ptx.registers import Active, Modifiers, Operands
 
-PLAIN, WARP, BARRIER, BRANCH, CALL, RETURN, EXIT = "plain", "warp", "barrier", "branch", "call", "return", "exit"
+PLAIN, WARP, BARRIER, CLUSTER = "plain", "warp", "barrier", "cluster"
+BRANCH, CALL, RETURN, EXIT = "branch", "call", "return", "exit"
 
 
 @dataclass
 class Step:
-    """kind: how the machine goes on; execute: Active -> None, and for a barrier (its id, its count or None)."""
+    """kind: how the machine goes on.
+
+    execute: Active -> None; for a barrier (its id, its count or None), for a cluster's wait who may go on, for a load
+    that yields who must come again, or None.
+    """
 
     instruction: Instruction
     kind: str
@@ -139,6 +144,9 @@ class Program:
                 x.clocks.join(np.unique(active.threads >> 5)[:, None])
 
             return Step(instruction, PLAIN, meet)
+        if m.flag("cluster"):
+            execute, waits = clusters.barrier(m, x)
+            return Step(instruction, CLUSTER if waits else PLAIN, execute)
         m.flag("cta")
         m.one("sync")
         m.flag("aligned")
@@ -179,17 +187,21 @@ def watch_registers(steps: list[Step], start: int, function: Function, x: Operan
     Most registers are written on every way to where they are read; those need no look at run time.  For the others, a
     bit for each thread says whether it was written.
     """
-    assigned = _assigned(steps, start)
+    bits: dict[Register, int] = {}  # one for each register: sets of them are numbers
+    for step in steps:
+        for register in step.reads | step.guard_reads | step.writes:
+            bits.setdefault(register, 1 << len(bits))
+    assigned = _assigned(steps, start, bits)
     doubtful = {
-        r
+        register
         for step, before in zip(steps, assigned, strict=True)
-        for r in step.reads | step.guard_reads
-        if r not in before
+        for register in step.reads | step.guard_reads
+        if not before & bits[register]
     }
     doubtful -= function.undefined
     written = {register: np.zeros(x.threads, bool) for register in doubtful}
     for step, before in zip(steps, assigned, strict=True):
-        unsure = doubtful - before
+        unsure = {register for register in doubtful if not before & bits[register]}
         step.watch = _watch(step.reads & unsure, step.writes & doubtful, written)
         step.watch_guard = _watch(step.guard_reads & unsure, set(), written)
 
@@ -211,21 +223,20 @@ def _watch(reads: set[Register], writes: set[Register], written: dict[Register, 
     return watch
 
 
-def _assigned(steps: list[Step], start: int) -> list[set[Register]]:
-    """The registers that are certainly written when each step begins."""
-    before: list[set[Register] | None] = [None] * len(steps)
-    todo = [(0, frozenset())]
+def _assigned(steps: list[Step], start: int, bits: dict[Register, int]) -> list[int]:
+    """The registers that are certainly written when each step begins; none where no way leads to it."""
+    before = [-1] * len(steps)  # no way there yet
+    writes = [sum(bits[register] for register in step.writes) for step in steps]
+    todo = [(0, 0)]
     while todo:
         k, known = todo.pop()
-        while k < len(steps):
-            if before[k] is not None and before[k] <= known:
-                break
-            before[k] = set(known) if before[k] is None else before[k] & known
+        while k < len(steps) and before[k] & ~known:
+            before[k] &= known
             step = steps[k]
-            known = before[k] if step.guard else before[k] | step.writes
+            known = before[k] if step.guard else before[k] | writes[k]
             if step.kind == BRANCH:
-                todo.append((step.target - start, frozenset(known)))
+                todo.append((step.target - start, known))
             if step.kind in (BRANCH, EXIT, RETURN) and not step.guard:
                 break
             k += 1
-    return [found if found is not None else set() for found in before]
+    return [max(found, 0) for found in before]

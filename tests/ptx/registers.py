@@ -67,12 +67,6 @@ class Modifiers:
             raise self.unknown(f"expected {least} operands, got {len(given)}")
         return given
 
-    def poll(self, active: Active, addresses: np.ndarray) -> None:
-        """Notes the addresses of a strong load."""
-        if not self.moved:
-            self.moved = bool((self.polled[active.at] != addresses).any())
-        self.polled[active.at] = addresses
-
     def unknown(self, why: str) -> UnknownInstruction:
         return UnknownInstruction(f"line {self.instruction.line}: `{self.instruction.text}`: {why}")
 
@@ -83,9 +77,11 @@ class Operands:
     reads, writes, members and yields tell the machine about the present instruction.
     """
 
-    def __init__(self, threads: int, special: dict, symbols: dict[str, int], spaces: dict, clocks, copies):
+    def __init__(self, threads: int, special: dict, symbols: dict[str, int], spaces: dict, clocks):
         self.threads, self.special, self.symbols = threads, special, symbols
-        self.spaces, self.clocks, self.copies = spaces, clocks, copies
+        self.spaces, self.clocks = spaces, clocks
+        self.copies = self.mbarriers = self.stores = self.clusters = None  # what the launch has of these
+        self.random = None  # the generator of a random order
         self.changes = 0  # how often memory has changed: the grid makes progress
         self.polled = np.zeros(threads, np.uint64)  # the address of each thread's last strong load
         self.moved = False  # one of these was not the one before: no spin loop

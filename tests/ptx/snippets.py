@@ -35,7 +35,9 @@ def kernel(body: str, params: int = 2, module: str = "", before: str = "") -> st
 """
 
 
-def launch(body: str, *arrays, grid=1, block=32, module="", seed=None, dynamic_shared=0, before="", report=False):
+def launch(
+    body: str, *arrays, grid=1, block=32, module="", seed=None, dynamic_shared=0, before="", report=False, cluster=1
+):
     """Runs the body with the arrays as its pointers, and returns them as they are afterwards.
 
     An array that is a dtype and a length, as in ("u4", 32), has never been written.
@@ -47,7 +49,7 @@ def launch(body: str, *arrays, grid=1, block=32, module="", seed=None, dynamic_s
         addresses.append(memory.put(array, name=f"array{k}", initialised=not blank))
         like.append(array)
     text = kernel(body, len(arrays), module, before)
-    told = run(parse(text), grid, block, addresses, memory, dynamic_shared=dynamic_shared, seed=seed)
+    told = run(parse(text), grid, block, addresses, memory, dynamic_shared=dynamic_shared, seed=seed, cluster=cluster)
     results = [memory.get(address, array) for address, array in zip(addresses, like, strict=True)]
     return (*results, told) if report else results
 

@@ -123,11 +123,13 @@ ALSO_RIGHT = [
     {},
     {"release": "red.release.gpu.global.add.u32 [%ptr1], 1;"},
     {"release": "fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%ptr1], 1;"},
+    {"release": "fence.sc.gpu; fence.proxy.async; st.relaxed.gpu.global.u32 [%ptr1], 1;"},
     {"release": "membar.gl; membar.cta; st.relaxed.gpu.global.u32 [%ptr1], 1;"},
     {"release": "membar.gl; st.volatile.global.u32 [%ptr1], 1;"},
     {"release": "membar.gl; atom.global.add.u32 %r9, [%ptr1], 1;"},
     {"poll": "ld.relaxed.gpu.global.u32 %r3, [%ptr1];", "acquired": "fence.acq_rel.gpu;"},
     {"poll": "ld.volatile.global.u32 %r3, [%ptr1];", "acquired": "membar.gl;"},
+    {"release": "atom.acq_rel.gpu.global.add.u32 %r9, [%ptr1], 1;"},
     {"poll": "atom.acq_rel.gpu.global.or.b32 %r3, [%ptr1], 0;"},
     {
         "release": "atom.release.gpu.global.exch.b32 %r9, [%ptr1], 1;",
@@ -145,6 +147,11 @@ WRONG = {
     ),
     "a release for the block only": (Race, {"release": "st.release.cta.global.u32 [%ptr1], 1;"}),
     "a relaxed wait": (Race, {"poll": "ld.relaxed.gpu.global.u32 %r3, [%ptr1];"}),
+    "a relaxed sum": (Race, {"release": "red.relaxed.gpu.global.add.u32 [%ptr1], 1;"}),
+    "a release of what only others did": (
+        Race,
+        {"arrive": "", "release": "red.release.gpu.global.add.u32 [%ptr1], 1;"},
+    ),
     "a wait for the block only": (Race, {"poll": "ld.acquire.cta.global.u32 %r3, [%ptr1];"}),
     "a fence before the wait": (
         Race,
@@ -248,3 +255,64 @@ def test_a_constant_load_of_what_the_kernel_wrote():
     launch(body.format(nc=""), ("u4", 32))
     with pytest.raises(Race, match="as constant"):
         launch(body.format(nc=".nc"), ("u4", 32))
+
+
+VECTORS = {
+    "v2.u32": ("u4", 2, "{%r10, %r11}"),
+    "v4.b32": ("u4", 4, "{%r10, %r11, %r12, %r13}"),
+    "v2.b64": ("u8", 2, "{%rd10, %rd11}"),
+    "v2.u64": ("u8", 2, "{%rd10, %rd11}"),
+    "v4.u16": ("u2", 4, "{%h10, %h11, %h12, %h13}"),
+}
+HANDED = """
+    mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r1, 0; mul.wide.u32 %rd1, %thread, {size}; add.u64 %rd1, %rd1, %ptr0; @%p1 bra SPIN;
+    {values} st.relaxed.{scope}.global.{kind} [%rd1], {registers}; bra DONE;
+    SPIN: ld.relaxed.{scope}.global.{kind} {registers}, [%rd1]; {polls}
+    add.u64 %rd2, %rd1, %ptr1; sub.u64 %rd2, %rd2, %ptr0; st.global.{kind} [%rd2], {registers};
+    DONE:"""
+
+
+def handed(kind: str, seed, scope="gpu", polled=None) -> np.ndarray:
+    """Block 0 hands vectors to block 1, which polls the first `polled` words of each, or all, until none is 0."""
+    dtype, count, registers = VECTORS[kind]
+    size, names = np.dtype(dtype).itemsize, registers.strip("{}").split(", ")
+    bits = 8 * size
+    values = "".join(
+        f"cvt.u{bits}.u32 {name}, %thread; add.u{bits} {name}, {name}, {k + 1};" for k, name in enumerate(names)
+    )
+    polls = "".join(f"setp.eq.u{bits} %p2, {name}, 0; @%p2 bra SPIN;" for name in names[:polled])
+    body = HANDED.format(size=size * count, values=values, polls=polls, kind=kind, registers=registers, scope=scope)
+    blank = np.zeros(64 * count, dtype)
+    return launch(body, blank, blank, grid=2, block=64, seed=seed, cluster=2)[1].reshape(64, count)
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+def test_vectors_that_are_their_own_flags(kind):
+    for seed in SEEDS:
+        for scope in ("gpu", "cluster"):
+            out = handed(kind, seed, scope)
+            assert (out == np.arange(64)[:, None] + 1 + np.arange(out.shape[1])).all()
+        with pytest.raises(Race):
+            handed(kind, seed, "cta")
+
+
+def test_the_words_of_a_vector_come_one_by_one():
+    """Who looks at the first only, will once find another one missing."""
+    assert any((handed("v4.b32", seed, polled=1) == 0).any() for seed in range(6))
+
+
+def test_each_word_of_a_vector_is_a_flag():
+    release, poll = "st.release.gpu.global.v2.u32 [%ptr1], {1, 1};", "ld.acquire.gpu.global.u32 %r3, [%ptr1+4];"
+    body = FLAG.format(**RIGHT | {"release": release, "poll": poll})
+    for seed in SEEDS:
+        out = launch(body, ("u4", 64), np.zeros(2, "u4"), ("u4", 64), grid=2, block=64, seed=seed)[2]
+        assert (out == (np.arange(64) ^ 1) + 100).all()
+
+
+def test_clocks_go_on_and_a_sleep_ends():
+    body = """
+    mov.u64 %rd1, %globaltimer; mov.u64 %rd2, %clock64; nanosleep.u32 100; mov.u32 %r1, 50; nanosleep.u32 %r1;
+    mov.u64 %rd3, %globaltimer; mov.u64 %rd4, %clock64; setp.gt.u64 %p1, %rd3, %rd1; setp.gt.and.u64 %p1, %rd4, %rd2, %p1;
+    selp.u32 %r2, 1, 0, %p1; add.u64 %rd5, %ptr0, %own; st.global.u32 [%rd5], %r2;"""
+    for seed in SEEDS:
+        assert launch(body, ("u4", 64), block=64, seed=seed)[0].all()
