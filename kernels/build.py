@@ -37,19 +37,22 @@ class Source(NamedTuple):
 
     signature  Numba types of the arguments: pointers, int64, and the real type of a number.
     threads    of a block.  shared: bytes of dynamic shared memory of a block.
+    cluster    blocks of a cluster, 1 for none.  cooperative: all blocks must run at once, because they wait for each other.
     """
 
     function: Callable
     signature: tuple
     threads: int
     shared: int = 0
+    cluster: int = 1
+    cooperative: bool = False
 
 
 class Kernel(NamedTuple):
     """A built kernel: machine code for one architecture, such as (9, 0).
 
     static_shared, shared: bytes of shared memory that the code declares, and that a launch adds.  registers: of a thread.
-    spilled: bytes of a thread's registers that had to go to memory.
+    spilled: bytes of a thread's registers that had to go to memory.  cluster, cooperative: as in Source.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Kernel(NamedTuple):
     static_shared: int
     registers: int
     spilled: int
+    cluster: int = 1
+    cooperative: bool = False
 
 
 class Recipe(NamedTuple):
@@ -96,7 +101,8 @@ def build(recipe: Recipe, capability: tuple[int, int], folder: Path | None = Non
             code, usage = assemble(ptx(source, name, capability), capability)
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error}") from error
-        kernel = Kernel(name, code, len(source.signature), source.threads, source.shared, **usage)
+        numbers: dict[str, Any] = {**usage, "cluster": source.cluster, "cooperative": source.cooperative}
+        kernel = Kernel(name, code, len(source.signature), source.threads, source.shared, **numbers)
         if path:
             _write(path, kernel)
     return kernel

@@ -15,31 +15,37 @@ LEGACY_STREAM = 1  # CUDA's handle for the stream that CuPy calls 0
 class Launcher:
     """A kernel on the current device: `launcher(blocks, *arguments)`, pointers and int64 as ints, reals as NumPy scalars.
 
-    cooperative: all blocks must run at once, because they wait for each other; a launch that cannot raises.
-    Raises RuntimeError where the device cannot run even one block.
+    resident_blocks: how many run at once, in whole clusters.
+    Raises RuntimeError where the device cannot run even one block, or one cluster.
     """
 
-    def __init__(self, kernel: Kernel, cooperative: bool = False):
+    def __init__(self, kernel: Kernel):
         import cupy
         from cuda.core import Device, LaunchConfig, ObjectCode, launch
 
         number = cupy.cuda.Device().id
         device = Device(number)
         device.set_current()
-        self.kernel, self.cooperative = kernel, cooperative
+        self.kernel = kernel
         self._entry = ObjectCode.from_cubin(kernel.cubin).get_kernel(kernel.name)
         if kernel.shared + kernel.static_shared > WITHOUT_ASKING:
             _allow_shared(self._entry, number, kernel.shared)
-        each = self._entry.occupancy.max_active_blocks_per_multiprocessor(kernel.threads, kernel.shared)
-        self.resident_blocks = each * device.properties.multiprocessor_count
-        if not each:
+        self._launch = launch
+        options: dict[str, Any] = {"block": kernel.threads, "shmem_size": kernel.shared}
+        options |= {"cluster": kernel.cluster} if kernel.cluster > 1 else {"is_cooperative": kernel.cooperative}
+        self._config = functools.lru_cache(maxsize=4096)(lambda count: LaunchConfig(grid=count, **options))
+        occupancy = self._entry.occupancy
+        if kernel.cluster > 1:
+            self.resident_blocks = kernel.cluster * occupancy.max_active_clusters(self._config(1), stream=_stream())
+        else:
+            each = occupancy.max_active_blocks_per_multiprocessor(kernel.threads, kernel.shared)
+            self.resident_blocks = each * device.properties.multiprocessor_count
+        if not self.resident_blocks:
+            what = f"cluster of {kernel.cluster} blocks" if kernel.cluster > 1 else "block"
             raise RuntimeError(
-                f"{kernel.name}: no block fits an SM of {device.name}: {kernel.threads} threads of {kernel.registers} "
+                f"{kernel.name}: no {what} fits {device.name}: {kernel.threads} threads of {kernel.registers} "
                 f"registers and {kernel.shared + kernel.static_shared} bytes of shared memory"
             )
-        self._launch = launch
-        options = {"block": kernel.threads, "shmem_size": kernel.shared, "is_cooperative": cooperative}
-        self._config = functools.lru_cache(maxsize=4096)(lambda blocks: LaunchConfig(grid=blocks, **options))
 
     def __call__(self, blocks: int, *arguments: Any) -> None:
         """Raises RuntimeError where a cooperative grid would not run at once: it would hang; TypeError where arguments
@@ -47,11 +53,15 @@ class Launcher:
         """
         if len(arguments) != self.kernel.arguments:
             raise TypeError(f"{self.kernel.name}: expected {self.kernel.arguments} arguments, got {len(arguments)}")
-        if self.cooperative and blocks > self.resident_blocks:
+        if blocks % self.kernel.cluster:
+            raise RuntimeError(
+                f"{self.kernel.name}: expected whole clusters of {self.kernel.cluster} blocks, got {blocks}"
+            )
+        if self.kernel.cooperative and blocks > self.resident_blocks:
             raise RuntimeError(
                 f"{self.kernel.name}: {blocks} blocks wait for each other, but only {self.resident_blocks} run at once"
             )
-        self._launch(_stream(), self._config(blocks), self._entry, *arguments)
+        self._launch(_stream(), self._config(blocks // self.kernel.cluster), self._entry, *arguments)
 
 
 def _stream() -> Any:

@@ -1,107 +1,233 @@
-"""Which tile a resident kernel gets: what fits one SM, and of that the cheapest by a model of one SM's cycles.
+"""Which blocks, tile and exchange a pass through time gets: all that fits is enumerated, and the cheapest is taken.
 
-The model counts, for one step of one block, issued products, the cell's instructions, cycles of shared memory (128
-bytes each), shuffles, and the latency of what has to follow one another.  It ranks tiles; times come from
-`python -m bench`.
+The model counts what one step costs, in cycles of an SM: issued products, shared memory (128 bytes a cycle), the cell's
+instructions, the latency of what has to follow one another, and the exchange between the blocks of a group, by latency
+and by bytes.  Its constants are of an H100 (sources beside them); it ranks, and `python -m bench model` prints it beside
+what was measured.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .products import Ffma, Mma, Shape, ffma_sizes, mma_sizes
+from . import exchange, tiles
+from .tiles import Ffma, Mma, Shape, Tile, layout
 
 REGISTERS = 65536  # of an SM, and of a block: one block has the SM for itself
-SHARED = 227 * 1024  # bytes a block may have on sm_90; sm_80 has 163 KB
-STATIC = 48 * 1024  # of them without asking
+RESERVED = 1024  # bytes of shared memory of a block that the system keeps
 MOST_THREADS = 512
 MOST_OF_THREAD = 255
 WORKING = 56  # registers for addresses, counters and what the cell computes
 FRAGMENT = 192  # words: beyond, local arrays no longer become registers
-SHUFFLE, PRODUCT, BARRIER = 30, 18, 40  # cycles of latency
-TENSOR = 2  # cycles of an SM for one m16n8k16
+UNROLLED = 6144  # multiplications of a thread and step: beyond, the loop outgrows the instruction cache
+
+SHUFFLE, BARRIER, LOAD = 30, 30, 30  # cycles of latency; a load from shared memory takes 29
+PRODUCT = 18  # of a chained product on tensor cores: 24 before the first, less behind one another
+LATENCY = {  # seconds: a store seen by another SM.  Measured by others on an H100: st.async 0.21-0.37 us; through L2 with
+    # release and acquire 0.56 us, and then the data have to be fetched; data that are their own flag, and a quarter of a
+    # fence: an estimate
+    "clustered": 0.28e-6,
+    "flagged": 0.41e-6,
+    "counted": 0.71e-6,
+}
+LAUNCH = 2.5e-6  # seconds from one small kernel's begin to that of the next
+L2_OF_SM, L2_OF_ALL, REMOTE = 64, 23.5, 32  # bytes a cycle: L2 to one SM, to each of all of them, from others' memory
 
 
-class Fit(NamedTuple):
-    tile: Ffma | Mma
-    cycles: float
+class Chip(NamedTuple):
+    """number: of the device.  capability: such as (9, 0).  shared: bytes of shared memory that a block may have."""
+
+    number: int
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared: int
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second, at work."""
+        return 1.41e9 if self.capability < (9, 0) else 1.755e9
+
+    @property
+    def lanes(self) -> int:
+        """Float32 multiplications of an SM in a cycle."""
+        return 64 if self.capability == (8, 0) else 128
+
+    @property
+    def tensor(self) -> float:
+        """Cycles of an SM for one product on tensor cores; Hopper's give mma.sync 63 % of their rate."""
+        return 2.0 if self.capability < (9, 0) else 1.6
 
 
-def ffma_tile(shape: Shape, rows: int, pair: int, shared: int = SHARED, shuffles: bool = True) -> Fit | None:
-    """rows: of the batch in a block, 1, 2 or 4.  pair: registers that each (unit, row) needs beside the weights.
+class Cost(NamedTuple):
+    """Of one step, in cycles.  rounds: how often groups follow one another because not all can run at once."""
 
-    shuffles: whether lanes may share a unit.  Before sm_90 the assembler makes each shuffle in a loop a function call,
-    which saves registers to memory.
+    product: float
+    cell: float
+    exchange: float
+    rounds: int
+
+    @property
+    def cycles(self) -> float:
+        return self.rounds * (self.product + self.cell + self.exchange)
+
+
+class Choice(NamedTuple):
+    """How one direction runs.  exchange: "alone" for one block to a group."""
+
+    tile: Tile
+    blocks: int
+    exchange: str
+    cost: Cost
+
+
+def choices(
+    H: int, gates: int, transposed: bool, N: int, precision: str, pair: int, chip: Chip, alone: bool
+) -> Iterator[Choice]:
+    """All that fits, for one block to a group (`alone`) or for several.
+
+    N: batch rows.  precision: "float32", or a kind of products on tensor cores.  pair: registers that each (unit, row)
+    pair of a thread needs beside the weights.
     """
-    fits = []
-    for units in (1, 2, 4):
-        for lanes in (1, 2, 4, 8, 16, 32) if shuffles else (1,):
-            threads, chunks = ffma_sizes(shape, Ffma(units, lanes, rows, 0))
-            results, pairs, warps = units * shape.outputs, units * rows, threads // 32
-            own = max(1, pairs // lanes)
-            free = _free(threads) - results * rows - own * pair
-            kept = min(chunks, free // (4 * results), FRAGMENT // (4 * results))
-            tile = Ffma(units, lanes, rows, kept)
-            vector, spilled = vector_bytes(shape, tile), spilled_bytes(shape, tile)
-            if threads > MOST_THREADS or kept < 0 or vector > STATIC or vector + spilled > shared:
-                continue
-            reads = warps * chunks * rows * max(1, lanes // 8) + spilled / 128
-            exchanged = (
-                pairs - own if pairs >= lanes else pairs - 1 + (lanes // pairs).bit_length() - 1
-            ) * shape.outputs
-            issued = -(-warps // 4) * results * rows * 4 * chunks  # by the busiest of four schedulers
-            latency = SHUFFLE * (lanes.bit_length() - 1) + _cell(warps, own, pair) + BARRIER
-            cycles = max(issued, reads + warps * exchanged) + latency
-            fits.append(Fit(tile, cycles))
-    return min(fits, key=lambda fit: fit.cycles, default=None)
+    for tile, units in _tiles(H, precision, chip, alone):
+        blocks = 1 if alone else -(-H // units)
+        shape = Shape(H, gates, transposed, blocks)
+        if alone or 2 <= blocks <= chip.multiprocessors:
+            for kind in ("alone",) if alone else exchange.KINDS:
+                if kind == "clustered" and (blocks > 8 or chip.capability < (9, 0)):
+                    continue
+                fitted = _fitted(shape, tile, kind, pair, chip)
+                if fitted is not None:
+                    yield Choice(fitted, blocks, kind, _cost(shape, fitted, kind, pair, N, chip))
 
 
-def mma_tile(shape: Shape, pair: int, shared: int = SHARED) -> Fit | None:
-    fits = []
-    for groups in (1, 2, 4):
-        if groups * shape.outputs % 2:
-            continue
-        threads, chunks = mma_sizes(shape, Mma(groups, 0))
-        tiles, warps = groups * shape.outputs // 2, threads // 32
-        free = _free(threads) - 8 * tiles - 2 * groups * pair
-        kept = min(chunks, free // (8 * tiles), FRAGMENT // (8 * tiles))
-        tile = Mma(groups, kept)
-        vector, spilled = vector_bytes(shape, tile), spilled_bytes(shape, tile)
-        if threads > MOST_THREADS or kept < 0 or vector > STATIC or vector + spilled > shared:
-            continue
-        reads = warps * chunks * 4 + spilled / 128
-        latency = PRODUCT * chunks + _cell(warps, 2 * groups, pair) + BARRIER
-        cycles = max(warps * tiles * chunks * 2 * TENSOR, reads) + latency
-        fits.append(Fit(tile, cycles))
-    return min(fits, key=lambda fit: fit.cycles, default=None)
+def best(*arguments: object, **options: object) -> Choice | None:
+    """The cheapest of `choices`; among equals the one with the fewest blocks."""
+    return min(choices(*arguments, **options), key=lambda choice: (choice.cost.cycles, choice.blocks), default=None)  # type: ignore[arg-type]
 
 
-def _cell(warps: int, pairs: int, registers: int) -> int:
-    """Instructions of the cell, its loads and stores, by the busiest scheduler: some to find each value, few to use it."""
-    return -(-warps // 4) * pairs * (24 + 4 * registers)
+def step_cycles(H: int, gates: int, N: int, precision: str, chip: Chip) -> float:
+    """Of one time step by cuBLAS and a kernel, in cycles: two launches, and the product by whatever binds it."""
+    rate = {"float32": 0.8 * chip.lanes, "tf32": 1100 / chip.tensor}.get(precision, 2200 / chip.tensor)
+    multiplied = N * gates * H * H / (rate * chip.multiprocessors)
+    moved = (2 if precision in ("bfloat16", "float16") else 4) * gates * H * H / (L2_OF_ALL * chip.multiprocessors)
+    return 2 * LAUNCH * chip.clock + max(multiplied, moved)
 
 
-def relaxed(shape: Shape, tile: Ffma | Mma, shared: int = SHARED) -> Iterator[Ffma | Mma]:
+def _tiles(H: int, precision: str, chip: Chip, alone: bool) -> Iterator[tuple[Tile, int]]:
+    """Tiles with no weights in registers yet, and the units of a block."""
+    every = _ffma_tiles(chip, alone) if precision == "float32" else _mma_tiles(precision)
+    for tile in every:
+        step = max(tile.units, 4) if isinstance(tile, Ffma) else 8 * tile.groups
+        yield from ((tile, units) for units in ((H,) if alone else _counts(H, step)))
+
+
+def _ffma_tiles(chip: Chip, alone: bool) -> Iterator[Tile]:
+    """Before sm_90 the assembler makes a shuffle in a loop a function call, which saves registers to memory."""
+    lanes = (1, 2, 4, 8, 16, 32) if chip.capability >= (9, 0) else (1,)
+    for rows in (1, 2, 4) if alone else (1, 2, 4, 8, 16):
+        yield from (Ffma(units, each, rows, 0) for each in lanes for units in (1, 2, 4))
+
+
+def _mma_tiles(kind: str) -> Iterator[Tile]:
+    for groups in (2, 4):
+        yield from (Mma(kind, groups, split, rows, 0) for split in (1, 2, 4, 8) for rows in (8, 16, 32))
+
+
+def _counts(H: int, step: int) -> list[int]:
+    """Units of a block, multiples of `step` up to 64, one for each number of blocks that they lead to."""
+    blocks = {math.ceil(H / units) for units in range(step, 65, step)}
+    return sorted({math.ceil(H / count / step) * step for count in blocks})
+
+
+def _fitted(shape: Shape, tile: Tile, kind: str, pair: int, chip: Chip) -> Tile | None:
+    """The tile with as many weights in registers as there is room for; None where the rest does not fit either."""
+    lay = layout(shape, tile)
+    if lay.threads > MOST_THREADS:
+        return None
+    _, own = tiles.results(shape, tile)
+    of_chunk = tiles.registers(shape, tile._replace(kept=1))
+    room = _free(lay.threads) - own * pair - max(_accumulators(shape, tile), exchange.collected(kind, shape, tile))
+    kept = min(lay.chunks, room // of_chunk, FRAGMENT // of_chunk)
+    tile = tile._replace(kept=kept)
+    if kept < 0 or shared_bytes(shape, tile, kind) > chip.shared - RESERVED:
+        return None
+    if isinstance(tile, Ffma) and tile.rows * of_chunk * lay.chunks > UNROLLED:
+        return None
+    return tile
+
+
+def shared_bytes(shape: Shape, tile: Tile, kind: str) -> int:
+    """Dynamic shared memory of a block."""
+    free_when_done = isinstance(tile, Mma) and tile.split > 1
+    here = tiles.partial_bytes(shape, tile) + tiles.spilled_bytes(shape, tile)
+    return here + exchange.shared_bytes(kind, shape, tile, free_when_done)
+
+
+def relaxed(shape: Shape, tile: Tile, kind: str, chip: Chip) -> Iterator[Tile]:
     """The tile, then the same with fewer chunks of weights in registers and more in shared memory, while that holds them."""
     for kept in range(tile.kept, -1, -1):
         fewer = tile._replace(kept=kept)
-        if kept == tile.kept or vector_bytes(shape, fewer) + spilled_bytes(shape, fewer) <= shared:
+        if kept == tile.kept or shared_bytes(shape, fewer, kind) <= chip.shared - RESERVED:
             yield fewer
 
 
-def vector_bytes(shape: Shape, tile: Ffma | Mma) -> int:
-    """Of both buffers of the vector, which are static shared memory."""
+def _accumulators(shape: Shape, tile: Tile) -> int:
+    """Registers for sums, and for the piece of the vector that is being multiplied."""
     if isinstance(tile, Ffma):
-        return 2 * tile.rows * 16 * tile.lanes * ffma_sizes(shape, tile)[1]
-    return 2 * 8 * 64 * (mma_sizes(shape, tile)[1] + 1)
+        return tile.units * tile.rows * shape.outputs + (4 * tile.rows if tile.rows > 4 else 0)
+    tensors, eights = tile.groups * shape.outputs // 2, tile.rows // 8
+    return 4 * tensors * eights * (2 if tensors * eights <= 2 else 1) + 4 * eights
 
 
-def spilled_bytes(shape: Shape, tile: Ffma | Mma) -> int:
-    """Of the weights that are not in registers."""
-    if isinstance(tile, Ffma):
-        threads, chunks = ffma_sizes(shape, tile)
-        return max(0, chunks - tile.kept) * tile.units * shape.outputs * threads * 16
-    threads, chunks = mma_sizes(shape, tile)
-    return max(0, chunks - tile.kept) * (tile.groups * shape.outputs // 2) * threads * 32
+def _cost(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip) -> Cost:
+    lay = layout(shape, tile)
+    warps = lay.threads // 32
+    _, own = tiles.results(shape, tile)
+    groups = max(1, -(-N // tile.rows))
+    running = max(1, chip.multiprocessors // shape.blocks)
+    product = _ffma_cycles(shape, tile, chip) if isinstance(tile, Ffma) else _mma_cycles(shape, tile, chip)
+    cell = -(-warps // 4) * own * (24 + 4 * pair)  # some instructions to find each value, few to use it
+    between = _exchange_cycles(shape, tile, kind, min(groups, running), chip)
+    return Cost(product, cell, between, -(-groups // running))
+
+
+def _ffma_cycles(shape: Shape, tile: Ffma, chip: Chip) -> float:
+    lay = layout(shape, tile)
+    warps, (pairs, own) = lay.threads // 32, tiles.results(shape, tile)
+    results = tile.units * shape.outputs
+    reads = warps * lay.chunks * tile.rows * max(1, tile.lanes // 8) + tiles.spilled_bytes(shape, tile) / 128
+    halved = pairs - own if pairs >= tile.lanes else pairs - 1 + (tile.lanes // pairs).bit_length() - 1
+    issued = (
+        -(-warps // 4) * results * tile.rows * 4 * lay.chunks * 128 / chip.lanes
+    )  # by the busiest of four schedulers
+    return max(issued, reads + warps * halved * shape.outputs) + SHUFFLE * (tile.lanes.bit_length() - 1) + LOAD
+
+
+def _mma_cycles(shape: Shape, tile: Mma, chip: Chip) -> float:
+    lay = layout(shape, tile)
+    warps, (pairs, own) = lay.threads // 32, tiles.results(shape, tile)
+    tensors, eights = tile.groups * shape.outputs // 2, tile.rows // 8
+    chained = 2 * lay.chunks * PRODUCT / (2 if tensors * eights <= 2 else 1)
+    issued = 2 * warps * tensors * eights * lay.chunks * chip.tensor
+    reads = warps * lay.chunks * eights * 4 + tiles.spilled_bytes(shape, tile) / 128
+    cycles = max(chained, issued, reads) + LOAD
+    if tile.split > 1:
+        moved = warps * shape.outputs * (pairs + tile.split * own)  # 128 bytes each
+        cycles += moved + BARRIER + LOAD
+    return cycles
+
+
+def _exchange_cycles(shape: Shape, tile: Tile, kind: str, groups: int, chip: Chip) -> float:
+    """groups: that run at the same time."""
+    if kind == "alone":
+        return BARRIER
+    lay = layout(shape, tile)
+    each = 4 * tile.rows * lay.words  # bytes that a block takes in
+    stored, latency = 4 * tile.rows * lay.words / 128, LATENCY[kind] * chip.clock
+    if kind == "clustered":  # as many words are sent as come in
+        return latency + each / REMOTE + 2 * BARRIER
+    moved = max(each / L2_OF_SM, each * shape.blocks * groups / (L2_OF_ALL * chip.multiprocessors))
+    return latency + moved + stored + BARRIER * (3 if kind == "counted" else 1)
 
 
 def _free(threads: int) -> int:

@@ -1,14 +1,8 @@
-"""The product inside a resident kernel: weight_hh, kept in one block's registers and shared memory, times a step's vector.
+"""The product inside the time loop: a block's share of weight_hh, kept in registers and shared memory, times a vector.
 
-Forward, the vector is h (K = H values a batch row) and each unit has G results, one a gate; backward it is dL/dr
-(K = G*H) and each unit has one result, dL/dh.  Both products own their results in the same way: a thread has all results
-of a (unit, batch row) pair, so the cell that follows runs in its registers.  The vector lies in shared memory twice,
-one buffer being read while the next step's is written, so a step costs one barrier.
-
-    ffma   float32, exact.  A team of lanes shares a few units and splits K; partial sums meet by shuffles.
-    mma    bfloat16 on tensor cores, float32 sums.  weight_hh is the A operand and stays in fragments; 8 rows are N = 8.
-
-What does not fit into registers is read from shared memory at every step, in the same order.
+The vector (`tiles`: h forward, dL/dr backward, of a few batch rows) lies in shared memory, in one or two buffers.  A
+thread gets all results of its (unit, batch row) pairs, so the cell that follows runs in its registers.  What does not fit
+into registers is read from shared memory at every step, in the same order.
 """
 
 from collections.abc import Callable
@@ -18,105 +12,80 @@ from llvmlite import ir
 from numba import cuda
 from numba.cuda import types
 
-from .build import Source
+from . import tiles
 from .ptx import (
     exchange,
     global_address,
     load_global_4f,
     load_global_4u,
+    load_shared_2f,
     load_shared_4f,
     load_shared_4u,
     mma_bf16,
+    mma_f16,
+    mma_tf32,
     multiply_add,
     pack_bf16,
+    pack_f16,
+    round_tf32,
     shared_address,
-    store_shared_b16,
-    store_shared_f,
+    store_shared_2f,
     written_out,
 )
+from .tiles import Ffma, Layout, Shape, Tile, layout
 
-i64, u16, u32, f32 = types.int64, types.uint16, types.uint32, types.float32
+i64, u32, f32 = types.int64, types.uint32, types.float32
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-PACK_THREADS = 256
-
-
-class Shape(NamedTuple):
-    """`outputs` results for each of H units from a vector of K values.  transposed: results of weight_hh^T."""
-
-    H: int
-    K: int
-    outputs: int
-    transposed: bool
-
-    @classmethod
-    def of(cls, gates: int, H: int, transposed: bool) -> "Shape":
-        return cls(H, gates * H, 1, True) if transposed else cls(H, H, gates, False)
-
-
-class Ffma(NamedTuple):
-    """A team of `lanes` has `units` units and splits K; the block has `rows` batch rows; `kept` chunks of K in registers."""
-
-    units: int
-    lanes: int
-    rows: int
-    kept: int
-
-
-class Mma(NamedTuple):
-    """A warp has `groups` groups of 8 units; `kept` chunks of 32 of K in registers."""
-
-    groups: int
-    kept: int
+MMA = {"bfloat16": mma_bf16, "float16": mma_f16, "tf32": mma_tf32}
 
 
 class Product(NamedTuple):
     """Sizes, and the device functions that a time loop is written with.
 
-    place(tid, pair) -> unit, batch row (unit H where the pair is another thread's), fetch(packed, registers),
-    home(vector, row, k) -> an element's address in the first buffer, put(home, buffer, k, value): k elements behind it,
-    multiply(registers, vector, buffer, sums): sums[pair*outputs + output].
+    place(tid, pair) -> unit of the block, batch row; the unit is `tiles.layout(...).units` where the pair is nobody's or
+    another thread's.  fetch(packed, registers): packed begins with this block's words.  word(values, k): the k-th word
+    that goes into the vector, from the values of `grain` pairs.  multiply(registers, vector, sums): sums[pair*outputs +
+    output]; `vector` is the address of a buffer.  All threads of the block call it: it may meet at barriers.
     """
 
-    threads: int
-    rows: int
     pairs: int  # of a thread
     registers: int  # 32-bit words of weights in a thread
-    shared: int  # bytes of weights in shared memory
-    vector: int  # elements of both buffers
-    word: Any
-    element: Any
+    vector: int  # where the vector begins in dynamic shared memory, behind the weights, in bytes
+    partial: int  # bytes of shared memory for partial sums, which stand first of all
+    packed: Any  # the type of packed words
     place: Callable
     fetch: Callable
-    home: Callable
-    put: Callable
+    word: Callable
     multiply: Callable
+    barriers: bool  # whether all threads have left the vector when `multiply` is done
 
 
-def product(shape: Shape, tile: "Ffma | Mma") -> Product:
+class Columns(NamedTuple):
+    """Device functions: where a unit stands in its part of the vector, and which unit stands there."""
+
+    column: Callable
+    unit_at: Callable
+
+
+def columns(lay: Layout) -> Columns:
+    pair = (tiles.alike, tiles.alike) if lay.grain == 1 else (tiles.paired, tiles.unpaired)
+    return Columns(*(cuda.jit(device=True)(function) for function in pair))
+
+
+def product(shape: Shape, tile: Tile) -> Product:
     return (ffma if isinstance(tile, Ffma) else mma)(shape, tile)
-
-
-def ffma_sizes(shape: Shape, tile: Ffma) -> tuple[int, int]:
-    """Threads of the block, chunks of K (each 4 values a lane)."""
-    teams = -(-shape.H // tile.units)
-    return -(-teams * tile.lanes // 32) * 32, -(-shape.K // (4 * tile.lanes))
-
-
-def mma_sizes(shape: Shape, tile: Mma) -> tuple[int, int]:
-    """Threads of the block, chunks of K (each 32 values)."""
-    return 32 * -(-shape.H // (8 * tile.groups)), -(-shape.K // 32)
 
 
 def ffma(shape, tile):
     UNITS, LANES, ROWS, KEPT = tile
-    H, OUT = shape.H, shape.outputs
-    THREADS, CHUNKS = ffma_sizes(shape, tile)
-    SPILLED, J, WIDE = CHUNKS - KEPT, UNITS * OUT, 4 * LANES * CHUNKS
-    PAIRS, PARTIAL = UNITS * ROWS, UNITS * ROWS * OUT
-    OWN = max(1, PAIRS // LANES)
-    HALVINGS = (min(PAIRS, LANES)).bit_length() - 1
+    lay = layout(shape, tile)
+    OUT, THREADS, CHUNKS, OF_BLOCK = shape.outputs, lay.threads, lay.chunks, lay.units
+    SPILLED, J = CHUNKS - KEPT, UNITS * OUT
+    PAIRS, OWN = tiles.results(shape, tile)
+    PARTIAL = PAIRS * OUT
+    HALVINGS = min(PAIRS, LANES).bit_length() - 1
     DOUBLE = 1 << HALVINGS  # lanes that differ beyond this bit have the same pairs
-    STEP, BUFFER = 4 * 4 * LANES, ROWS * WIDE
+    STEP, WIDE = 4 * 4 * LANES, lay.stride
     reduce = _reduction(PAIRS, LANES, OUT)
 
     @cuda.jit(device=True)
@@ -126,7 +95,7 @@ def ffma(shape, tile):
             first += (lane >> bit & 1) * (PAIRS >> (bit + 1))
         own = first + pair
         unit = tid // LANES * UNITS + own // ROWS
-        return (unit if lane < DOUBLE and unit < H else H), own % ROWS
+        return (unit if lane < DOUBLE and unit < OF_BLOCK else OF_BLOCK), own % ROWS
 
     @written_out
     def fetch_kept(b, address, registers):
@@ -142,13 +111,15 @@ def ffma(shape, tile):
         for k in range(tid, SPILLED * J * THREADS * 4, THREADS):
             weights[k] = packed[KEPT * J * THREADS * 4 + k]
 
-    @cuda.jit(device=True)
-    def home(vector, row, k):
-        return shared_address(vector, row * WIDE + k)
+    @written_out
+    def bits(b, value, word):
+        word[0] = b.bitcast(value, I32)
 
     @cuda.jit(device=True)
-    def put(home, buffer, k, value):
-        store_shared_f(u32(home + (buffer * BUFFER + k) * 4), value)
+    def word(values, k):
+        same = cuda.local.array(1, u32)
+        bits(values[k], same)
+        return same[0]
 
     def add(b, partial, row, j, weights, values):
         at = (j // OUT * ROWS + row) * OUT + j % OUT
@@ -173,31 +144,18 @@ def ffma(shape, tile):
                     add(b, partial, row, j, four, values[row])
 
     @cuda.jit(device=True)
-    def multiply(registers, vector, buffer, sums):
+    def multiply(registers, vector, sums):
         tid = i64(cuda.threadIdx.x)
         partial = cuda.local.array(PARTIAL, f32)
         weights = cuda.shared.array(0, f32)
-        start = shared_address(vector, buffer * BUFFER + 4 * (tid % LANES))
+        start = u32(vector + 16 * (tid % LANES))
         multiply_all(registers, start, shared_address(weights, 4 * tid), partial)
         reduce(partial, tid % LANES)
         for k in range(OWN * OUT):
             sums[k] = partial[k]
 
-    return Product(
-        THREADS,
-        ROWS,
-        OWN,
-        KEPT * J * 4,
-        SPILLED * J * THREADS * 16,
-        2 * BUFFER,
-        f32,
-        f32,
-        place,
-        fetch,
-        home,
-        put,
-        multiply,
-    )
+    spilled = tiles.spilled_bytes(shape, tile)
+    return Product(OWN, KEPT * J * 4, spilled, 0, f32, place, fetch, word, multiply, False)
 
 
 def _reduction(pairs, lanes, outputs):
@@ -241,151 +199,110 @@ def _reduction(pairs, lanes, outputs):
 
 
 def mma(shape, tile):
-    GROUPS, KEPT = tile
-    H, OUT = shape.H, shape.outputs
-    THREADS, CHUNKS = mma_sizes(shape, tile)
-    SPILLED, TILES, ROWS = CHUNKS - KEPT, GROUPS * OUT // 2, 8
-    WIDE = 32 * (CHUNKS + (CHUNKS + 1) % 2)  # an odd number of half cache lines: 8 rows' 16 bytes meet no bank twice
-    BUFFER = ROWS * WIDE
-    WARP = TILES * CHUNKS * 256  # words
+    KIND, GROUPS, SPLIT, ROWS, KEPT = tile
+    lay = layout(shape, tile)
+    OUT, CHUNKS, OF_BLOCK = shape.outputs, lay.chunks, lay.units
+    SPILLED, TILES, EIGHTS = CHUNKS - KEPT, GROUPS * OUT // 2, ROWS // 8
+    PAIRS, OWN = tiles.results(shape, tile)
+    ROW, PARTIAL = lay.stride * lay.size, tiles.partial_bytes(shape, tile)
+    VALUES = PAIRS * OUT
+    CHAINS = 2 if TILES * EIGHTS <= 2 else 1  # enough products at once that one need not wait for the one before
+    instruction = MMA[KIND]
 
     @cuda.jit(device=True)
     def place(tid, pair):
-        unit = (tid // 32 * GROUPS + pair // 2) * 8 + tid % 32 // 4
-        return min(unit, H), 2 * (tid % 4) + pair % 2
+        """A lane has units 8 apart of rows 2 apart; the two units of a pair of groups come first."""
+        warp, lane = tid // 32, tid % 32
+        own = warp % SPLIT * OWN + pair
+        group = own // (4 * EIGHTS) * 2 + own % 2
+        unit = (warp // SPLIT * GROUPS + group) * 8 + lane // 4
+        row = own // 4 % EIGHTS * 8 + 2 * (lane % 4) + own // 2 % 2
+        return (unit if own < PAIRS else OF_BLOCK), row
 
     @written_out
     def fetch_kept(b, address, registers):
-        for tile in range(TILES):
+        for at in range(TILES):
             for k in range(KEPT * 2):
-                words = load_global_4u.emit(b, b.add(address, I64(16 * 32 * (tile * CHUNKS * 2 + k))))
-                for i, word in enumerate(words):
-                    registers[(tile * KEPT * 2 + k) * 4 + i] = word
+                words = load_global_4u.emit(b, b.add(address, I64(16 * 32 * (at * CHUNKS * 2 + k))))
+                for i, value in enumerate(words):
+                    registers[(at * KEPT * 2 + k) * 4 + i] = value
 
     @cuda.jit(device=True)
     def fetch(packed, registers):
         tid = i64(cuda.threadIdx.x)
-        lane, first = tid % 32, tid // 32 * WARP
+        lane, first = tid % 32, tid // 32 * (TILES * CHUNKS * 256)
         fetch_kept(global_address(packed, first + lane * 4), registers)
         weights = cuda.shared.array(0, u32)
-        for tile in range(TILES):
+        for at in range(TILES):
             for k in range(lane, SPILLED * 256, 32):
-                weights[(tid // 32 * TILES + tile) * SPILLED * 256 + k] = packed[
-                    first + (tile * CHUNKS + KEPT) * 256 + k
+                weights[PARTIAL // 4 + (tid // 32 * TILES + at) * SPILLED * 256 + k] = packed[
+                    first + (at * CHUNKS + KEPT) * 256 + k
                 ]
 
     @cuda.jit(device=True)
-    def home(vector, row, k):
-        return shared_address(vector, row * WIDE + k)
-
-    @cuda.jit(device=True)
-    def put(home, buffer, k, value):
-        store_shared_b16(u32(home + (buffer * BUFFER + k) * 2), pack_bf16(f32(0), value))
+    def word(values, k):
+        if KIND == "tf32":
+            return round_tf32(values[k])
+        if KIND == "float16":
+            return pack_f16(values[2 * k + 1], values[2 * k])
+        return pack_bf16(values[2 * k + 1], values[2 * k])
 
     @written_out
     def multiply_all(b, registers, vector, weights, sums):
-        """Two chains of sums for each tile: one product need not wait for the one before."""
-        totals = [[[F32(0)] * 4 for _ in range(TILES)] for _ in range(2)]
+        totals = [[[[F32(0)] * 4 for _ in range(EIGHTS)] for _ in range(TILES)] for _ in range(CHAINS)]
         for c in range(CHUNKS):
-            values = load_shared_4u.emit(b, b.add(vector, I32(64 * c)))
-            for tile in range(TILES):
+            rows = [load_shared_4u.emit(b, b.add(vector, I32(8 * ROW * r + tiles.CHUNK * c))) for r in range(EIGHTS)]
+            for at in range(TILES):
                 for second in range(2):
                     if c < KEPT:
-                        first = ((tile * KEPT + c) * 2 + second) * 4
+                        first = ((at * KEPT + c) * 2 + second) * 4
                         a = [registers[first + i] for i in range(4)]
                     else:
-                        offset = ((tile * SPILLED + c - KEPT) * 2 + second) * 512
+                        offset = ((at * SPILLED + c - KEPT) * 2 + second) * 512
                         a = load_shared_4u.emit(b, b.add(weights, I32(offset)))
-                    operands = (*totals[second][tile], *a, *values[2 * second : 2 * second + 2])
-                    totals[second][tile] = mma_bf16.emit(b, *operands)
-        for group in range(GROUPS):
-            for row in range(2):
-                for out in range(OUT):
-                    half = group * OUT + out
-                    one, two = (totals[k][half // 2][half % 2 * 2 + row] for k in range(2))
-                    sums[(group * 2 + row) * OUT + out] = b.fadd(one, two)
+                    chain = totals[second % CHAINS][at]
+                    for r in range(EIGHTS):
+                        chain[r] = instruction.emit(b, *chain[r], *a, *rows[r][2 * second : 2 * second + 2])
+        for pair in range(PAIRS):
+            group, r, row = pair // (4 * EIGHTS) * 2 + pair % 2, pair // 4 % EIGHTS, pair // 2 % 2
+            for out in range(OUT):
+                half = group * OUT + out
+                found = [totals[k][half // 2][r][half % 2 * 2 + row] for k in range(CHAINS)]
+                sums[pair * OUT + out] = b.fadd(*found) if CHAINS == 2 else found[0]
+
+    @written_out
+    def leave(b, address, values):
+        """[pair, output by twos][lane][2]: two values a lane, so that no bank is met twice."""
+        for k in range(VALUES // 2):
+            store_shared_2f.emit(b, b.add(address, I32(256 * k)), values[2 * k], values[2 * k + 1])
+
+    @written_out
+    def gather(b, address, sums):
+        """The sums of all warps with the same units, always in the same order; each warp takes the pairs it keeps."""
+        for k in range(OWN * OUT // 2):
+            found = [load_shared_2f.emit(b, b.add(address, I32(s * 128 * VALUES + 256 * k))) for s in range(SPLIT)]
+            for i in range(2):
+                total = found[0][i]
+                for other in found[1:]:
+                    total = b.fadd(total, other[i])
+                sums[2 * k + i] = total
 
     @cuda.jit(device=True)
-    def multiply(registers, vector, buffer, sums):
+    def multiply(registers, vector, sums):
         tid = i64(cuda.threadIdx.x)
-        lane = tid % 32
-        weights = cuda.shared.array(0, u32)
-        start = shared_address(vector, buffer * BUFFER + lane // 4 * WIDE + lane % 4 * 8)
-        multiply_all(registers, start, shared_address(weights, tid // 32 * TILES * SPILLED * 256 + lane * 4), sums)
+        lane, warp = tid % 32, tid // 32
+        dynamic = cuda.shared.array(0, u32)
+        start = u32(vector + lane // 4 * ROW + lane % 4 * 16 + warp % SPLIT * (CHUNKS * 64))
+        weights = shared_address(dynamic, PARTIAL // 4 + warp * (TILES * SPILLED * 256) + lane * 4)
+        if SPLIT == 1:
+            multiply_all(registers, start, weights, sums)
+        else:
+            values = cuda.local.array(VALUES, f32)
+            multiply_all(registers, start, weights, values)
+            leave(shared_address(dynamic, warp * (32 * VALUES) + 2 * lane), values)
+            cuda.syncthreads()
+            team, own = warp // SPLIT * SPLIT, min(warp % SPLIT * OWN, PAIRS - OWN)
+            gather(shared_address(dynamic, (team * PAIRS + own) * (32 * OUT) + 2 * lane), sums)
 
-    return Product(
-        THREADS, ROWS, 2 * GROUPS, TILES * KEPT * 8, SPILLED * TILES * THREADS * 32, 2 * BUFFER, u32, u16, place, fetch,
-        home,
-        put, multiply,
-    )  # fmt: skip
-
-
-def pack(trace, *, shape: Shape, tile: "Ffma | Mma") -> Source:
-    """weight_hh (G*H, H), its gates in the order of the slots -> words in the order in which `fetch` reads them; assigns."""
-    return (_pack_ffma if isinstance(tile, Ffma) else _pack_mma)(shape, tile)
-
-
-def rows_of(tile: "Ffma | Mma") -> int:
-    """Batch rows of a block."""
-    return tile.rows if isinstance(tile, Ffma) else 8
-
-
-def packed_words(shape: Shape, tile: "Ffma | Mma") -> int:
-    if isinstance(tile, Ffma):
-        threads, chunks = ffma_sizes(shape, tile)
-        return chunks * tile.units * shape.outputs * threads * 4
-    threads, chunks = mma_sizes(shape, tile)
-    return threads // 32 * tile.groups * shape.outputs // 2 * chunks * 256
-
-
-def _element(shape):
-    H, K, TRANSPOSED = shape.H, shape.K, shape.transposed
-
-    @cuda.jit(device=True)
-    def element(weight, unit, output, k):
-        """0 beyond the matrix: H and K are padded here and nowhere else."""
-        if unit >= H or k >= K:
-            return f32(0)
-        return weight[k * H + unit] if TRANSPOSED else weight[(output * H + unit) * H + k]
-
-    return element
-
-
-def _pack_ffma(shape, tile):
-    UNITS, LANES, OUT = tile.units, tile.lanes, shape.outputs
-    THREADS = ffma_sizes(shape, tile)[0]
-    WORDS, J = packed_words(shape, tile), UNITS * OUT
-    element = _element(shape)
-
-    def pack_ffma(weight, packed):
-        """[chunk][unit of the team, output][thread][4 values of k]"""
-        word = i64(cuda.blockIdx.x) * PACK_THREADS + cuda.threadIdx.x
-        if word < WORDS:
-            tid, j, c = word // 4 % THREADS, word // (4 * THREADS) % J, word // (4 * THREADS * J)
-            k = 4 * (tid % LANES + LANES * c) + word % 4
-            packed[word] = element(weight, tid // LANES * UNITS + j // OUT, j % OUT, k)
-
-    return Source(pack_ffma, (types.CPointer(f32), types.CPointer(f32)), PACK_THREADS)
-
-
-def _pack_mma(shape, tile):
-    """A fragments of m16n8k16.  The k of a chunk of 32 is permuted, for vector and weights alike: lane q of 4 has
-    k = 8q .. 8q+7, which are 16 bytes of the vector, and so two products' B fragments in one load."""
-    GROUPS, OUT = tile.groups, shape.outputs
-    TILES, WORDS = GROUPS * OUT // 2, packed_words(shape, tile)
-    CHUNKS = mma_sizes(shape, tile)[1]
-    element = _element(shape)
-
-    def pack_mma(weight, packed):
-        """[warp][tile][chunk][first or second product][lane][4 words]"""
-        word = i64(cuda.blockIdx.x) * PACK_THREADS + cuda.threadIdx.x
-        if word < WORDS:
-            part, lane, second = word % 4, word // 4 % 32, word // 128 % 2
-            c, block, warp = word // 256 % CHUNKS, word // (256 * CHUNKS) % TILES, word // (256 * CHUNKS * TILES)
-            half = 2 * block + part % 2
-            unit = (warp * GROUPS + half // OUT) * 8 + lane // 4
-            k = 32 * c + 8 * (lane % 4) + 4 * second + 2 * (part // 2)
-            low, high = element(weight, unit, half % OUT, k), element(weight, unit, half % OUT, k + 1)
-            packed[word] = pack_bf16(high, low)
-
-    return Source(pack_mma, (types.CPointer(f32), types.CPointer(u32)), PACK_THREADS)
+    vector = PARTIAL + tiles.spilled_bytes(shape, tile)
+    return Product(OWN, TILES * KEPT * 8, vector, PARTIAL, u32, place, fetch, word, multiply, SPLIT > 1)

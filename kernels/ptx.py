@@ -11,10 +11,10 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-f32, u32, u64 = types.float32, types.uint32, types.uint64
+f32, f64, u32, u64 = types.float32, types.float64, types.uint32, types.uint64
 GLOBAL, SHARED = 1, 3
-CONSTRAINT = {f32: "f", u32: "r", u64: "l"}
-LLVM = {f32: ir.FloatType(), u32: ir.IntType(32), u64: ir.IntType(64)}
+CONSTRAINT = {f32: "f", f64: "d", u32: "r", u64: "l"}
+LLVM = {f32: ir.FloatType(), f64: ir.DoubleType(), u32: ir.IntType(32), u64: ir.IntType(64)}
 
 
 class Instruction:
@@ -23,7 +23,7 @@ class Instruction:
     results   a tuple of types.
     pure      it neither reads nor writes memory, so equal calls may become one.
     tied      the first `tied` operands live in the registers of the first results.
-    A warp-wide instruction (`.sync`) is convergent: LLVM may not make it depend on a condition it did not depend on.
+    A warp-wide instruction (`.sync`, `.aligned`) is convergent: LLVM may not make it depend on a condition it did not depend on.
     """
 
     def __init__(self, text, results, operands, pure, tied):
@@ -35,7 +35,7 @@ class Instruction:
         kinds = [LLVM[t] for t in results]
         answer = ir.VoidType() if not kinds else kinds[0] if len(kinds) == 1 else ir.LiteralStructType(kinds)
         self.kind = ir.FunctionType(answer, [LLVM[t] for t in operands])
-        self.attributes = ("convergent",) if ".sync" in text else ()
+        self.attributes = ("convergent",) if ".sync" in text or ".aligned" in text else ()
 
     def emit(self, builder, *operands):
         """Writes it; a list of LLVM values, one a result."""
@@ -173,16 +173,52 @@ def _mma(name, shape, kind):
 
 
 mma_bf16 = _mma("mma_bf16", "m16n8k16", "bf16")
+mma_f16 = _mma("mma_f16", "m16n8k16", "f16")
+mma_tf32 = _mma("mma_tf32", "m16n8k8", "tf32")
 
 load_global_4f = instruction("load_global_4f", "ld.global.v4.f32 {$0,$1,$2,$3}, [$4];", (f32,) * 4, (u64,))
 load_global_4u = instruction("load_global_4u", "ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u64,))
+load_shared_2f = instruction("load_shared_2f", "ld.shared.v2.f32 {$0,$1}, [$2];", (f32,) * 2, (u32,))
 load_shared_4f = instruction("load_shared_4f", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (f32,) * 4, (u32,))
 load_shared_4u = instruction("load_shared_4u", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u32,))
 
-store_shared_f = instruction("store_shared_f", "st.shared.f32 [$0], $1;", (), (u32, f32))
-store_shared_b16 = instruction(
-    "store_shared_b16", "{ .reg .b16 low, high; mov.b32 {low, high}, $1; st.shared.b16 [$0], low; }", (), (u32, u32)
-)
+store_global_u = instruction("store_global_u", "st.global.u32 [$0], $1;", (), (u64, u32))
+store_shared_u = instruction("store_shared_u", "st.shared.u32 [$0], $1;", (), (u32, u32))
+store_shared_2f = instruction("store_shared_2f", "st.shared.v2.f32 [$0], {$1,$2};", (), (u32,) + (f32,) * 2)
+store_shared_4u = instruction("store_shared_4u", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (), (u32,) * 5)
 exchange = instruction("exchange", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, u32))  # with lane ^ mask
 
 pack_bf16 = instruction("pack_bf16", "cvt.rn.bf16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
+pack_f16 = instruction("pack_f16", "cvt.rn.f16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
+round_tf32 = instruction("round_tf32", "cvt.rna.tf32.f32 $0, $1;", (u32,), (f32,), pure=True)
+
+# Between blocks, through the L2 cache; relaxed accesses of the whole device pass by the L1 caches.
+load_relaxed_u = instruction("load_relaxed_u", "ld.relaxed.gpu.global.u32 $0, [$1];", (u32,), (u64,))
+load_relaxed_4u = instruction(
+    "load_relaxed_4u", "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u64,)
+)
+store_relaxed_u = instruction("store_relaxed_u", "st.relaxed.gpu.global.u32 [$0], $1;", (), (u64, u32))
+add_release = instruction("add_release", "red.release.gpu.global.add.u32 [$0], $1;", (), (u64, u32))
+fence = instruction("fence", "fence.acq_rel.gpu;", (), ())
+
+# Between blocks of a cluster (sm_90), from one shared memory into another.
+cluster_arrive = instruction("cluster_arrive", "barrier.cluster.arrive.release.aligned;", (), ())
+cluster_wait = instruction("cluster_wait", "barrier.cluster.wait.acquire.aligned;", (), ())
+of_block = instruction("of_block", "mapa.shared::cluster.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
+mbarrier_init = instruction("mbarrier_init", "mbarrier.init.shared::cta.b64 [$0], $1;", (), (u32, u32))
+mbarrier_arrive = instruction(
+    "mbarrier_arrive", "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", (), (u32,)
+)
+mbarrier_expect = instruction(
+    "mbarrier_expect", "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;", (), (u32, u32)
+)
+mbarrier_passed = instruction(
+    "mbarrier_passed",
+    "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }",
+    (u32,),
+    (u32, u32),
+)
+fence_mbarrier_init = instruction("fence_mbarrier_init", "fence.mbarrier_init.release.cluster;", (), ())
+store_async = instruction(
+    "store_async", "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [$0], $1, [$2];", (), (u32, u32, u32)
+)  # address, value, mbarrier of the block that has the address

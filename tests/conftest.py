@@ -29,10 +29,19 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_generate_tests(metafunc):
-    """`any_cell` is each shipped cell and each of the cells below in turn, `user_cell` each of those below."""
-    for fixture, cells in (("any_cell", CELLS | USER_CELLS), ("user_cell", USER_CELLS)):
+    """`any_cell` is each shipped cell and each of the cells below in turn, `user_cell` each of those below.
+
+    `some_cell` is any of them, but all save SOME are marked slow.
+    """
+    every = CELLS | USER_CELLS
+    some = [pytest.param(cell, marks=() if name in SOME else pytest.mark.slow) for name, cell in every.items()]
+    for fixture, cells, names in (
+        ("any_cell", every.values(), every),
+        ("user_cell", USER_CELLS.values(), USER_CELLS),
+        ("some_cell", some, every),
+    ):
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, cells.values(), ids=cells.keys())
+            metafunc.parametrize(fixture, cells, ids=names)
 
 
 def _indrnn():
@@ -178,3 +187,5 @@ USER_CELLS = {
         _delay_line(),
     )
 }
+
+SOME = ("lstm", "gru", "three_states")

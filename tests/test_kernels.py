@@ -4,6 +4,7 @@ Every launch is also checked for bounds, alignment, races between threads and bl
 memory that nobody wrote; `tests/ptx` says how.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,26 +13,31 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import backend, checkpoint
+from gpurnn import backend, checkpoint, executors
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL
 from gpurnn.config import TrainConfig
 from gpurnn.data import load_corpus
-from gpurnn.executors import resident, step
-from gpurnn.kernels.products import Ffma, Mma
+from gpurnn.executors import on_chip
+from gpurnn.executors.on_chip import RESIDENT
+from gpurnn.kernels import exchange, plan
+from gpurnn.kernels.tiles import Ffma, Mma
 from gpurnn.training import Training
 from tests import fake_cupy
+from tests.conftest import USER_CELLS
 from tests.interpreted import Interpreted, interpreted
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
 
 # Relative to a tensor's largest entry (or 1 for what is added to ones), against the NumPy executor in float64.
-TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
-ENGINES = {"step": step, "resident": resident}
-EXECUTORS = tuple(ENGINES)
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "tf32": 3e-3, "float16": 3e-3, "bfloat16": 2e-2}
+EXECUTORS = ("step", "resident", "persistent")
+SEEDS = (1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow))
 
 
-def results(cell, shape, *, dtype="float64", lengths=None, given=True, flow=False, keep=False, seed=0, **options):
-    """Every tensor of a training and an inference pass of a layer, by name, on the host."""
+def results(
+    cell, shape, *, dtype="float64", lengths=None, given=True, flow=False, keep=False, inference=True, seed=0, **options
+):
+    """Every tensor of a training pass of a layer, and of one without a tape, by name, on the host."""
     T, N, I, H = shape
     rng = np.random.default_rng(seed)
     layer = gpurnn.Recurrent(cell, I, H, dtype=dtype, rng=1, **options)
@@ -58,7 +64,8 @@ def results(cell, shape, *, dtype="float64", lengths=None, given=True, flow=Fals
     if flow:
         found["flow"] = norms
     found |= {f"d{name}": value for name, value in layer.grads.items()}
-    found |= _named("inference", layer(x, state if given else None, lengths=lengths, training=False)[:2])
+    if inference:  # a kernel of its own, which has to be compiled
+        found |= _named("inference", layer(x, state if given else None, lengths=lengths, training=False)[:2])
     return {name: np.asarray(backend.to_numpy(value), np.float64) for name, value in found.items()}
 
 
@@ -69,8 +76,8 @@ def _named(name, values):
 
 
 def compare(cell, shape, executor, kind="float32", seed=None, **options):
-    """kind: a dtype, or bfloat16 for the products of a float32 layer."""
-    precise = {"precision": kind} if kind == "bfloat16" else {"dtype": kind}
+    """kind: a dtype, or the precision of a float32 layer's products."""
+    precise = {"dtype": kind} if kind.startswith("float") and kind != "float16" else {"precision": kind}
     expected = results(cell, shape, executor="numpy", **options)
     before = Interpreted.launches
     with interpreted(seed=seed):
@@ -84,23 +91,26 @@ def compare(cell, shape, executor, kind="float32", seed=None, **options):
             assert error <= TOLERANCES[kind], f"{name}: off by {error:.1e} of its largest entry"
 
 
-@pytest.mark.parametrize("kind", ["float32", "float64"])
-def test_step(any_cell, kind):
-    compare(any_cell, (4, 3, 2, 5), "step", kind)
+def test_step(any_cell):
+    compare(any_cell, (4, 3, 2, 5), "step")
+
+
+def test_step_in_double(some_cell):
+    compare(some_cell, (4, 3, 2, 5), "step", "float64")
 
 
 def test_resident(any_cell):
     compare(any_cell, (4, 3, 2, 5), "resident")
 
 
-def test_resident_on_tensor_cores(any_cell):
-    if any_cell.name == "every_function":
+def test_resident_on_tensor_cores(some_cell):
+    if some_cell.name == "every_function":
         pytest.skip("its kinks are crossed by rounding alone")
-    compare(any_cell, (3, 9, 2, 17), "resident", "bfloat16")
+    compare(some_cell, (3, 9, 2, 17), "resident", "bfloat16")
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 1, 4, 33), (2, 5, 1, 40), (0, 2, 3, 4), (2, 0, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (3, 1, 4, 33), (0, 2, 3, 4), (2, 0, 3, 4)], ids=str)
 def test_odd_sizes(shape, executor):
     compare(GRU_CELL, shape, executor)
 
@@ -124,33 +134,96 @@ def test_layers_and_trained_initial_states(executor):
     compare(LSTM_CELL, (3, 2, 3, 4), executor, num_layers=2, trainable_h0=True, given=False, bias=False)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_any_order_of_warps(kind, seed):
     compare(LSTM_CELL, (3, 9, 2, 20), "resident", kind, seed, lengths=[3, 3, 1, 0, 2, 3, 2, 2, 3])
 
 
+RNN = CELLS["rnn_tanh"]
 TILES = [
-    (CELLS["rnn_tanh"], Ffma(1, 1, 1, 0)),
-    (CELLS["rnn_tanh"], Ffma(4, 8, 1, 1)),
-    (CELLS["rnn_tanh"], Ffma(4, 2, 4, 2)),
-    (CELLS["rnn_tanh"], Mma(4, 1)),
+    (RNN, Ffma(1, 1, 1, 0)),
+    (RNN, Ffma(4, 8, 1, 1)),
+    (RNN, Ffma(4, 2, 4, 2)),
+    (RNN, Mma("bfloat16", 4, 1, 8, 1)),
     (GRU_CELL, Ffma(2, 4, 2, 1)),
     (GRU_CELL, Ffma(1, 8, 4, 0)),
-    (GRU_CELL, Mma(2, 0)),
+    (GRU_CELL, Mma("tf32", 2, 1, 8, 0)),
+    (LSTM_CELL, Mma("bfloat16", 2, 8, 8, 1)),  # more warps than words to keep
+    (LSTM_CELL, Mma("float16", 4, 2, 16, 0)),
 ]
 
 
+@contextmanager
+def forced(tile, blocks, exchange):
+    """Both directions run so, whatever the plan says."""
+    choice = plan.Choice(tile, blocks, exchange, plan.Cost(1.0, 1.0, 1.0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_chip.OnChip, "choice", lambda *_: choice)
+        yield
+
+
+def kind_of(tile):
+    return getattr(tile, "kind", "float32")
+
+
 @pytest.mark.parametrize(("cell", "tile"), TILES, ids=lambda value: getattr(value, "name", str(value)))
-def test_every_kind_of_tile(cell, tile, monkeypatch):
+def test_every_kind_of_tile(cell, tile):
     """More lanes than pairs and fewer, weights in registers, in shared memory and in both."""
-    monkeypatch.setattr(resident, "tile", lambda *_: tile)
-    resident._fitted.cache_clear()
-    try:
-        kind = "bfloat16" if isinstance(tile, Mma) else "float32"
-        compare(cell, (4, 5, 2, 37), "resident", kind, bidirectional=True, lengths=[2, 3, 0, 4, 1])
-    finally:
-        resident._fitted.cache_clear()
+    with forced(tile, 1, "alone"):
+        options = {"bidirectional": True, "lengths": [2, 3, 0, 4, 1], "inference": False}
+        compare(cell, (4, 5, 2, 37), "resident", kind_of(tile), **options)
+
+
+GROUPS = [
+    (RNN, Ffma(1, 2, 2, 1), 3, "flagged"),
+    (RNN, Ffma(2, 8, 1, 0), 2, "counted"),
+    (RNN, Ffma(1, 4, 4, 1), 2, "clustered"),
+    (GRU_CELL, Ffma(1, 4, 4, 1), 2, "flagged"),
+    (LSTM_CELL, Ffma(1, 4, 2, 1), 4, "clustered"),
+    (LSTM_CELL, Mma("bfloat16", 2, 1, 8, 0), 2, "flagged"),  # two buffers
+    (LSTM_CELL, Mma("bfloat16", 2, 2, 8, 1), 3, "flagged"),  # one
+    (LSTM_CELL, Mma("bfloat16", 2, 2, 8, 1), 3, "clustered"),
+    (GRU_CELL, Mma("float16", 2, 1, 16, 0), 2, "counted"),
+    (GRU_CELL, Mma("tf32", 2, 2, 8, 1), 2, "clustered"),
+    (RNN, Mma("tf32", 4, 4, 8, 1), 2, "flagged"),
+    (USER_CELLS["three_states"], Mma("bfloat16", 2, 2, 8, 1), 2, "clustered"),
+    (USER_CELLS["peephole_lstm"], Ffma(1, 4, 2, 1), 2, "flagged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cell", "tile", "blocks", "exchange"), GROUPS, ids=lambda value: getattr(value, "name", str(value))
+)
+def test_groups_of_blocks(cell, tile, blocks, exchange):
+    """Padding of units and of rows, rows of all lengths, groups that stop at different steps."""
+    with forced(tile, blocks, exchange):
+        options = {"bidirectional": True, "lengths": [2, 3, 0, 5, 1, 5, 4, 5, 1], "inference": kind_of(tile) == "tf32"}
+        compare(cell, (5, 9, 2, 41), "persistent", kind_of(tile), **options)
+
+
+def test_words_come_round():
+    """Longer than there are slots for steps, so that words are emptied and waited for again."""
+    lengths = [2 * exchange.SLOTS + 7, 0, exchange.SLOTS + 2]
+    with forced(Ffma(1, 4, 1, 1), 2, "flagged"):
+        compare(RNN, (lengths[0], 3, 2, 9), "persistent", lengths=lengths, bidirectional=True, inference=False)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", exchange.KINDS)
+def test_groups_in_any_order_of_warps(kind, seed):
+    tile = Mma("bfloat16", 2, 2, 8, 0) if kind != "flagged" else Ffma(1, 4, 2, 1)
+    with forced(tile, 2, kind):
+        compare(GRU_CELL, (6, 3, 2, 20), "persistent", kind_of(tile), seed, lengths=[3, 6, 1], inference=False)
+
+
+def test_more_groups_than_run_at_once(monkeypatch):
+    """Blocks that wait for each other are launched as many as run together; the rest of the batch follows."""
+    monkeypatch.setattr("tests.interpreted.RUNNING", 5)
+    with forced(Ffma(1, 4, 1, 1), 2, "flagged"):
+        compare(RNN, (4, 5, 2, 9), "persistent", lengths=[4, 4, 2, 3, 4])
+    with forced(Ffma(1, 4, 1, 1), 3, "counted"):
+        compare(RNN, (4, 3, 2, 9), "persistent", inference=False)
 
 
 def test_inference_in_pieces(monkeypatch):
@@ -168,7 +241,9 @@ def test_what_one_executor_wrote_the_other_goes_back_over():
             x = fake_cupy.asarray(np.random.default_rng(0).standard_normal((4, 3, 3)).astype("float32"))
             _, _, backward = layer(x)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ENGINES[there], "backward", ENGINES[back].backward)
+                owner = executors.executor(there) if there == "step" else on_chip.OnChip
+                way = executors.executor(back).backward
+                patch.setattr(owner, "backward", way if there == "step" else lambda self, *given, way=way: way(*given))
                 dx, _ = backward(fake_cupy.ones((4, 3, 6), np.float32))
             found.append(dx.get())
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
@@ -190,22 +265,25 @@ def test_the_main_job_trains_on_the_kernels(tmp_path):
 
     def whole():
         training = Training(config, corpus)
-        return [training.step(flow=k == 1) for k in range(4)], training
+        return [figures(training.step(flow=k == 1)) for k in range(4)], training
+
+    def figures(result):
+        return [float(value) for value in result]
 
     with interpreted():
         before = Interpreted.launches
         seen, training = whole()
         assert Interpreted.launches >= before + 4 * 4, "each step packs weight_hh twice, goes forward and back"
         pieces = Training(config, corpus)
-        first = [pieces.step(flow=k == 1) for k in range(2)]
+        first = [figures(pieces.step(flow=k == 1)) for k in range(2)]
         checkpoint.save(tmp_path / "model.safetensors", pieces.checkpoint())
         resumed = Training(config, corpus)
         assert resumed.restore(checkpoint.load(tmp_path / "model.safetensors")) == []
-        assert first + [resumed.step() for _ in range(2)] == seen
+        assert first + [figures(resumed.step()) for _ in range(2)] == seen
         for name, value in training.model.state_dict().items():
             np.testing.assert_array_equal(resumed.model.state_dict()[name], value)
         rounded = Training(replace(config, precision="bfloat16"), corpus)
-        fewer_bits = [rounded.step() for _ in range(4)]
+        fewer_bits = [figures(rounded.step()) for _ in range(4)]
         assert fewer_bits != seen
     np.testing.assert_allclose(seen, whole()[0], rtol=1e-4)
     np.testing.assert_allclose(fewer_bits, seen, rtol=2e-2)
@@ -225,27 +303,32 @@ def test_a_row_s_nan_stays_in_its_row():
         assert np.isnan(y[1:, 4]).all() and np.isfinite(y[0, 4]).all()
 
 
+LARGEST = ((RNN, "float32", 288), (RNN, "bfloat16", 320), (GRU_CELL, "bfloat16", 192), (LSTM_CELL, "float32", 136))
+
+
 def test_the_choice_and_its_limits():
+    float32 = np.dtype("float32")
     with interpreted():
-        small, large = (gpurnn.LSTM(3, H, rng=1) for H in (16, 512))
-        chosen = gpurnn.executors.choose
-        pick = [chosen(None, layer.cell, layer.hidden_size, 4, layer.dtype, "float32") for layer in (small, large)]
-        assert [module.__name__.rpartition(".")[2] for module in pick] == ["resident", "step"]
-        many = resident.tile(LSTM_CELL, 136, 2000, "float32", False)
+
+        def chosen(cell, H, N, dtype=float32, precision="float32"):
+            engine = gpurnn.executors.choose(None, cell, H, N, dtype, precision)
+            return engine.name if isinstance(engine, on_chip.OnChip) else engine.__name__.rpartition(".")[2]
+
+        assert chosen(LSTM_CELL, 16, 4) == "resident"
+        assert chosen(LSTM_CELL, 512, 16) == chosen(GRU_CELL, 1024, 32, precision="bfloat16") == "persistent"
+        assert chosen(LSTM_CELL, 4096, 64) == chosen(LSTM_CELL, 16, 4, np.dtype("float64")) == "step"
+        many = RESIDENT.choice(LSTM_CELL, 128, 2000, "float32", False)
         assert many is not None, "what fits does not depend on the batch"
-        assert many.rows < 4 == resident.tile(LSTM_CELL, 32, 2000, "float32", False).rows
-        float32 = np.dtype("float32")
-        for cell, precision, largest in (
-            (CELLS["rnn_tanh"], "float32", 288),
-            (GRU_CELL, "bfloat16", 192),
-        ):  # the README's
-            fits = [resident.fits(cell, H, 64, float32, precision) for H in (largest, largest + 1)]
-            assert fits == [True, False]
-        double = chosen(None, small.cell, 16, 4, np.dtype("float64"), "float32")
-        assert double.__name__.endswith("step")
+        for cell, precision, largest in LARGEST:  # the README's
+            fits = [RESIDENT.cycles(cell, H, 64, float32, precision) is not None for H in (largest, largest + 1)]
+            assert fits == [True, False], (cell.name, precision)
         with pytest.raises(ValueError, match="weight_hh of lstm with 512 units does not fit one SM"):
             gpurnn.LSTM(3, 512, executor="resident")(fake_cupy.zeros((2, 1, 3), np.float32))
-        with pytest.raises(ValueError, match="'resident' computes in float32, got float64"):
-            gpurnn.GRU(3, 4, dtype="float64", executor="resident")(fake_cupy.zeros((2, 1, 3)))
-        with pytest.raises(ValueError, match="one of resident, step, numpy on the cuda backend, got 'compiled'"):
+        with pytest.raises(ValueError, match="weight_hh of lstm with 2048 units does not fit this GPU in float32"):
+            gpurnn.LSTM(3, 2048, executor="persistent")(fake_cupy.zeros((2, 1, 3), np.float32))
+        with pytest.raises(ValueError, match="'persistent' computes in float32, got float64"):
+            gpurnn.GRU(3, 4, dtype="float64", executor="persistent")(fake_cupy.zeros((2, 1, 3)))
+        with pytest.raises(
+            ValueError, match="one of resident, persistent, step, numpy on the cuda backend, got 'compiled'"
+        ):
             gpurnn.LSTM(3, 4, executor="compiled")

@@ -17,24 +17,32 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 from gpurnn.cells import CELLS
-from gpurnn.executors.resident import _registers
-from gpurnn.kernels import build, plan, products, resident, step
-from gpurnn.kernels.products import Ffma, Shape
+from gpurnn.executors.on_chip import registers
+from gpurnn.kernels import build, packing, persistent, plan, step, tiles
+from gpurnn.kernels.tiles import Ffma, Mma, Shape
 
 ARCHITECTURES = ((8, 0), (9, 0))
 NEWER = ((10, 0), (12, 0))
 SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (12, 0): 99 * 1024}  # of a block, bytes
 
-# cell, H, rows of the batch in a block (8: bfloat16 on tensor cores)
+MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148, (12, 0): 170}
+
+# cell, H, batch, precision of the products: as a layer of that size is run
 RESIDENT = [
-    ("rnn_tanh", 1, 1), ("rnn_tanh", 64, 1), ("rnn_tanh", 256, 1), ("rnn_relu", 100, 4), ("lstm", 64, 1), ("lstm", 128, 2),
-    ("gru", 33, 2), ("gru", 128, 1), ("rnn_tanh", 256, 8), ("lstm", 128, 8), ("gru", 128, 8),
+    ("rnn_tanh", 1, 64, "float32"), ("rnn_tanh", 256, 64, "float32"), ("lstm", 64, 32, "float32"),
+    ("lstm", 128, 256, "float32"), ("gru", 33, 300, "float32"), ("rnn_tanh", 256, 64, "bfloat16"), ("lstm", 128, 64, "bfloat16"),
+    ("gru", 128, 64, "float16"),
+]  # fmt: skip
+PERSISTENT = [
+    ("rnn_tanh", 1024, 64, "bfloat16"), ("lstm", 768, 16, "float16"), ("lstm", 1024, 64, "bfloat16"),
+    ("gru", 512, 64, "tf32"), ("gru", 1024, 32, "bfloat16"), ("lstm", 512, 32, "float32"),
 ]  # fmt: skip
 LONG = [
-    (cell, H, rows)
+    (cell, H, N, precision)
     for cell in ("rnn_tanh", "lstm", "gru")
-    for H in (1, 7, 32, 64, 100, 128, 256)
-    for rows in (1, 2, 4, 8)
+    for H in (1, 7, 32, 64, 100, 128, 256, 512, 650, 768, 1024)
+    for N in (8, 64)
+    for precision in ("float32", "tf32", "bfloat16")
 ]
 
 
@@ -101,82 +109,134 @@ def test_step_of_a_user_s_cell(user_cell, tmp_path):
         check(recipe, (9, 0), tmp_path)
 
 
-def resident_recipes(cell, H, rows, capability):
-    """Forward and backward, as the executor would choose them; less where a direction does not fit."""
-    recipes = []
+def chip_of(capability):
+    return plan.Chip(0, capability, MULTIPROCESSORS[capability], SHARED[capability])
+
+
+def on_chip_recipes(name, H, N, precision, alone, kind, capability):
+    """(recipe, tile, shape) forward and backward, as the executor would choose them; less where a direction does not fit."""
+    cell, chip, recipes = CELLS[name], chip_of(capability), []
     for transposed, factory, constants in (
-        (False, resident.forward, {"training": True}),
-        (True, resident.backward, {"clip": True}),
+        (False, persistent.forward, {"training": True}),
+        (True, persistent.backward, {"clip": True}),
     ):
-        shape = Shape.of(cell.gates, H, transposed)
-        pair = _registers(cell, transposed)
-        fit = tile_for(shape, rows, pair, capability)
-        if fit is not None:
-            recipes.append(shipped(factory, cell, H, fit.tile, constants, shape, capability))
+        found = plan.choices(H, cell.gates, transposed, N, precision, registers(cell, transposed), chip, alone)
+        choice = min((c for c in found if kind in (None, c.exchange)), key=lambda c: c.cost.cycles, default=None)
+        if choice is not None:
+            shape = Shape(H, cell.gates, transposed, choice.blocks)
+            recipes.append((*shipped(factory, cell, choice, shape, constants, chip), shape))
     return recipes
 
 
-def tile_for(shape, rows, pair, capability):
-    if rows == 8:
-        return plan.mma_tile(shape, pair, SHARED[capability])
-    return plan.ffma_tile(shape, rows, pair, SHARED[capability], capability >= (9, 0))
-
-
-def shipped(factory, cell, H, tile, constants, shape, capability):
+def shipped(factory, cell, choice, shape, constants, chip):
     """The executor's choice: the first tile that spills nothing."""
-    for tries, fewer in enumerate(plan.relaxed(shape, tile, SHARED[capability])):
-        recipe = build.recipe(factory, cell.trace, H=H, tile=fewer, **constants)
-        if not built(recipe, capability)[3]["spilled"]:
+    options = {"H": shape.H, "blocks": choice.blocks, "exchange": choice.exchange, **constants}
+    for tries, tile in enumerate(plan.relaxed(shape, choice.tile, choice.exchange, chip)):
+        recipe = build.recipe(factory, cell.trace, tile=tile, **options)
+        if not built(recipe, chip.capability)[3]["spilled"]:
             assert tries <= 8, "the plan is far from what the cell needs"
-            return recipe, fewer, shape
-    assert capability in NEWER, f"every tile spills: {tile}"
-    return recipe, fewer, shape
+            return recipe, tile
+    assert chip.capability in NEWER, f"every tile spills: {choice.tile}"
+    return recipe, tile
 
 
-def check_resident(cell, H, rows, capability, tmp_path):
-    recipes = resident_recipes(CELLS[cell], H, rows, capability)
+def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None):
+    recipes = on_chip_recipes(name, H, N, precision, alone, kind, capability)
     for recipe, tile, shape in recipes:
         codes, text = check(recipe, capability, tmp_path)
-        products_of = "FFMA" if isinstance(tile, Ffma) else "HMMA"
-        assert codes[products_of] >= (_products(shape, tile) if products_of == "FFMA" else 1)
+        if isinstance(tile, Ffma):
+            assert codes["FFMA"] >= _products(shape, tile)
+        else:
+            assert codes["HMMA"] >= _products(shape, tile)
         assert ".f64" not in text
         assert any(code.startswith("LDG.E.128") for code in codes) or tile.kept == 0
         assert any(code.startswith("LDS.128") for code in codes)
-        assert codes["BAR"] >= 2
+        assert codes["BAR"] >= (1 if alone else 2)
+        check_exchange(dict(recipe.constants)["exchange"], text)
     return len(recipes)
 
 
+def check_exchange(kind, text):
+    """Blocks meet by what was meant, and by nothing else."""
+    found = {
+        word for word in ("st.async", "mbarrier", "st.relaxed.gpu", "ld.relaxed.gpu", "red.release.gpu") if word in text
+    }
+    given_up = {"st.relaxed.gpu"}
+    assert (
+        found
+        == {
+            "alone": set(),
+            "flagged": {"st.relaxed.gpu", "ld.relaxed.gpu"},
+            "counted": {"ld.relaxed.gpu", "red.release.gpu"} | given_up,
+            "clustered": {"st.async", "mbarrier"} | given_up,
+        }[kind]
+    )
+
+
 def _products(shape, tile):
-    """Multiplications of a step that a thread cannot do without."""
-    return tile.rows * tile.units * shape.outputs * 4 * products.ffma_sizes(shape, tile)[1]
+    """Multiplications of a step that a thread, or products of matrices that a warp, cannot do without."""
+    lay = tiles.layout(shape, tile)
+    if isinstance(tile, Ffma):
+        return tile.rows * tile.units * shape.outputs * 4 * lay.chunks
+    return tile.groups * shape.outputs // 2 * tile.rows // 8 * 2 * lay.chunks
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES, ids=str)
-@pytest.mark.parametrize(("cell", "H", "rows"), RESIDENT)
-def test_resident(cell, H, rows, capability, tmp_path):
-    fits = check_resident(cell, H, rows, capability, tmp_path)
+@pytest.mark.parametrize(("cell", "H", "N", "precision"), RESIDENT)
+def test_resident(cell, H, N, precision, capability, tmp_path):
+    fits = check_on_chip(cell, H, N, precision, True, capability, tmp_path)
     assert fits == 2 or (capability == (8, 0) and H >= 128)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cell", "H", "N", "precision"),
+    [*(((9, 0), *case) for case in PERSISTENT), *(((8, 0), *case) for case in PERSISTENT[2:5])],
+)
+def test_persistent(capability, cell, H, N, precision, tmp_path):
+    fits = check_on_chip(cell, H, N, precision, False, capability, tmp_path)
+    assert fits == 2 or capability == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("flagged", "float32"), ("counted", "bfloat16"), ("clustered", "float32"), ("clustered", "tf32")],
+)
+def test_every_exchange(kind, precision, tmp_path):
+    assert check_on_chip("lstm", 200, 16, precision, False, (9, 0), tmp_path, kind) == 2
+
+
+@pytest.mark.parametrize("kind", ["alone", "flagged", "counted", "clustered"])
+def test_blocks_that_wait_for_each_other_are_launched_together(kind, tmp_path):
+    blocks = 1 if kind == "alone" else 3
+    options = {"H": 9, "tile": Ffma(1, 4, 1, 0), "blocks": blocks, "exchange": kind, "training": False}
+    recipe = build.recipe(persistent.forward, CELLS["rnn_tanh"].trace, **options)
+    for kernel in (build.build(recipe, (9, 0), tmp_path) for _ in range(2)):  # built, and from the disk
+        assert kernel.cluster == (3 if kind == "clustered" else 1)
+        assert kernel.cooperative == (kind in ("flagged", "counted"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ARCHITECTURES + NEWER, ids=str)
-@pytest.mark.parametrize(("cell", "H", "rows"), LONG)
-def test_resident_long_list(cell, H, rows, capability, tmp_path):
-    if not check_resident(cell, H, rows, capability, tmp_path):
-        pytest.skip(f"{cell} with {H} units does not fit one SM")
+@pytest.mark.parametrize(("cell", "H", "N", "precision"), LONG)
+def test_long_list(cell, H, N, precision, capability, tmp_path):
+    fits = check_on_chip(cell, H, N, precision, True, capability, tmp_path)
+    fits += check_on_chip(cell, H, N, precision, False, capability, tmp_path)
+    if not fits:
+        pytest.skip(f"{cell} with {H} units does not fit")
 
 
 def test_pack_kernels(tmp_path):
-    for rows in (1, 8):
-        for _, tile, shape in resident_recipes(CELLS["lstm"], 33, rows, (9, 0)):
-            check(build.recipe(products.pack, shape=shape, tile=tile), (9, 0), tmp_path)
+    for precision in ("float32", "tf32", "bfloat16", "float16"):
+        for _, tile, shape in on_chip_recipes("lstm", 100, 16, precision, False, None, (9, 0)):
+            check(build.recipe(packing.pack, shape=shape, tile=tile), (9, 0), tmp_path)
 
 
 def test_lint_notices_spills_and_an_empty_disassembly(tmp_path):
     """The checks above can fail: a tile that asks for more registers than a thread has, and no code at all."""
-    cell, shape = CELLS["lstm"], Shape.of(4, 128, False)
-    tile = Ffma(2, 2, 4, products.ffma_sizes(shape, Ffma(2, 2, 4, 0))[1])
-    recipe = build.recipe(resident.forward, cell.trace, H=128, tile=tile, training=True)
+    cell, shape = CELLS["lstm"], Shape(128, 4, False)
+    tile = Ffma(2, 2, 4, tiles.layout(shape, Ffma(2, 2, 4, 0)).chunks)
+    options = {"H": 128, "blocks": 1, "exchange": "alone", "training": True}
+    recipe = build.recipe(persistent.forward, cell.trace, tile=tile, **options)
     with pytest.raises(AssertionError):
         check(recipe, (9, 0), tmp_path)
     empty = build.Source(lambda p: None, (_pointer(),), 32)
@@ -190,17 +250,27 @@ def _pointer():
     return types.CPointer(types.float32)
 
 
-def test_plan_refuses_what_does_not_fit_and_never_asks_for_more_than_there_is():
-    assert plan.ffma_tile(Shape.of(4, 512, False), 1, 20) is None
-    assert plan.mma_tile(Shape.of(4, 512, False), 20) is None
-    for G, H, rows in ((1, 250, 1), (3, 77, 2), (4, 128, 1), (4, 5, 4)):
+def test_plan_never_asks_for_more_than_there_is():
+    chip = chip_of((9, 0))
+    assert plan.best(512, 4, False, 64, "float32", 20, chip, True) is None
+    for G, H, N in ((1, 250, 64), (3, 77, 5), (4, 128, 1000), (4, 700, 33)):
         for transposed in (False, True):
-            shape = Shape.of(G, H, transposed)
-            for fit in (plan.ffma_tile(shape, rows, 20), plan.mma_tile(shape, 20)):
-                assert fit is not None
-                tiles = list(plan.relaxed(shape, fit.tile))
-                assert tiles[0] == fit.tile
-                assert [tile.kept for tile in tiles] == sorted((tile.kept for tile in tiles), reverse=True)
-                for tile in tiles:
-                    assert plan.vector_bytes(shape, tile) + plan.spilled_bytes(shape, tile) <= plan.SHARED
-    assert np.isfinite(plan.ffma_tile(Shape.of(1, 1, False), 1, 8).cycles)
+            for precision in ("float32", "tf32", "bfloat16"):
+                for alone in (True, False):
+                    for choice in plan.choices(H, G, transposed, N, precision, 20, chip, alone):
+                        check_choice(choice, Shape(H, G, transposed, choice.blocks), chip)
+
+
+def check_choice(choice, shape, chip):
+    lay = tiles.layout(shape, choice.tile)
+    assert lay.units * shape.blocks >= shape.H > lay.units * (shape.blocks - 1), "no block without a unit"
+    assert lay.threads <= plan.MOST_THREADS and lay.threads % 32 == 0
+    assert 0 <= choice.tile.kept <= lay.chunks
+    assert 2 * 1 <= choice.cost.cycles < np.inf
+    assert shape.blocks <= (8 if choice.exchange == "clustered" else chip.multiprocessors)
+    kept = [tile.kept for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip)]
+    assert kept[0] == choice.tile.kept and kept == sorted(kept, reverse=True)
+    for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip):
+        assert plan.shared_bytes(shape, tile, choice.exchange) <= chip.shared - plan.RESERVED
+    if isinstance(choice.tile, Mma):
+        assert lay.stride * lay.size // 64 % 2 == 1, "8 rows' 16 bytes would meet banks twice"

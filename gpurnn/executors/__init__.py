@@ -9,16 +9,17 @@ it is first chosen, so that a program pays only for the executor it uses.
 
 import importlib
 import os
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
 
-MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step", "resident": "resident"}
-AVAILABLE = {"numpy": ("compiled", "numpy"), "cuda": ("resident", "step", "numpy")}
-PRECISIONS = ("float32", "bfloat16")  # of the products on CUDA; sums, states and parameters are float32
+MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step"}
+ON_CHIP = ("resident", "persistent")
+AVAILABLE = {"numpy": ("compiled", "numpy"), "cuda": (*ON_CHIP, "step", "numpy")}
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # of the products on CUDA; sums, states, parameters are float32
 
 
 def check(asked: str | None) -> str | None:
@@ -33,14 +34,20 @@ def check(asked: str | None) -> str | None:
     return name
 
 
-def choose(asked: str | None, cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> ModuleType:
+def choose(asked: str | None, cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> Any:
     """The executor for a cell of H units and a batch of N rows: the one that is forced, or the fastest that runs it.
 
-    On a CPU that is `compiled`.  On CUDA `resident`, which waits for nothing between steps, where weight_hh fits one SM
-    (in float32 about H <= 256 for an RNN and 128 for an LSTM), else `step`, which runs everything.
+    On a CPU that is `compiled`.  On CUDA the cheapest by the model of `kernels.plan`: `resident` where weight_hh fits one
+    SM, `persistent` where it fits a group of them, `step`, which runs everything.
     """
     name = check(asked)
     if name is None and backend.name == "cuda":
-        resident = importlib.import_module("gpurnn.executors.resident")
-        name = "resident" if resident.fits(cell, H, N, dtype, precision) else "step"
-    return importlib.import_module(f"gpurnn.executors.{MODULES[name or 'compiled']}")
+        on_chip = importlib.import_module("gpurnn.executors.on_chip")
+        name = on_chip.fastest(cell, H, N, dtype, precision)
+    return executor(name or "compiled")
+
+
+def executor(name: str) -> Any:
+    if name in ON_CHIP:
+        return getattr(importlib.import_module("gpurnn.executors.on_chip"), name.upper())
+    return importlib.import_module(f"gpurnn.executors.{MODULES[name]}")

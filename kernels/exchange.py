@@ -1,0 +1,315 @@
+"""How the blocks of a group give each other a step's vector.
+
+Each thread sends the words it has computed; `wait` returns when the whole vector stands in this block's shared memory.
+
+    alone      one block: a barrier.
+    flagged    through the L2 cache, the word itself being the flag: memory begins as EMPTY, a pattern that no number
+               has, and who loads anything else has the word.  Any chip.
+    counted    through the L2 cache: all store, then one thread adds to the group's counter and waits for the others'.
+    clustered  st.async from one SM's shared memory into another's; an mbarrier counts the bytes, and the blocks that have
+               left the vector before.  sm_90, up to 8 blocks.
+
+Two buffers suffice for `counted` and `clustered`: who sends step i knows that all blocks have sent step i-1, and so have
+read all of step i-2 - which is what step i overwrites.  `flagged` has SLOTS of them, because a word must be EMPTY
+again before it can be waited for.  Every PERIOD steps, at step t, each thread empties the words that it sent for steps
+t-12 to t-9, and fences.  A reader of step j fences at the next multiple f of 4, and all know of that fence by step f+1; who
+empties has fenced since, at f+4, so at f+8 nobody reads step j any more.  And the readers of what goes there next, step
+j+32, have fenced since the first word that was sent after the emptying.  (Plain stores empty, so the interpreter that
+tests run kernels in can see whether all this orders them.)  A step's way, store to load, has no fence.
+
+A wait that never ends (a block that is not running) gives up after TRIES and reports it in `fault`; it does not hang.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import cuda
+from numba.cuda import types
+
+from . import tiles
+from .ptx import (
+    add_release,
+    cluster_arrive,
+    cluster_wait,
+    fence,
+    fence_mbarrier_init,
+    global_address,
+    load_global_4u,
+    load_relaxed_4u,
+    load_relaxed_u,
+    mbarrier_arrive,
+    mbarrier_expect,
+    mbarrier_init,
+    mbarrier_passed,
+    of_block,
+    store_async,
+    store_global_u,
+    store_relaxed_u,
+    store_shared_4u,
+    store_shared_u,
+)
+from .tiles import Shape, Tile, layout
+
+i64, u32, u64 = types.int64, types.uint32, types.uint64
+KINDS = ("clustered", "flagged", "counted")
+TRIES = 1 << 24  # some ten seconds
+MOST_AT_ONCE = 4  # loads of a thread on their way: 16 KB of a block of 256, which is what L2 needs to be busy
+LINE = 32  # words, of a counter
+EMPTY, NUMBERLESS = 0xFFFFFFFF, 0x7FFFFFFF  # a NaN that arithmetic and conversions never give, and the one they do
+SLOTS, PERIOD = 32, 4
+
+
+class Exchange(NamedTuple):
+    """open(vector): before the first step.  spot(vector, row, k): where the word with element k of a row goes.
+
+    send(mail, vector, spot, k, step, word): `word` to `spot`, k elements further, for the vector after step `step`.
+    wait(mail, vector, step, fault).  close(): after the last.  buffers: of the vector in shared memory; the product of
+    step i reads buffer i % buffers, and step i's words go to the next one.
+    """
+
+    buffers: int
+    open: Callable
+    spot: Callable
+    send: Callable
+    wait: Callable
+    close: Callable
+
+
+def exchange(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> Exchange:
+    """free_when_done: whether all threads have left the vector when a product is done."""
+    make: dict[str, Any] = {"flagged": _flagged, "counted": _counted, "clustered": _clustered}
+    return _alone(shape, tile) if shape.blocks == 1 else make[kind](shape, tile, free_when_done)
+
+
+def launched(kind: str, shape: Shape) -> tuple[int, bool]:
+    """Blocks of a cluster, and whether all blocks of the grid must run at once."""
+    return (shape.blocks, False) if kind == "clustered" else (1, shape.blocks > 1)
+
+
+def beginning(kind: str) -> int:
+    """What all words of global memory have to be before a launch."""
+    return EMPTY if kind == "flagged" else 0
+
+
+def mail_words(kind: str, shape: Shape, tile: Tile) -> int:
+    """32-bit words of global memory that one group needs."""
+    if shape.blocks == 1 or kind == "clustered":
+        return 0
+    words = tile.rows * layout(shape, tile).words
+    return SLOTS * words if kind == "flagged" else LINE + 2 * words
+
+
+def buffers(kind: str, shape: Shape, free_when_done: bool) -> int:
+    """One where nobody can write to the vector before all have read it."""
+    free = {"clustered": False, "flagged": free_when_done, "counted": True}
+    return 1 if shape.blocks > 1 and free[kind] else 2
+
+
+def shared_bytes(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> int:
+    """Of a block: the vector's buffers, and the mbarriers of a cluster."""
+    gates = 16 if shape.blocks > 1 and kind == "clustered" else 0
+    return buffers(kind, shape, free_when_done) * tiles.vector_bytes(shape, tile) + gates
+
+
+@cuda.jit(device=True)
+def _nothing():
+    pass
+
+
+def _local(shape, tile):
+    """spot and buffer of words that go to this block's shared memory, or to another's at the same place."""
+    lay = layout(shape, tile)
+    STRIDE, SIZE, BUFFER = lay.stride, lay.size, tiles.vector_bytes(shape, tile)
+
+    @cuda.jit(device=True)
+    def spot(vector, row, k):
+        return u32(vector + (row * STRIDE + k) * SIZE)
+
+    @cuda.jit(device=True)
+    def place(spot, k, step):
+        return u32(spot + ((step + 1 & 1) * BUFFER + k * SIZE))
+
+    return spot, place
+
+
+def _alone(shape, tile):
+    spot, place = _local(shape, tile)
+
+    @cuda.jit(device=True)
+    def open(vector):
+        pass
+
+    @cuda.jit(device=True)
+    def send(mail, vector, spot, k, step, word):
+        store_shared_u(place(spot, k, step), word)
+
+    @cuda.jit(device=True)
+    def wait(mail, vector, step, fault):
+        cuda.syncthreads()
+
+    return Exchange(2, open, spot, send, wait, _nothing)
+
+
+def _in_global(shape, tile):
+    """Words stand in global memory row by row without gaps; spot: bytes from the slot's begin."""
+    lay = layout(shape, tile)
+    WORDS, GRAIN = lay.words, lay.grain
+
+    @cuda.jit(device=True)
+    def open(vector):
+        pass
+
+    @cuda.jit(device=True)
+    def spot(vector, row, k):
+        return u32((row * WORDS + k // GRAIN) * 4)
+
+    return open, spot
+
+
+def collected(kind: str, shape: Shape, tile: Tile) -> int:
+    """Registers of a thread that hold words on their way into shared memory."""
+    return _at_once(shape, tile) if shape.blocks > 1 and kind != "clustered" else 0
+
+
+def _at_once(shape: Shape, tile: Tile) -> int:
+    lay = layout(shape, tile)
+    return 4 * min(MOST_AT_ONCE, -(-tile.rows * lay.words // 4 // lay.threads))
+
+
+def _collect(shape, tile, load, until_full):
+    """Brings a slot into shared memory, 16 bytes at a time, several on their way; waits until none of it is EMPTY."""
+    lay = layout(shape, tile)
+    THREADS, QUARTER, ROW = lay.threads, lay.words // 4, lay.stride * lay.size
+    PIECES, WORDS = tile.rows * QUARTER, _at_once(shape, tile)
+    AT_ONCE = WORDS // 4
+
+    @cuda.jit(device=True)
+    def collect(slot, into, fault):
+        tid = u32(cuda.threadIdx.x)
+        words = cuda.local.array(WORDS, u32)
+        for first in range(0, PIECES, THREADS * AT_ONCE):
+            tries, missing = u32(0), True
+            while missing:
+                missing = False
+                for k in range(AT_ONCE):
+                    piece = u32(min(u32(first + k * THREADS) + tid, u32(PIECES - 1)))
+                    a, b, c, d = load(slot + u64(piece) * u64(16))
+                    words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3] = a, b, c, d
+                if until_full:
+                    for k in range(WORDS):
+                        missing |= words[k] == u32(EMPTY)
+                    tries += u32(1)
+                    if tries > u32(TRIES):
+                        store_relaxed_u(global_address(fault, 0), u32(1))
+                        missing = False
+            for k in range(AT_ONCE):
+                piece = u32(first + k * THREADS) + tid
+                if piece < u32(PIECES):
+                    row = piece // u32(QUARTER)
+                    at = u32(into + row * u32(ROW) + (piece - row * u32(QUARTER)) * u32(16))
+                    store_shared_4u(at, words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3])
+
+    return collect
+
+
+def _flagged(shape, tile, free_when_done):
+    lay = layout(shape, tile)
+    open, spot = _in_global(shape, tile)
+    GRAIN, SLOT = lay.grain, 4 * tile.rows * lay.words
+    BUFFERS, BUFFER = buffers("flagged", shape, free_when_done), tiles.vector_bytes(shape, tile)
+    collect = _collect(shape, tile, load_relaxed_4u, True)
+
+    @cuda.jit(device=True)
+    def send(mail, vector, spot, k, step, word):
+        address = global_address(mail, 0) + u64(spot) + u64(k // GRAIN * 4)
+        full = u32(NUMBERLESS) if word == u32(EMPTY) else word
+        store_relaxed_u(address + u64((step & SLOTS - 1) * SLOT), full)
+        if step % PERIOD == 0 and step >= 3 * PERIOD:
+            for back in range(2 * PERIOD + 1, 3 * PERIOD + 1):
+                store_global_u(address + u64((step - back & SLOTS - 1) * SLOT), u32(EMPTY))
+
+    @cuda.jit(device=True)
+    def wait(mail, vector, step, fault):
+        if step % PERIOD == 0:
+            fence()
+        slot = global_address(mail, 0) + u64((step & SLOTS - 1) * SLOT)
+        collect(slot, u32(vector + (step + 1 & BUFFERS - 1) * BUFFER), fault)
+        cuda.syncthreads()
+
+    return Exchange(BUFFERS, open, spot, send, wait, _nothing)
+
+
+def _counted(shape, tile, free_when_done):
+    lay = layout(shape, tile)
+    open, spot = _in_global(shape, tile)
+    GRAIN, SLOT, BLOCKS = lay.grain, 4 * tile.rows * lay.words, shape.blocks
+    collect = _collect(shape, tile, load_global_4u, False)
+
+    @cuda.jit(device=True)
+    def send(mail, vector, spot, k, step, word):
+        address = global_address(mail, LINE) + u64(spot) + u64((step & 1) * SLOT + k // GRAIN * 4)
+        store_global_u(address, word)
+
+    @cuda.jit(device=True)
+    def wait(mail, vector, step, fault):
+        cuda.syncthreads()  # what all threads stored comes before what one releases
+        if cuda.threadIdx.x == 0:
+            counter = global_address(mail, 0)
+            add_release(counter, u32(1))
+            tries = u32(0)
+            while load_relaxed_u(counter) < u32((step + 1) * BLOCKS) and tries <= u32(TRIES):
+                tries += u32(1)
+            if tries > u32(TRIES):
+                store_relaxed_u(global_address(fault, 0), u32(1))
+            fence()
+        cuda.syncthreads()
+        collect(global_address(mail, LINE) + u64((step & 1) * SLOT), vector, fault)
+        cuda.syncthreads()
+
+    return Exchange(1, open, spot, send, wait, _nothing)
+
+
+def _clustered(shape, tile, free_when_done):
+    spot, place = _local(shape, tile)
+    BLOCKS, BYTES = shape.blocks, 4 * tile.rows * layout(shape, tile).words
+    GATES = 2 * tiles.vector_bytes(shape, tile)
+
+    @cuda.jit(device=True)
+    def gate(vector, step):
+        """The mbarrier of the vector after step `step`."""
+        return u32(vector + (GATES + 8 * (step & 1)))
+
+    @cuda.jit(device=True)
+    def open(vector):
+        if cuda.threadIdx.x == 0:
+            mbarrier_init(gate(vector, 0), u32(BLOCKS + 1))
+            mbarrier_init(gate(vector, 1), u32(BLOCKS + 1))
+            fence_mbarrier_init()
+        cluster_arrive()
+        cluster_wait()
+
+    @cuda.jit(device=True)
+    def send(mail, vector, spot, k, step, word):
+        here, counted = place(spot, k, step), gate(vector, step)
+        for block in range(BLOCKS):
+            store_async(of_block(here, u32(block)), word, of_block(counted, u32(block)))
+
+    @cuda.jit(device=True)
+    def wait(mail, vector, step, fault):
+        cuda.syncthreads()  # nobody of this block reads the step's vector or partial sums any more
+        if cuda.threadIdx.x < BLOCKS:
+            mbarrier_arrive(of_block(gate(vector, step), u32(cuda.threadIdx.x)))
+        if cuda.threadIdx.x == 0:
+            mbarrier_expect(gate(vector, step), u32(BYTES))
+        tries = u32(0)
+        while mbarrier_passed(gate(vector, step), u32(step >> 1 & 1)) == u32(0) and tries <= u32(TRIES):
+            tries += u32(1)
+        if tries > u32(TRIES):
+            store_relaxed_u(global_address(fault, 0), u32(1))
+
+    @cuda.jit(device=True)
+    def close():
+        cluster_arrive()
+        cluster_wait()
+
+    return Exchange(2, open, spot, send, wait, close)
