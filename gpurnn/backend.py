@@ -19,6 +19,10 @@ import numpy
 Array = Any  # numpy.ndarray or cupy.ndarray
 Version = tuple[int, int]
 
+# While a step is recorded (`gpurnn.capture`): that it is, and the matrix product that takes the place of CuPy's.
+capturing = False
+gemm: Any = None
+
 CHOICES = ("auto", "cuda", "numpy")
 OLDEST_CUDA = (12, 0)  # the oldest one that gpurnn's extras, cuda12 and cuda13, are built for
 

@@ -60,6 +60,7 @@ class TruncatedBPTT:
         if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
+        self._own: dict[tuple, Array] = {}
         self.reset()
 
     def reset(self, state: Any = None) -> None:
@@ -90,8 +91,37 @@ class TruncatedBPTT:
             backwards.append(backward)
         value, dout = self.loss(outputs[0] if len(outputs) == 1 else backend.xp.concatenate(outputs), targets)
         self._back(parts, before, backwards, dout, flow)
-        self.stretch, self.begin, self.carried = stretch, begin, carried
+        self._keep(stretch, begin, carried)
         return value
+
+    @property
+    def steady(self) -> bool:
+        """Whether the next k1 steps would be computed as the k1 steps before them were, and in the same memory.
+
+        They are once k2 steps lie behind, and a captured step needs it: `gpurnn.captured(step, when=lambda: bptt.steady)`.
+        """
+        known = not any(part is None for part in (self.stretch, self.begin, self.carried))
+        return known and len(self.stretch) == self.k2  # type: ignore[arg-type]
+
+    def _keep(self, stretch: Array | None, begin: Any, carried: Any) -> None:
+        """For the next window.  `begin` first: what was carried becomes it."""
+        self.begin = self._kept("begin", begin)
+        self.carried = self._kept("carried", carried)
+        self.stretch = self._kept("stretch", stretch)
+
+    def _kept(self, name: str, value: Any) -> Any:
+        """The value; on CUDA a copy in memory of our own, always the same, where a captured step finds it."""
+        if backend.name == "numpy" or value is None:
+            return value
+        if isinstance(value, tuple):
+            return tuple(self._kept(f"{name}{s}", part) for s, part in enumerate(value))
+        kind = (name, value.shape, value.dtype)
+        if kind not in self._own:
+            self._own[kind] = backend.xp.empty(value.shape, value.dtype)
+        own = self._own[kind]
+        if own is not value:
+            own[...] = value
+        return own
 
     def before(self, steps: int) -> tuple[Any, Array | None]:
         """The state and the inputs from which a window of `steps` steps starts its k2 steps; None: no inputs."""
@@ -139,8 +169,8 @@ class TruncatedBPTT:
         states = [[given.pop(f"{name}{s}") for s in range(len(values)) if f"{name}{s}" in given] for name in STATES]
         if given:
             raise ValueError(f"expected begin0, begin1, ..., carried0, ..., stretch; got {', '.join(values)}")
-        self.stretch = stretch
-        self.begin, self.carried = (None if not s else s[0] if len(s) == 1 else tuple(s) for s in states)
+        begin, carried = (None if not s else s[0] if len(s) == 1 else tuple(s) for s in states)
+        self._keep(stretch, begin, carried)
 
 
 def _parts(state: Any) -> tuple:

@@ -1,6 +1,11 @@
-"""The norm of all gradients together, and clipping by it or by value; each works on the flat buffer, in place."""
+"""The norm of all gradients together, and clipping by it or by value; each works on the flat buffer, in place.
+
+On CUDA nothing here waits: a norm is a float64 scalar of the device, and a gradient that is not finite is raised by
+`gpurnn.synchronize`.
+"""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +16,16 @@ from gpurnn.parameters import Array, Model, Parameters
 SUM_BLOCK = 1 << 13  # values: OpenBLAS starts its threads for longer dot products, which costs more than it gains
 
 
-def grad_norm(model: Model) -> float:
+def grad_norm(model: Model) -> Any:
     """The L2 norm of all gradients together, summed in float64; large and tiny gradients neither overflow nor vanish.
 
-    Raises FloatingPointError with the name of the first gradient that is not finite.
+    A float; on CUDA a CuPy array of shape ().  Raises FloatingPointError with the name of the first gradient that is not
+    finite, on CUDA by `gpurnn.synchronize`.
     """
+    if backend.name == "cuda":
+        from gpurnn import launches
+
+        return launches.norm(model.grads)[0]
     squares = _sum_of_squares(model.grads.flat)
     if 1e-200 < squares < math.inf:
         return math.sqrt(squares)
@@ -26,24 +36,31 @@ def grad_norm(model: Model) -> float:
     return peak * math.sqrt(_sum_of_squares(model.grads.flat, peak))
 
 
-def clip_grad_norm(model: Model, max_norm: float) -> float:
+def clip_grad_norm(model: Model, max_norm: float) -> Any:
     """Scales all gradients so that their common L2 norm is at most `max_norm` > 0; returns the norm before.
 
-    (Pascanu, Mikolov and Bengio 2013.)  Raises FloatingPointError with the name of the first gradient that is not
-    finite, and changes nothing then.
+    (Pascanu, Mikolov and Bengio 2013.)  Norm and errors are those of `grad_norm`; where a gradient is not finite nothing
+    changes.
     """
-    positive("max_norm", max_norm)
+    max_norm = positive("max_norm", max_norm)
+    if backend.name == "cuda":
+        from gpurnn import launches
+
+        found = launches.norm(model.grads, max_norm)
+        launches.scale(model.grads, found)
+        return found[0]
     norm = grad_norm(model)
     if norm > max_norm:
         flat = model.grads.flat
-        flat *= float(max_norm) / norm
+        flat *= max_norm / norm
     return norm
 
 
 def clip_grad_value(model: Model, limit: float) -> None:
     """Clips every gradient to [-limit, limit], limit > 0, infinite ones too.
 
-    On NumPy NaN raises FloatingPointError with the gradient's name, and nothing has changed then.
+    On NumPy NaN raises FloatingPointError with the gradient's name, and nothing has changed then.  On CUDA it stays, for
+    the optimiser to find.
     """
     positive("limit", limit)
     flat = model.grads.flat
@@ -54,10 +71,6 @@ def clip_grad_value(model: Model, limit: float) -> None:
 
 def _sum_of_squares(flat: Array, unit: float = 1.0) -> float:
     """Sum of (flat / unit)^2 in float64: not finite where a value is not, or where float64's squares overflow."""
-    xp = backend.xp
-    if backend.name == "cuda":
-        wide = flat.astype(xp.float64) / unit
-        return float(xp.dot(wide, wide))
     total = 0.0
     work: Array = np.empty(min(flat.size, SUM_BLOCK))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -77,9 +90,8 @@ def all_finite(flat: Array) -> bool:
 
 
 def raise_where_not_finite(grads: Parameters, allow_inf: bool = False) -> None:
-    xp = backend.xp
     for name, grad in grads.items():
-        bad = xp.isnan(grad) if allow_inf else ~xp.isfinite(grad)
+        bad = np.isnan(grad) if allow_inf else ~np.isfinite(grad)
         count = int(bad.sum())
         if count:
             first = float(grad[bad][0])

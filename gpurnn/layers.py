@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, faults
 from gpurnn.arguments import check_unused, checked, generator, probability, supported, switch, whole
 from gpurnn.executors.threads import product
 from gpurnn.initializers import glorot_uniform, normal
@@ -32,7 +32,8 @@ class Layer:
         self.grads.flat[...] = 0
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The parameters by name, as NumPy arrays of their own."""
+        """The parameters by name, as NumPy arrays of their own.  Raises what `gpurnn.synchronize` raises."""
+        faults.check()
         return {name: backend.to_numpy(value).copy() for name, value in self.params.items()}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -67,16 +68,16 @@ class Linear(Layer):
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected (..., in_features) = (..., {self.in_features}), got {x.shape}")
         flat = x.reshape(-1, self.in_features)
-        y = product(flat, self.params["weight"].T)
+        y = _product(flat, self.params["weight"].T)
         if "bias" in self.params:
             y += self.params["bias"]
 
         def backward(dy: Array) -> Array:
             dy = checked(dy, self.dtype, "dy", (*x.shape[:-1], self.out_features)).reshape(-1, self.out_features)
-            self.grads["weight"][...] += product(dy.T, flat)
+            self.grads["weight"][...] += _product(dy.T, flat)
             if "bias" in self.params:
                 self.grads["bias"][...] += dy.sum(0)
-            return product(dy, self.params["weight"]).reshape(x.shape)
+            return _product(dy, self.params["weight"]).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], self.out_features), backward if training else None
 
@@ -92,20 +93,31 @@ class Embedding(Layer):
         self._set("weight", normal(1.0)(generator(rng), num_embeddings, embedding_dim))
 
     def __call__(self, tokens: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
-        """tokens: integers in [0, num), any shape -> y (*tokens.shape, dim), backward (which returns None)."""
+        """tokens: integers in [0, num), any shape -> y (*tokens.shape, dim), backward (which returns None).
+
+        Raises ValueError for a token out of range; on CUDA its y is NaN, and `gpurnn.synchronize` raises.
+        """
         tokens = backend.asarray(tokens, None, "tokens")
         if tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.num_embeddings):
-            raise ValueError(
-                f"tokens: expected values from 0 to {self.num_embeddings - 1}, got {tokens.min()} to {tokens.max()}"
-            )
+        y = self._rows(tokens)
 
         def backward(dy: Array) -> None:
             dy = checked(dy, self.dtype, "dy", (*tokens.shape, self.embedding_dim))
             add_rows(self.grads["weight"], tokens.reshape(-1), dy.reshape(-1, self.embedding_dim))
 
-        return self.params["weight"][tokens], backward if training else None
+        return y, backward if training else None
+
+    def _rows(self, tokens: Array) -> Array:
+        if backend.name == "cuda":
+            from gpurnn import launches
+
+            return launches.gather(self.params["weight"], tokens)
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.num_embeddings):
+            raise ValueError(
+                f"tokens: expected values from 0 to {self.num_embeddings - 1}, got {tokens.min()} to {tokens.max()}"
+            )
+        return self.params["weight"][tokens]
 
 
 class Dropout(Layer):
@@ -211,7 +223,9 @@ class SequenceModel(Layer):
 
 
 def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """0 with probability p, else 1/(1-p)."""
+    """0 with probability p, else 1/(1-p).  Drawn on the host and copied from pinned memory, without a wait."""
+    if backend.capturing:
+        raise RuntimeError("dropout draws its masks on the host")
     keep = rng.random(shape, np.float32) >= p
     return backend.asarray(keep.astype(dtype) / dtype.type(1 - p), dtype, "mask")
 
@@ -220,22 +234,22 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
     """target[rows[k]] += values[k], rows repeated as they may be, always in the same order of additions."""
     if not rows.size:
         return
-    order = backend.xp.argsort(rows, kind="stable")
-    ordered = rows[order]
     if backend.name == "cuda":
-        _add_runs(target, ordered, values[order])
+        from gpurnn import launches
+
+        launches.add_rows(target, rows, values)
         return
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     target[ordered[starts]] += np.add.reduceat(values[order], starts, axis=0)
 
 
-def _add_runs(target: Array, ordered: Array, values: Array) -> None:
-    """The same for rows in order, on a device: without atomics, which add in any order, and without waiting.
+def _product(a: Array, b: Array) -> Array:
+    """a b for matrices, each with unit stride along one axis."""
+    if backend.name == "numpy":
+        return product(a, b)
+    from gpurnn.executors import device
 
-    A run's sum is the difference of two running sums in float64.  (A value that is not finite spreads to the rows behind.)
-    """
-    xp = backend.xp
-    sums = xp.cumsum(values, axis=0, dtype=xp.float64)
-    sums = xp.concatenate([xp.zeros((1, *sums.shape[1:])), sums])
-    edges = xp.searchsorted(ordered, xp.arange(len(target) + 1))
-    target += sums[edges[1:]] - sums[edges[:-1]]
+    exact = "float64" if a.dtype == np.float64 else "float32"
+    return device.product(a, b, backend.xp.empty((a.shape[0], b.shape[1]), a.dtype), exact)

@@ -6,13 +6,14 @@ Each returns `loss, dinput` from one call.  Reductions, with E_t the loss of one
   "none"   each by itself; the gradient is then that of their SUM
 The loss is computed in float64 whatever the input, and is a scalar of the backend, numpy.float64 or a CuPy array of
 shape (), so that adding losses up never makes the host wait for the device.  The gradient has the input's dtype.
+A target out of range is raised at once on NumPy; on CUDA its loss and gradient are NaN, and `gpurnn.synchronize` raises it.
 """
 
 from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, faults
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
 
@@ -48,7 +49,7 @@ def softmax_cross_entropy(
     Returns loss, a float64 scalar, for "none" (...) float64; and dlogits, of the shape and dtype of logits.
     A target of logit -inf has loss inf.  A row whose largest logit is inf, -inf or NaN has loss and gradient NaN.
     Raises TypeError for integer logits or non-integer targets; ValueError where shapes do not fit, C is 0, or a target
-    is out of range, naming the first such target.
+    is out of range, naming the first such target (on CUDA by `gpurnn.synchronize`).
     """
     _check_choice("reduction", reduction, REDUCTIONS)
     logits, targets = _floats(logits, "logits"), backend.asarray(targets, None, "targets")
@@ -60,34 +61,40 @@ def softmax_cross_entropy(
     if logits.shape[-1] < 1:
         raise ValueError(f"logits: expected at least 1 class along the last axis, got the shape {logits.shape}")
     kept = targets != ignore_index if ignore_index is not None else None
-    _check_range(targets, kept, logits.shape[-1])
-    losses, dlogits = _cross_entropy(logits, targets, kept, mean=reduction == "mean")
+    mean = reduction == "mean"
+    count = _count(targets, kept) if mean else 1
+    if backend.name == "cuda":
+        from gpurnn import launches
+
+        losses, dlogits = launches.cross_entropy(logits, targets, ignore_index, count)
+    else:
+        _check_range(targets, kept, logits.shape[-1])
+        losses, dlogits = _cross_entropy(logits, targets, kept, count)
     if reduction == "none":
         return losses, dlogits
     total = losses.sum()
-    return (total / _count(losses, kept) if reduction == "mean" else total), dlogits
+    return (total / count if mean else total), dlogits
 
 
-def _cross_entropy(logits: Array, targets: Array, kept: Array | None, mean: bool) -> tuple[Array, Array]:
-    """E_t in float64, and dlogits = softmax(logits) - onehot(target), divided by the number of positions for `mean`.
+def _cross_entropy(logits: Array, targets: Array, kept: Array | None, count: int) -> tuple[Array, Array]:
+    """E_t in float64, and dlogits = softmax(logits) - onehot(target), divided by `count`.
 
     One array of the size of logits is made: it holds exp(logits) first, then the gradient; no one-hot array.
     """
-    xp = backend.xp
     classes = logits.shape[-1]
     rows = logits.reshape(-1, classes)
-    target = targets.reshape(-1).astype(xp.int64, copy=False)
+    target = targets.reshape(-1).astype(np.int64, copy=False)
     if kept is not None:
         kept = kept.reshape(-1)
-        target = xp.where(kept, target, 0)
-    position = xp.arange(len(rows))
+        target = np.where(kept, target, 0)
+    position = np.arange(len(rows))
 
     work, shift = _exp(rows, -1)
     sums = work.sum(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):  # rows without a softmax become NaN, quietly
         # In float64, and this side of the logarithm first: shift and logit may be large and close to one another.
-        losses = (shift - rows[position, target].astype(xp.float64)[:, None] + xp.log(sums.astype(xp.float64)))[:, 0]
-        scale = 1.0 / _count(losses, kept) if mean else 1.0
+        losses = (shift - rows[position, target].astype(np.float64)[:, None] + np.log(sums.astype(np.float64)))[:, 0]
+        scale = 1.0 / count
         work *= (scale / sums).astype(work.dtype)
     work[position, target] -= scale
     if kept is not None:
@@ -148,9 +155,9 @@ def _exp(logits: Array, axis: int) -> tuple[Array, Array | float]:
     return xp.exp(work, out=work), shift.astype(xp.float64)
 
 
-def _count(losses: Array, kept: Array | None) -> Any:
-    """How many positions are not ignored, at least 1; on the device where it has to be counted."""
-    return max(losses.size, 1) if kept is None else backend.xp.maximum(kept.sum(), 1)
+def _count(targets: Array, kept: Array | None) -> Any:
+    """How many positions are not ignored, at least 1; on the device where it has to be counted there."""
+    return max(targets.size, 1) if kept is None else backend.xp.maximum(kept.sum(), 1)
 
 
 def _floats(array: Any, name: str) -> Array:
@@ -173,7 +180,4 @@ def _check_range(targets: Array, kept: Array | None, classes: int) -> None:
     if not bool(wrong.any()):
         return
     first = int(wrong.reshape(-1).argmax())
-    place = tuple(int(i) for i in np.unravel_index(first, targets.shape))
-    at = f"(t, n) = {place}" if len(place) == 2 else f"position {place}"
-    value = int(targets.reshape(-1)[first])
-    raise ValueError(f"targets: expected values in [0, C) = [0, {classes}), got {value} at {at}")
+    raise faults.wrong_target(targets.shape, classes, first, int(targets.reshape(-1)[first]))

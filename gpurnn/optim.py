@@ -7,6 +7,9 @@ An update is bound by memory: NumPy passes over the data once for every operatio
 stay in cache between the passes, and the only temporaries are two arrays of one block.  Passes per block, with weight
 decay in brackets: SGD 2 (+2), RMSprop 9 (+2), centered 15 (+2), Adam 12 (+2), AdamW 13; momentum takes 2 more, Nesterov
 another 2; the gradient check is 2 passes that only read.
+
+On CUDA one kernel reads and writes each buffer once, and nothing waits: the count of updates and the learning rate lie on
+the device, and a gradient that is not finite lets nothing change and is raised by `gpurnn.synchronize`.
 """
 
 import math
@@ -15,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, faults
 from gpurnn.arguments import at_least_0, positive, probability
-from gpurnn.clipping import all_finite, raise_where_not_finite
+from gpurnn.clipping import all_finite, grad_norm, raise_where_not_finite
 from gpurnn.parameters import Array, Model, Parameters
 
-BLOCK = {"numpy": 1 << 16, "cuda": 1 << 22}  # values: some of the L2 cache; enough to hide a kernel's launch
+BLOCK = 1 << 16  # values: some of the L2 cache
 
 
 class Optimizer:
@@ -28,31 +31,63 @@ class Optimizer:
 
     def __init__(self, model: Model, lr: float, weight_decay: float, moments: tuple[str, ...]):
         self.model = model
-        self.lr = at_least_0("lr", lr)
-        self.weight_decay = at_least_0("weight_decay", weight_decay)
-        self.steps = 0
         params = model.params
+        if backend.name == "cuda":
+            from gpurnn.launches import Clock
+
+            self._clock = Clock(params.dtype)
+        else:
+            self._steps = 0
+            self._work = np.empty((2, min(params.flat.size, BLOCK)), params.dtype)
+        self.lr = lr
+        self.weight_decay = at_least_0("weight_decay", weight_decay)
         self.moments = {name: Parameters(params.shapes, params.dtype) for name in moments}
-        self._work = backend.xp.empty((2, min(params.flat.size, BLOCK[backend.name])), params.dtype)
+
+    @property
+    def lr(self) -> float:
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = at_least_0("lr", value)
+        if backend.name == "cuda":
+            self._clock.lr.fill(self._lr)
+
+    @property
+    def steps(self) -> int:
+        """The updates done; on CUDA the device has to be asked, which waits."""
+        return int(self._clock.steps[0]) if backend.name == "cuda" else self._steps
 
     def step(self) -> None:
         """Updates `model.params` from `model.grads`, which it leaves as they are.
 
-        On NumPy a gradient that is not finite raises FloatingPointError with its name, and nothing has changed then.
+        A gradient that is not finite raises FloatingPointError with its name, and nothing has changed then; on CUDA
+        `gpurnn.synchronize` raises it.
         """
-        self.lr = at_least_0("lr", self.lr)
-        params, grads = self.model.params.flat, self.model.grads.flat
-        # Looking would make the host wait for a device; there the CUDA engine's error flag takes this check's place.
-        if backend.name == "numpy" and not all_finite(grads):
+        if backend.name == "cuda":
+            grad_norm(self.model)
+        elif not all_finite(self.model.grads.flat):
             raise_where_not_finite(self.model.grads)
-        self.steps += 1
+        self.update()
+
+    def update(self) -> None:
+        """`step` without a look at the gradients, for whoever has taken their norm, which looks at all of them."""
+        params, grads = self.model.params, self.model.grads
+        if backend.name == "cuda":
+            self._on_device(params, grads, [moment.flat for moment in self.moments.values()])
+            return
+        self._steps += 1
         moments = [moment.flat for moment in self.moments.values()]
         block = max(self._work.shape[1], 1)
-        for start in range(0, params.size, block):
+        for start in range(0, params.flat.size, block):
             cut = slice(start, start + block)
-            param = params[cut]
+            param = params.flat[cut]
             work, spare = self._work[:, : param.size]
-            self._update(param, grads[cut], work, spare, *(moment[cut] for moment in moments))
+            self._update(param, grads.flat[cut], work, spare, *(moment[cut] for moment in moments))
+
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+        """The same by one kernel: `self._clock.update`."""
+        raise NotImplementedError
 
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
         """Updates one block of the parameters and of the moments.  Overwrites work and spare, never grad."""
@@ -62,12 +97,16 @@ class Optimizer:
         """grad + weight_decay param, in `spare`; grad itself where there is no decay."""
         if self.weight_decay == 0:
             return grad
-        backend.xp.multiply(param, self.weight_decay, out=spare)
+        np.multiply(param, self.weight_decay, out=spare)
         spare += grad
         return spare
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Moments by parameter, such as "exp_avg.head.weight", and "step" (int64, shape ()); copies on the host."""
+        """Moments by parameter, such as "exp_avg.head.weight", and "step" (int64, shape ()); copies on the host.
+
+        Raises what `gpurnn.synchronize` raises.
+        """
+        faults.check()
         state = {name: np.array(backend.to_numpy(view)) for name, view in self._named().items()}
         return {"step": np.array(self.steps, np.int64), **state}
 
@@ -96,7 +135,10 @@ class Optimizer:
                 raise ValueError(f"{name}: expected numbers, got some NaN")
         for name, array in arrays.items():
             views[name][...] = array
-        self.steps = int(steps)
+        if backend.name == "cuda":
+            self._clock.steps.fill(int(steps))
+        else:
+            self._steps = int(steps)
 
     def _named(self) -> dict[str, Array]:
         """Views of all moments, under the names the parameters have now."""
@@ -120,18 +162,25 @@ class SGD(Optimizer):
             raise ValueError("nesterov: expected momentum > 0 with it, got momentum 0")
         super().__init__(model, lr, weight_decay, ("momentum_buffer",) if momentum else ())
 
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+        numbers, options = (
+            (self.momentum, 0.0, self.weight_decay),
+            {"momentum": bool(moments), "nesterov": self.nesterov},
+        )
+        self._clock.update("sgd", params, grads, moments, numbers, (0.0, 0.0, 0.0), **options)
+
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
         direction = self._decayed(param, grad, spare)
         for buffer in moments:  # one, or none without momentum
             buffer *= self.momentum
             buffer += direction
             if self.nesterov:
-                backend.xp.multiply(buffer, self.momentum, out=work)
+                np.multiply(buffer, self.momentum, out=work)
                 work += direction
                 direction = work
             else:
                 direction = buffer
-        backend.xp.multiply(direction, self.lr, out=work)
+        np.multiply(direction, self.lr, out=work)
         param -= work
 
 
@@ -157,27 +206,31 @@ class RMSprop(Optimizer):
         moments = ["square_avg"] + ["grad_avg"] * bool(centered) + ["momentum_buffer"] * bool(momentum)
         super().__init__(model, lr, weight_decay, tuple(moments))
 
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+        numbers, corrections = (self.alpha, self.momentum, self.weight_decay), (0.0, 0.0, self.eps)
+        options = {"centered": bool(self.centered), "momentum": bool(self.momentum)}
+        self._clock.update("rmsprop", params, grads, moments, numbers, corrections, **options)
+
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
-        xp = backend.xp
         named = dict(zip(self.moments, moments, strict=True))
         square_avg = named["square_avg"]
         grad = self._decayed(param, grad, spare)
         _average_square(square_avg, grad, self.alpha, work)
         if self.centered:
             _average(named["grad_avg"], grad, self.alpha, work)
-            xp.multiply(named["grad_avg"], named["grad_avg"], out=work)
-            xp.subtract(square_avg, work, out=work)
-            xp.maximum(work, 0, out=work)  # a variance, but rounding can take that of a steady gradient below 0
-            xp.sqrt(work, out=work)
+            np.multiply(named["grad_avg"], named["grad_avg"], out=work)
+            np.subtract(square_avg, work, out=work)
+            np.maximum(work, 0, out=work)  # a variance, but rounding can take that of a steady gradient below 0
+            np.sqrt(work, out=work)
         else:
-            xp.sqrt(square_avg, out=work)
+            np.sqrt(square_avg, out=work)
         work += self.eps
-        xp.divide(grad, work, out=work)
+        np.divide(grad, work, out=work)
         if self.momentum:
             buffer = named["momentum_buffer"]
             buffer *= self.momentum
             buffer += work
-            xp.multiply(buffer, self.lr, out=work)
+            np.multiply(buffer, self.lr, out=work)
         else:
             work *= self.lr
         param -= work
@@ -206,6 +259,10 @@ class Adam(Optimizer):
         self.eps = positive("eps", eps)
         super().__init__(model, lr, weight_decay, ("exp_avg", "exp_avg_sq"))
 
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+        numbers = (*self.betas, self.weight_decay)
+        self._clock.update("adam", params, grads, moments, numbers, (*self.betas, self.eps), decoupled=self.decoupled)
+
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
         exp_avg, exp_avg_sq = moments
         beta1, beta2 = self.betas
@@ -217,11 +274,11 @@ class Adam(Optimizer):
         _average(exp_avg, grad, beta1, work)
         _average_square(exp_avg_sq, grad, beta2, work)
         # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the division by sqrt(c) goes into the step size.
-        root = math.sqrt(1 - beta2**self.steps)
-        backend.xp.sqrt(exp_avg_sq, out=work)
+        root = math.sqrt(1 - beta2**self._steps)
+        np.sqrt(exp_avg_sq, out=work)
         work += self.eps * root
-        backend.xp.divide(exp_avg, work, out=work)
-        work *= self.lr * root / (1 - beta1**self.steps)
+        np.divide(exp_avg, work, out=work)
+        work *= self.lr * root / (1 - beta1**self._steps)
         param -= work
 
 
@@ -243,14 +300,14 @@ class AdamW(Adam):
 
 def _average(mean: Array, value: Array, keep: float, work: Array) -> None:
     """mean += (1 - keep) (value - mean)."""
-    backend.xp.subtract(value, mean, out=work)
+    np.subtract(value, mean, out=work)
     work *= 1 - keep
     mean += work
 
 
 def _average_square(mean: Array, value: Array, keep: float, work: Array) -> None:
     """mean = keep mean + (1 - keep) value^2."""
-    backend.xp.multiply(value, value, out=work)
+    np.multiply(value, value, out=work)
     work *= 1 - keep
     mean *= keep
     mean += work

@@ -35,11 +35,14 @@ class Parameters(Mapping[str, Array]):
         """Makes `flat` the buffer behind every name, here and in the parts; the values become those of `flat`."""
         self.flat = flat
         self._views: dict[str, Array] = {}
+        places = []
         start = 0
         for name, shape in self.shapes.items():
             size = _size(shape)
             self._views[name] = flat[start : start + size].reshape(shape)
+            places.append((name, start, shape))
             start += _padded(size, self.dtype)
+        self.places = tuple(places)  # each name, where in `flat` its values begin, its shape
         start = 0
         for part in self._parts:
             part._bind(flat[start : start + part.flat.size])

@@ -12,15 +12,18 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from gpurnn import faults
 from gpurnn.executors import device
 from gpurnn.kernels import build
 from tests import fake_cupy
 from tests.fake_cupy.backend import as_backend
+from tests.fake_cupy.graphs import recorded
 from tests.ptx.machine import run
 from tests.ptx.memory import Memory
 from tests.ptx.parse import parse
 
 CAPABILITY = (9, 0)
+RUNNING = 132  # blocks at once
 
 
 @functools.lru_cache(maxsize=256)
@@ -37,15 +40,20 @@ class Interpreted:
 
     def __init__(self, recipe: build.Recipe):
         self.source, self.module = program(recipe)
-        self.kernel = build.Kernel(self.module.entry, b"", len(self.module.params), self.source.threads, 0, 0, 0, 0)
+        launched = {"cluster": self.source.cluster, "cooperative": self.source.cooperative}
+        self.kernel = build.Kernel(
+            self.module.entry, b"", len(self.module.params), self.source.threads, 0, 0, 0, 0, **launched
+        )
+        self.resident_blocks = RUNNING
 
+    @recorded
     def __call__(self, blocks: int, *arguments) -> None:
         memory, spans, given = Memory(), {}, []
         for argument, (kind, name) in zip(arguments, self.module.params, strict=True):
             given.append(
                 self._address(argument, name, memory, spans) if kind == "u64" and argument > 1 << 32 else argument
             )
-        run(self.module, blocks, self.source.threads, given, memory, self.source.shared, self.seed)
+        run(self.module, blocks, self.source.threads, given, memory, self.source.shared, self.seed, self.source.cluster)
         for address, buffer in spans.values():
             buffer[...] = memory.get(address, buffer)
         Interpreted.launches += 1
@@ -64,6 +72,7 @@ def interpreted(executor: str | None = None, seed: int | None = None) -> Iterato
     with as_backend(executor), pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "_launcher", lambda recipe, number: Interpreted(recipe))
         patch.setattr(Interpreted, "seed", seed)
+        faults.restart(0)
         yield
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+
 import gpurnn
 from gpurnn import checkpoint, cli, optim
 from gpurnn.metrics import read_metrics
 from tests import fake_cupy
 from tests.fake_cupy.backend import as_backend
 from tests.fake_cupy.compare import assert_same, on_numpy, same_error
+from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.skipif(
     gpurnn.backend.name != "numpy", reason="compares with NumPy, the backend is " + gpurnn.backend.name
@@ -130,7 +133,7 @@ def test_empty_layers_without_memory(shape):
 def test_gradients_of_an_embedding_are_the_same_every_time():
     """Atomic additions would come in another order each time."""
     dy = values(400, 8, I, dtype="float32")
-    with as_backend():
+    with interpreted("numpy"):
         found = []
         for _ in range(3):
             layer = gpurnn.Embedding(V, I, rng=1)
@@ -209,13 +212,12 @@ def test_squared_error_and_softmax(dtype, output, reduction):
 
 
 def test_adding_losses_up_does_not_wait():
-    """But for the check of the targets, which does so once."""
-    with as_backend():
+    with interpreted("numpy"):
         logits, targets = (fake_cupy.asarray(a) for a in (values(T, N, V), tokens(T, N)))
         before = fake_cupy.counters.synchronisations
         total = sum(gpurnn.softmax_cross_entropy(logits, targets)[0] for _ in range(3))
         assert isinstance(total, fake_cupy.ndarray)
-        assert fake_cupy.counters.synchronisations - before <= 3
+        assert fake_cupy.counters.synchronisations == before
 
 
 # Optimisers and clipping
@@ -238,9 +240,7 @@ def layer_with_gradients(dtype: str = "float64", scale: float = 1.0) -> gpurnn.L
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
-def test_optimisers(kind, options, dtype, monkeypatch):
-    monkeypatch.setattr(optim, "BLOCK", {"numpy": 16, "cuda": 24})  # several blocks, the last a short one
-
+def test_optimisers(kind, options, dtype):
     def work():
         layer = layer_with_gradients(dtype)
         first = kind(layer, **options)
@@ -269,16 +269,6 @@ def test_clipping(scale):
 
     assert_same(by_norm)
     assert_same(by_value)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_gradients_that_are_not_finite_are_named(bad):
-    def work():
-        layer = layer_with_gradients()
-        layer.grads["bias"][2] = bad
-        gpurnn.clip_grad_norm(layer, 1.0)
-
-    assert f"gradient of bias: expected finite values, got {bad} (1 of {V})" in str(same_error(work))
 
 
 # Backpropagation through time
@@ -343,10 +333,7 @@ BAD = {
     "x shape": lambda layer: layer(values(T, I + 1)),
     "x text": lambda layer: layer([["a"] * I]),
     "dy shape": lambda layer: layer(values(T, I))[1](values(T, I)),
-    "tokens range": lambda layer: gpurnn.Embedding(3, 2)(np.array([0, 3])),
-    "tokens small type": lambda layer: gpurnn.Embedding(3, 2)(np.array([0, 255], np.uint8)),
     "tokens type": lambda layer: gpurnn.Embedding(3, 2)([0.5]),
-    "targets range": lambda layer: gpurnn.softmax_cross_entropy(values(T, N, 3), tokens(T, N)),
     "targets type": lambda layer: gpurnn.softmax_cross_entropy(values(N, 3), values(N)),
     "targets shape": lambda layer: gpurnn.softmax_cross_entropy(values(T, N, 3), tokens(T)),
     "lengths range": lambda layer: gpurnn.RNN(I, H)(values(T, N, I), lengths=[0, 1, 2, T + 1]),
@@ -430,12 +417,12 @@ def tensors(run: Any) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
 def test_train_resume_and_sample(cell, tmp_path, capsys):
     text, whole, pieces, host = (tmp_path / name for name in ("text.txt", "whole", "pieces", "host"))
     text.write_text("the quick brown fox, die schnelle Füchsin.\n" * 30, "utf-8")
     command = ["train", "--data", str(text), "--cell", cell, "--schedule", "constant", *SMALL]
-    with as_backend():
+    with interpreted("numpy"):
         assert cli.main([*command, "--steps", "8", "--run", str(whole)]) == 0
         assert "backend   cuda: the tests' stand-in" in capsys.readouterr().out
         assert cli.main([*command, "--steps", "5", "--run", str(pieces)]) == 0

@@ -4,7 +4,7 @@ Forward: one product projects all inputs into the slots, then an executor goes t
 turns the slots into gradients in place, then one product each gives dW_ih, dW_hh and dx.  Nothing waits for the device.
 
 Precisions of the products, which always add up in float32 (float64 in "float64"): "float32" and "float64" exactly,
-"bfloat16" with both factors rounded to bfloat16.  Arrays, states and parameters keep their own type.
+"bfloat16", "float16" and "tf32" with both factors rounded to that.  Arrays, states and parameters keep their own type.
 """
 
 import functools
@@ -20,6 +20,7 @@ from gpurnn.executors.layout import is_ragged, lengths_of, ordered
 from gpurnn.executors.numpy_loop import States, Weights
 from gpurnn.kernels import build
 from gpurnn.kernels.launch import Launcher
+from gpurnn.kernels.plan import Chip
 
 Array = Any
 
@@ -182,7 +183,7 @@ def product(a: Array, b: Array, out: Array, precision: str, add: bool = False) -
     (ta, lda), (tb, ldb) = _leading(a), _leading(b)
     scale = np.array([1.0, float(add)], out.dtype)
     one, beta = scale.ctypes.data, scale.ctypes.data + scale.itemsize
-    cublas.gemmEx(
+    (backend.gemm or cublas.gemmEx)(
         handle, tb, ta, n, m, k, one, b.data.ptr, kind, ldb, a.data.ptr, kind, lda, beta, out.data.ptr, kind,
         _row_stride(out), compute, cublas.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip
@@ -212,7 +213,12 @@ def _kinds(precision: str, dtype: np.dtype) -> tuple[int, int]:
     cublas, runtime = _cublas(), backend.xp.cuda.runtime
     if dtype == np.float64:
         return runtime.CUDA_R_64F, cublas.CUBLAS_COMPUTE_64F
-    compute = {"float32": cublas.CUBLAS_COMPUTE_32F, "bfloat16": cublas.CUBLAS_COMPUTE_32F_FAST_16BF}
+    compute = {
+        "float32": cublas.CUBLAS_COMPUTE_32F,
+        "bfloat16": cublas.CUBLAS_COMPUTE_32F_FAST_16BF,
+        "float16": cublas.CUBLAS_COMPUTE_32F_FAST_16F,
+        "tf32": cublas.CUBLAS_COMPUTE_32F_FAST_TF32,
+    }
     return runtime.CUDA_R_32F, compute[precision]
 
 
@@ -224,15 +230,6 @@ def kernel(factory: Any, trace: Any = None, /, **constants: Any) -> Launcher:
 @functools.lru_cache(maxsize=512)
 def _launcher(recipe: build.Recipe, device: int) -> Launcher:
     return Launcher(build.build(recipe, _chip(device).capability, cache.folder()))
-
-
-class Chip(NamedTuple):
-    """number: of the device.  capability: such as (9, 0).  shared: bytes of shared memory that a block may have."""
-
-    number: int
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared: int
 
 
 def chip() -> Chip:

@@ -24,7 +24,9 @@ def ordered(matrix: Array, order: tuple[int, ...], H: int) -> Array:
     """The rows of each gate in another order of gates; the matrix itself where the order is the same."""
     if order == tuple(range(len(order))):
         return matrix
-    return matrix.reshape(len(order), H, *matrix.shape[1:])[list(order)].reshape(matrix.shape)
+    return np.concatenate(
+        [matrix[gate * H : (gate + 1) * H] for gate in order]
+    )  # an index would be copied to the device
 
 
 def add_ordered(gradient: Array, value: Array, order: tuple[int, ...], H: int) -> None:
@@ -38,8 +40,8 @@ def biases(cell: Cell, weights: Weights, H: int, xp) -> Array:
     bias = xp.zeros((cell.trace.slots, H), weights.weight_hh.dtype)
     if weights.bias_ih is not None and weights.bias_hh is not None:
         start, gates = cell.trace.x_start, cell.gates
-        bias[:gates] += weights.bias_hh.reshape(gates, H)[list(cell.trace.r_order)]
-        bias[start : start + gates] += weights.bias_ih.reshape(gates, H)[list(cell.trace.x_order)]
+        bias[:gates] += ordered(weights.bias_hh, cell.trace.r_order, H).reshape(gates, H)
+        bias[start : start + gates] += ordered(weights.bias_ih, cell.trace.x_order, H).reshape(gates, H)
     return bias
 
 

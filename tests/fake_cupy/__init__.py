@@ -57,7 +57,7 @@ from .functions import (
     zeros,
     zeros_like,
 )
-from .memory import allocations, counters
+from .memory import HostWait, allocations, counters
 from .ndarray import FakeArray as ndarray
 
 __version__ = "14.2.0"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 import gpurnn.backend
+import gpurnn.cublas
 from tests import fake_cupy
 
 
@@ -19,8 +20,19 @@ def as_backend(executor: str | None = "numpy") -> Iterator[None]:
         patch.setattr(gpurnn.backend, "name", "cuda")
         patch.setattr(gpurnn.backend, "xp", fake_cupy)
         patch.setattr(gpurnn.backend, "reason", "the tests' stand-in for CuPy")
+        patch.setattr(gpurnn.cublas, "library", fake_cupy.cuda.cublas.Library)
         if executor is None:
             patch.delenv("GPURNN_EXECUTOR", raising=False)
         else:
             patch.setenv("GPURNN_EXECUTOR", executor)
         yield
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within it whatever makes the host wait for the device raises HostWait."""
+    fake_cupy.counters.forbidden = True
+    try:
+        yield
+    finally:
+        fake_cupy.counters.forbidden = False

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import gpurnn
-
-from .backend import as_backend
+from tests.interpreted import interpreted
 
 TOLERANCE = {"float16": 1e-3, "float32": 1e-5, "float64": 1e-12}
 
@@ -33,12 +32,13 @@ def on_host(value: Any) -> Any:
     return gpurnn.backend.to_numpy(value) if isinstance(value, gpurnn.backend.xp.ndarray | np.generic) else value
 
 
-def assert_same(work: Callable[[], Any], dtype: str = "float64") -> None:
-    """`work()` gives the same on both backends."""
+def assert_same(work: Callable[[], Any], dtype: str = "float64", seed: int | None = None) -> None:
+    """`work()` gives the same on both backends.  seed: None, or that of a random order of warps."""
     with on_numpy():
         expected = on_host(work())
-    with as_backend():
+    with interpreted("numpy", seed):
         got = on_host(work())
+        gpurnn.synchronize()
     _compare(got, expected, TOLERANCE[dtype], "")
 
 
@@ -59,7 +59,7 @@ def _compare(got: Any, expected: Any, tolerance: float, where: str) -> None:
 def same_error(work: Callable[[], Any]) -> BaseException:
     """`work()` raises one error on both backends, word for word."""
     raised = []
-    for backend in (on_numpy, as_backend):
+    for backend in (on_numpy, lambda: interpreted("numpy")):
         with backend(), pytest.raises(Exception) as caught:
             work()
         raised.append((caught.type, str(caught.value)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .graphs import Capture, recorded
 from .memory import allocations
 from .runtime import CUDA_R_16BF, CUDA_R_32F, CUDA_R_64F
 
@@ -15,11 +16,15 @@ CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C = 0, 1, 2
 CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
 CUBLAS_GEMM_DEFAULT, CUBLAS_GEMM_DEFAULT_TENSOR_OP = -1, 99
 CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC = 68, 69
-CUBLAS_COMPUTE_32F_FAST_16BF, CUBLAS_COMPUTE_32F_FAST_TF32 = 75, 77
+CUBLAS_COMPUTE_32F_FAST_16F, CUBLAS_COMPUTE_32F_FAST_16BF, CUBLAS_COMPUTE_32F_FAST_TF32 = 74, 75, 77
 CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_64F_PEDANTIC = 70, 71
 
 _EXACT = (CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC)
-_FAST = {CUBLAS_COMPUTE_32F_FAST_16BF: 16, CUBLAS_COMPUTE_32F_FAST_TF32: 13}  # bits of a float32 that are rounded off
+_FAST = {  # bits of a float32 that are rounded off; float16's short exponent is not modelled
+    CUBLAS_COMPUTE_32F_FAST_16F: 13,
+    CUBLAS_COMPUTE_32F_FAST_16BF: 16,
+    CUBLAS_COMPUTE_32F_FAST_TF32: 13,
+}
 _DOUBLE = (CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_64F_PEDANTIC)
 _TYPES = (  # compute type, type of A and B, type of C
     *((compute, CUDA_R_64F, CUDA_R_64F) for compute in _DOUBLE),
@@ -38,6 +43,26 @@ def gemmEx(
     B: int, Btype: int, ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int, algo: int,
 ) -> None:  # fmt: skip
     """C (m, n) = alpha op(A) op(B) + beta C, all column-major; alpha and beta lie on the host."""
+    if Capture.current is not None:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    _gemm_ex(transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType)
+
+
+def _gemm_ex(
+    transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int, B: int, Btype: int,
+    ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int,
+) -> None:  # fmt: skip
+    """alpha and beta are read at once, as cuBLAS reads them while it is captured."""
+    scale = ctypes.c_double if computeType in _DOUBLE else ctypes.c_float
+    scalars = _host_scalar("alpha", alpha, scale), _host_scalar("beta", beta, scale)
+    _multiply(transa, transb, m, n, k, A, Atype, lda, B, Btype, ldb, C, Ctype, ldc, computeType, *scalars)
+
+
+@recorded
+def _multiply(
+    transa: int, transb: int, m: int, n: int, k: int, A: int, Atype: int, lda: int, B: int, Btype: int, ldb: int, C: int,
+    Ctype: int, ldc: int, computeType: int, factor: float, keep: float,
+) -> None:  # fmt: skip
     if Atype != Btype or (computeType, Atype, Ctype) not in _TYPES:
         raise CUBLASError(f"not supported: types {Atype}, {Btype}, {Ctype} with compute type {computeType}")
     if min(m, n, k) < 0:
@@ -50,13 +75,36 @@ def gemmEx(
     if np.shares_memory(a, c) or np.shares_memory(b, c):
         raise CUBLASError("C overlaps A or B")
     a, b = (_rounded(_widened(factor, Atype), _FAST.get(computeType, 0)) for factor in (a, b))
-    scale = ctypes.c_double if computeType in _DOUBLE else ctypes.c_float
-    factor, keep = _host_scalar("alpha", alpha, scale), _host_scalar("beta", beta, scale)
     with np.errstate(all="ignore"):
         value = a.dtype.type(factor) * (a @ b)
         if keep:  # beta 0 never reads C, which may hold NaN
             value += a.dtype.type(keep) * _widened(c, Ctype)
     c[...] = _rounded(value, 16).view(np.uint32) >> 16 if Ctype == CUDA_R_16BF else value
+
+
+class Library:
+    """libcublas itself, as ctypes would have it: it may be captured, once it has a stream and a workspace."""
+
+    def __init__(self) -> None:
+        self._set: set[str] = set()
+
+    def cublasCreate_v2(self, handle: Any) -> int:
+        return 0
+
+    def cublasSetStream_v2(self, handle: Any, stream: int) -> int:
+        self._set = {"stream"}  # cuBLAS forgets the workspace
+        return 0
+
+    def cublasSetWorkspace_v2(self, handle: Any, workspace: int, size: int) -> int:
+        allocations.bytes_at(workspace, size)
+        self._set.add("workspace")
+        return 0
+
+    def cublasGemmEx(self, handle: Any, *arguments: int) -> int:
+        if self._set != {"stream", "workspace"}:
+            return 1
+        _gemm_ex(*arguments[:-1])
+        return 0
 
 
 def sgemm(

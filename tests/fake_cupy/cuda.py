@@ -1,11 +1,20 @@
-"""`cupy.cuda` of the stand-in: one device, streams that run everything at once, cuBLAS and the runtime."""
+"""`cupy.cuda` of the stand-in: one device, streams, graphs, pools, pinned memory, cuBLAS and the runtime."""
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from . import cublas, runtime
+import numpy as np
 
-__all__ = ["Device", "Stream", "cublas", "device", "get_current_stream", "is_available", "runtime"]
+from . import cublas, runtime
+from .graphs import Capture, CaptureError, Graph
+from .memory import counters, poisoned
+
+__all__ = [
+    "Device", "Event", "Graph", "MemoryPool", "Stream", "alloc", "alloc_pinned_memory", "cublas", "device",
+    "get_current_stream", "is_available", "runtime", "using_allocator",
+]  # fmt: skip
 
 _CUBLAS_HANDLE = 1
 
@@ -63,13 +72,56 @@ class Device:
         runtime.deviceSynchronize()
 
 
+class Event:
+    """A place in a stream's work."""
+
+    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False):
+        self._stream: Stream | None = None
+        self._mark = 0
+
+    def record(self, stream: "Stream | None" = None) -> None:
+        self._stream = get_current_stream() if stream is None else stream
+        self._mark = self._stream.given
+
+    @property
+    def done(self) -> bool:
+        return self._stream is None or self._stream.done_until >= self._mark
+
+    def synchronize(self) -> None:
+        counters.wait("an event")
+        self.happen()
+
+    def happen(self) -> None:
+        if self._stream is not None:
+            self._stream.run(self._mark)
+
+
 class Stream:
-    """Work on it is done when the call that gives it returns."""
+    """Work on it is done when the call that gives it returns; but copies to the device, when somebody waits for them."""
 
     _current: ClassVar[list["Stream"]] = []
+    null: ClassVar["Stream"]
 
     def __init__(self, null: bool = False, non_blocking: bool = False):
         self.ptr = 0 if null else id(self)
+        self._non_blocking = non_blocking
+        self._work: list[Any] = []
+        self.done_until = 0
+
+    @property
+    def given(self) -> int:
+        return self.done_until + len(self._work)
+
+    def later(self, work: Any) -> None:
+        """Does `work` at once on the current stream, as everything else; otherwise as late as it may be."""
+        self._work.append(work)
+        if self is get_current_stream():
+            self.run(self.given)
+
+    def run(self, until: int) -> None:
+        while self._work and self.done_until < until:
+            self._work.pop(0)()
+            self.done_until += 1
 
     def __enter__(self) -> "Stream":
         Stream._current.append(self)
@@ -83,6 +135,31 @@ class Stream:
 
     def synchronize(self) -> None:
         runtime.streamSynchronize(self.ptr)
+        self.run(self.given)
+
+    def record(self, event: Event | None = None) -> Event:
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        event.happen()
+
+    def begin_capture(self, mode: int | None = None) -> None:
+        if self.ptr == 0:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if Capture.current is not None or not self._non_blocking:
+            raise CaptureError("expected a non-blocking stream, and no other capture under way")
+        Capture.current = Capture(self, get_current_stream, private_pool)
+
+    def end_capture(self) -> Graph:
+        capture, Capture.current = Capture.current, None
+        if capture is None or capture.stream is not self:
+            raise CaptureError("this stream is not capturing")
+        return capture.end()
+
+    def is_capturing(self) -> bool:
+        return Capture.current is not None and Capture.current.stream is self
 
 
 Stream.null = Stream(null=True)
@@ -90,6 +167,58 @@ Stream.null = Stream(null=True)
 
 def get_current_stream() -> Any:
     return Stream._current[-1] if Stream._current else Stream.null
+
+
+class MemoryPool:
+    """Whose `malloc` is the allocator of a private pool.  taken: a graph's memory comes from it."""
+
+    taken = False
+
+    def malloc(self, size: int) -> Any:
+        return alloc(size)
+
+
+_allocators: list[Any] = []
+
+
+@contextlib.contextmanager
+def using_allocator(allocator: Any = None) -> Iterator[None]:
+    _allocators.append(allocator)
+    try:
+        yield
+    finally:
+        _allocators.pop()
+
+
+def private_pool() -> MemoryPool | None:
+    """The pool that memory comes from now; None for the common one."""
+    return getattr(_allocators[-1], "__self__", None) if _allocators else None
+
+
+def alloc(size: int) -> Any:
+    """A `MemoryPointer`."""
+    memory = poisoned((size,), np.dtype(np.uint8))
+    return SimpleNamespace(ptr=memory.ctypes.data, mem=memory)
+
+
+class PinnedMemoryPointer(np.ndarray):
+    """Pinned memory: a buffer, with its address in `ptr`."""
+
+    @property
+    def ptr(self) -> int:
+        return self.ctypes.data
+
+
+_pinned: list[np.ndarray] = []
+
+
+def alloc_pinned_memory(size: int) -> Any:
+    _pinned.append(np.full(size, 0xAB, np.uint8))
+    return _pinned[-1].view(PinnedMemoryPointer)
+
+
+def is_pinned(host: np.ndarray) -> bool:
+    return host.flags.c_contiguous and any(np.may_share_memory(host, memory) for memory in _pinned)
 
 
 def is_available() -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .graphs import recorded, refused
 from .memory import allocations as _allocations
 from .memory import counters, poisoned, supported
 from .ndarray import NAMESPACE, Capsule, FakeArray, array_only, from_host, in_order_k, on_device, stored, unwrap
@@ -14,8 +15,8 @@ ATOMIC = "ilqIQefd"  # the types that CuPy adds atomically
 
 def dispatched(function: Callable) -> Callable:
     """Makes NumPy's function of this name come here when it is given a device array."""
-    NAMESPACE[function.__name__] = function
-    return function
+    NAMESPACE[function.__name__] = node = recorded(function)
+    return node
 
 
 class Ufunc:
@@ -25,6 +26,7 @@ class Ufunc:
         self.__name__, self._ufunc = name, getattr(np, name)
         NAMESPACE[name] = NAMESPACE[self._ufunc.__name__] = self
 
+    @recorded
     def __call__(self, *inputs: Any, out: Any = None, dtype: Any = None, casting: str = "same_kind") -> FakeArray:
         hosts = [unwrap(self._item_of_a_scalar_array(value)) for value in inputs]
         target = None if out is None else array_only(out)
@@ -37,6 +39,7 @@ class Ufunc:
         comparison = self.__name__ in ("less", "less_equal", "greater", "greater_equal", "equal", "not_equal")
         return value.item() if comparison and isinstance(value, np.ndarray) and value.ndim == 0 else value
 
+    @recorded
     def at(self, target: FakeArray, rows: FakeArray, values: Any) -> None:
         """target[rows[k]] += values[k], in an order that changes from call to call, as that of atomics does."""
         if self.__name__ != "add" or array_only(target).dtype.char not in ATOMIC:
@@ -62,11 +65,13 @@ UFUNCS = {
 # Creation
 
 
+@recorded
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> FakeArray:
     extents = tuple(shape) if np.iterable(shape) else (shape,)
     return FakeArray(poisoned(extents, supported(dtype)))
 
 
+@recorded
 def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> FakeArray:
     if dtype is None:
         dtype = fill_value.dtype if isinstance(fill_value, FakeArray) else np.array(fill_value).dtype
@@ -75,10 +80,12 @@ def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> Fa
     return array
 
 
+@recorded
 def zeros(shape: Any, dtype: Any = float, order: str = "C") -> FakeArray:
     return full(shape, 0, dtype)
 
 
+@recorded
 def ones(shape: Any, dtype: Any = float, order: str = "C") -> FakeArray:
     return full(shape, 1, dtype)
 
@@ -107,11 +114,15 @@ def ones_like(a: FakeArray, dtype: Any = None) -> FakeArray:
     return full_like(a, 1, dtype)
 
 
+@recorded
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> FakeArray:
     return on_device(np.arange(start, dtype=dtype) if stop is None else np.arange(start, stop, step, dtype))
 
 
+@recorded
 def asarray(a: Any, dtype: Any = None, order: Any = None, *, copy: Any = None, blocking: bool = False) -> FakeArray:
+    if blocking:
+        counters.wait("a copy from the host")
     if not isinstance(a, FakeArray):
         if not hasattr(a, "__cuda_array_interface__"):
             return from_host(a, dtype)
@@ -120,6 +131,7 @@ def asarray(a: Any, dtype: Any = None, order: Any = None, *, copy: Any = None, b
     return a if same and not copy else a.astype(a.dtype if dtype is None else dtype)
 
 
+@recorded
 def array(obj: Any, dtype: Any = None, copy: bool = True) -> FakeArray:
     return asarray(obj, dtype, copy=copy)
 
@@ -199,12 +211,13 @@ def searchsorted(a: FakeArray, v: FakeArray, side: str = "left") -> FakeArray:
 
 @dispatched
 def flatnonzero(a: FakeArray) -> FakeArray:
-    counters.synchronisations += 1
+    counters.wait("the number of nonzero values")
     return on_device(np.flatnonzero(array_only(a)))
 
 
 @dispatched
 def matmul(a: FakeArray, b: FakeArray, out: Any = None) -> FakeArray:
+    refused("cuBLAS cannot be called through CuPy")
     with np.errstate(all="ignore"):
         return stored(np.matmul(array_only(a), array_only(b)), out)
 

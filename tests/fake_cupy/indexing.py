@@ -17,7 +17,8 @@ def prepared(host: np.ndarray, parts: list) -> tuple[tuple, bool]:
     masks = sum(part.dtype.kind == "b" for part in arrays)
     if masks > 1:
         raise NotImplementedError("CuPy does not support more than one boolean array in an index")
-    counters.synchronisations += masks  # how many are True decides the shape of what follows
+    if masks:
+        counters.wait("the number of values under a mask")
     if not any(part is Ellipsis for part in parts):
         parts.append(Ellipsis)  # with it, a single item is a view of shape () and no scalar
     taken = sum(_axes(part) for part in parts if part is not Ellipsis)

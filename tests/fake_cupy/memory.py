@@ -13,12 +13,32 @@ POISON = 0xAB
 SUPPORTED = frozenset("?bBhHiIlLqQefdFD")  # type characters of the dtypes that CuPy computes with
 
 
+class HostWait(AssertionError):
+    """The host waited for the device where it must not."""
+
+
 class Counters:
-    """What makes the host wait (`synchronisations`) and what is copied to the device (`transfers`), since the start."""
+    """What makes the host wait (`synchronisations`), what is copied to the device (`transfers`) and how many graphs are
+    launched, since the start.  forbidden: a wait raises HostWait.
+    """
 
     def __init__(self) -> None:
-        self.synchronisations = 0
-        self.transfers = 0
+        self.synchronisations = self.transfers = self.graphs = 0
+        self.forbidden = False
+
+    def wait(self, what: str) -> None:
+        from .graphs import refused
+
+        refused(f"the host cannot wait for {what}")
+        if self.forbidden:
+            raise HostWait(f"the host waits for {what}")
+        self.synchronisations += 1
+
+    def transfer(self) -> None:
+        from .graphs import refused
+
+        refused("H2D transfers are disallowed")
+        self.transfers += 1
 
 
 class Allocations:
@@ -39,6 +59,19 @@ class Allocations:
 
         self._blocks[base] = (weakref.ref(raw, forget), nbytes, name)
         return raw[start : start + nbytes]
+
+    def snapshot(self) -> dict[int, np.ndarray]:
+        """A copy of all live bytes, by address."""
+        return {
+            base: self.find(base)[1].copy() for base, (owner, _, _) in list(self._blocks.items()) if owner() is not None
+        }
+
+    def restore(self, snapshot: dict[int, np.ndarray]) -> None:
+        """Puts them back; what was allocated since becomes NaN."""
+        for base, (owner, _, _) in list(self._blocks.items()):
+            if owner() is not None:
+                memory = self.find(base)[1]
+                memory[...] = snapshot.get(base, 0xFF)
 
     def find(self, address: int) -> tuple[int, np.ndarray, str]:
         """(base address, all bytes, name) of the allocation that `address` lies in; LookupError where there is none."""
@@ -72,10 +105,13 @@ def supported(dtype: Any) -> np.dtype:
 
 def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """New memory that shows where nobody wrote: NaN in floats, 0xAB bytes in the rest.  C order."""
+    from .graphs import check_allocation
+
     name = f"{dtype} {shape}"
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not nbytes:
         return np.empty(shape, dtype)
+    check_allocation()
     array = allocations.allocate(nbytes, name).view(dtype).reshape(shape)
     if dtype.kind in "fc":
         array.fill(np.nan)

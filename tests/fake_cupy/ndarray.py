@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from .graphs import recorded, refused
 from .indexing import prepared, refuse_duplicates
 from .memory import counters, poisoned, supported
 
@@ -54,8 +55,10 @@ def in_order_k(host: np.ndarray) -> "FakeArray":
 
 def from_host(value: Any, dtype: Any = None) -> "FakeArray":
     """A copy of what is on the host: one transfer."""
-    counters.transfers += 1
-    return on_device(np.asarray(value, dtype))
+    host = np.asarray(value, dtype)
+    if host.shape:  # a scalar goes with the kernel that fills the array
+        counters.transfer()
+    return on_device(host)
 
 
 def unwrap(value: Any) -> Any:
@@ -130,7 +133,7 @@ class FakeArray(NDArrayOperatorsMixin):
     # To the host: every way makes the host wait
 
     def get(self, stream: Any = None, order: str = "C", out: np.ndarray | None = None) -> np.ndarray:
-        counters.synchronisations += 1
+        counters.wait("a copy to the host")
         if out is None:
             return np.array(self._host, order=order)
         out[...] = self._host
@@ -198,7 +201,9 @@ class FakeArray(NDArrayOperatorsMixin):
 
     def _index(self, key: Any) -> tuple[tuple, bool]:
         parts = list(key) if isinstance(key, tuple) else [key]
-        counters.transfers += sum(isinstance(part, list | np.ndarray) for part in parts)
+        for part in parts:
+            if isinstance(part, list | np.ndarray):
+                counters.transfer()
         return prepared(self._host, [part._host if isinstance(part, FakeArray) else part for part in parts])
 
     def __getitem__(self, key: Any) -> "FakeArray":
@@ -231,6 +236,18 @@ class FakeArray(NDArrayOperatorsMixin):
 
     def fill(self, value: Any) -> None:
         self._host.fill(array_only(value)[()] if isinstance(value, FakeArray) else _scalar(value, self.dtype))
+
+    def set(self, arr: np.ndarray, stream: Any = None) -> None:
+        """Copies from the host; on a stream that is not the current one, when somebody waits for that stream."""
+        from . import cuda
+
+        if not isinstance(arr, np.ndarray) or arr.dtype != self.dtype or arr.shape != self.shape:
+            raise TypeError(f"expected a NumPy array {self.dtype} {self.shape}, got {arr!r}")
+        if not cuda.is_pinned(arr):
+            counters.wait("a copy from pageable memory")
+        counters.transfer()
+        stream = cuda.get_current_stream() if stream is None else stream
+        stream.later(lambda: self._host.__setitem__(..., arr))
 
     def copy(self, order: str = "C") -> "FakeArray":
         return on_device(self._host.T).T if order == "F" else on_device(self._host)
@@ -270,7 +287,7 @@ class FakeArray(NDArrayOperatorsMixin):
         return flat[(slice(None),) * at + (indices,)].copy()
 
     def nonzero(self) -> tuple["FakeArray", ...]:
-        counters.synchronisations += 1  # the result's shape has to be known
+        counters.wait("the number of nonzero values")
         return tuple(on_device(part) for part in self._host.nonzero())
 
     def argsort(self, axis: int = -1, kind: str | None = None) -> "FakeArray":
@@ -318,8 +335,17 @@ class FakeArray(NDArrayOperatorsMixin):
         return stored(np.clip(self._host, *bounds), out)
 
     def dot(self, b: "FakeArray", out: Any = None) -> "FakeArray":
+        refused("cuBLAS cannot be called through CuPy")
         with np.errstate(all="ignore"):
             return stored(np.dot(self._host, array_only(b)), out)
+
+
+NODES = (
+    "__getitem__ __setitem__ fill copy astype view reshape ravel flatten transpose swapaxes squeeze take argsort repeat sum prod "
+    "mean max min any all argmax argmin cumsum clip dot"
+)
+for _name in NODES.split():
+    setattr(FakeArray, _name, recorded(getattr(FakeArray, _name)))
 
 
 def stored(result: Any, out: "FakeArray | None") -> FakeArray:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .graphs import recorded
 from .memory import allocations, counters
 
 CUDA_R_32F, CUDA_R_64F, CUDA_R_16F, CUDA_R_16BF = 0, 1, 2, 14
@@ -56,13 +57,14 @@ def driverGetVersion() -> int:
 
 
 def deviceSynchronize() -> None:
-    counters.synchronisations += 1
+    counters.wait("the device")
 
 
 def streamSynchronize(stream: int) -> None:
-    counters.synchronisations += 1
+    counters.wait("a stream")
 
 
+@recorded
 def memset(ptr: int, value: int, size: int) -> None:
     if size:
         allocations.bytes_at(ptr, size)[...] = value
@@ -77,8 +79,10 @@ def memcpy(dst: int, src: int, size: int, kind: int) -> None:
     if not size:
         return
     onto, of = (_bytes(dst, size, kind in (1, 3)), _bytes(src, size, kind in (2, 3)))
-    counters.synchronisations += kind == memcpyDeviceToHost
-    counters.transfers += kind == memcpyHostToDevice
+    if kind == memcpyDeviceToHost:
+        counters.wait("a copy to the host")
+    if kind == memcpyHostToDevice:
+        counters.transfer()
     onto[...] = of
 
 

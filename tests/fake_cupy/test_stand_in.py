@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import fake_cupy as cp
+from tests.fake_cupy.backend import no_waiting
 from tests.fake_cupy.cublas import CUBLASError
 from tests.fake_cupy.memory import ALIGNMENT
 
@@ -134,6 +135,56 @@ def test_results_stay_on_the_device():
     assert cp.counters.synchronisations == before + 7, "a mask has to be counted"
     with pytest.raises(ValueError, match="ambiguous"):
         bool(a)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda a: a.get(),
+        lambda a: a[0, 0].item(),
+        lambda a: float(a[0, 0]),
+        lambda a: bool(a.any()),
+        lambda a: int(a.argmax()),
+        lambda a: a.tolist(),
+        lambda a: f"{a.max()}",
+        lambda a: cp.asnumpy(a),
+        lambda a: a[a > 0],
+        lambda a: a.nonzero(),
+        lambda a: cp.where(a > 0),
+        lambda a: cp.flatnonzero(a),
+        lambda a: cp.asarray(HOST, blocking=True),
+        lambda a: a.set(HOST),
+        lambda a: cp.cuda.Device().synchronize(),
+        lambda a: cp.cuda.Stream.null.synchronize(),
+        lambda a: cp.cuda.get_current_stream().record().synchronize(),
+    ],
+)
+def test_a_wait_can_be_forbidden(work):
+    a = cp.asarray(HOST)
+    with no_waiting():
+        (a * 2 + cp.asarray(HOST)).sum()
+        with pytest.raises(cp.HostWait):
+            work(a)
+    work(a)
+
+
+def test_copies_on_another_stream_come_as_late_as_they_may():
+    cuda, a = cp.cuda, cp.zeros((3, 4), "float32")
+    stream, event = cuda.Stream(non_blocking=True), cuda.Event(disable_timing=True)
+    memory = cuda.alloc_pinned_memory(HOST.nbytes)
+    pinned = np.frombuffer(memory, np.float32, HOST.size).reshape(HOST.shape)
+    pinned[...] = HOST
+    a.set(pinned, stream=stream)
+    event.record(stream)
+    assert not a.any() and not event.done, "nobody has waited for it"
+    pinned[0] = 7
+    cuda.get_current_stream().wait_event(event)
+    assert event.done and (a.get() == pinned).all(), "the memory was in use until now"
+    a.set(HOST)
+    assert (a.get() == HOST).all()
+    for wrong in (HOST.T, HOST.astype("float64"), a):
+        with pytest.raises(TypeError):
+            a.set(wrong)
 
 
 def test_transfers_are_counted():

@@ -1,0 +1,164 @@
+"""What goes wrong on a device, told when somebody asks: looking at once would make the host wait in every step.
+
+Kernels leave the first fault in a record on the device (`kernels.faults`), in the order in which work was given to it, so
+it is the same one every time.  From then on no optimiser changes a parameter: the model stays as it was when the fault
+came up, as after an exception on NumPy.  `synchronize`, and whoever reads results for good (a checkpoint, `state_dict`),
+reads the record, raises what NumPy would have raised, with the step, and clears it.
+
+Faults: a target or token out of range; a loss, gradient or updated parameter that is not finite; a kernel that gave up.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpurnn import backend
+
+Array = Any
+
+
+class Site(NamedTuple):
+    """Where faults may come up: what is looked at (the keys of _TELL), and what it takes to say so.
+
+    shape: of the tensor.  bound: what its values stay below.  parts: (name, start, shape) of a flat buffer's parts.
+    """
+
+    what: str
+    shape: tuple[int, ...] = ()
+    bound: int = 0
+    parts: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
+
+
+class Fault(NamedTuple):
+    """step: the update under way, counted from 1 over all that optimisers did since the start, or since `restart`.
+
+    error: what NumPy would have raised.
+    """
+
+    step: int
+    error: Exception
+
+
+_sites = {Site("waiting"): 1}  # `kernels.faults.GAVE_UP`
+
+
+def number(site: Site) -> int:
+    """Under which the device knows it."""
+    return _sites.setdefault(site, len(_sites) + 1)
+
+
+def record() -> Array:
+    """The current device's record."""
+    return _record(backend.xp, backend.xp.cuda.Device().id)
+
+
+@functools.cache
+def _record(xp: Any, number: int) -> Array:
+    from gpurnn.kernels.faults import FIRST, NOWHERE, WORDS
+
+    made = xp.zeros(WORDS, np.int64)
+    made[FIRST] = NOWHERE
+    return made
+
+
+def pointers() -> tuple[int, int]:
+    """The record as kernels take it, for int64 and for float64."""
+    address = record().data.ptr
+    return address, address
+
+
+def restart(step: int) -> None:
+    """Makes `step` the number of updates done so far, for the messages; forgets a fault that nobody has read."""
+    if backend.name == "cuda":
+        from gpurnn.kernels.faults import FIRST, NOW, NOWHERE, SITE
+
+        for word, value in ((NOW, step), (SITE, 0), (FIRST, NOWHERE)):
+            record()[word] = value
+
+
+def take() -> Fault | None:
+    """The first fault since the last time, or None.  Waits for the device."""
+    if backend.name == "numpy":
+        return None
+    from gpurnn.kernels.faults import NOW, POSITION, SITE, VALUE
+
+    values = backend.to_numpy(record())
+    if not values[SITE]:
+        return None
+    record()[SITE] = 0
+    site = list(_sites)[int(values[SITE]) - 1]
+    error = _TELL[site.what](site, int(values[POSITION]), float(values.view(np.float64)[VALUE]))
+    return Fault(int(values[NOW]) + 1, error)
+
+
+def check() -> None:
+    """Raises the first fault since the last time, its step in the message.  Waits for the device."""
+    fault = take()
+    if fault is not None:
+        raise type(fault.error)(f"step {fault.step}: {fault.error}")
+
+
+def synchronize() -> None:
+    """Waits until the device has done all work given to it, and raises what went wrong in it.
+
+    ValueError: a target or token out of range.  FloatingPointError: a loss, gradient or updated parameter that is not
+    finite.  RuntimeError: a kernel gave up waiting for a block that did not run.  The message names the tensor and the
+    step, counted in updates.  Of several faults the first is raised and the others are forgotten: they may follow from it.
+    On NumPy there is nothing to wait for, and errors were raised where they came up.
+    """
+    backend.synchronize()
+    check()
+
+
+def wrong_target(shape: tuple[int, ...], classes: int, position: int, value: int) -> ValueError:
+    """For a target outside [0, C), the `position`-th of `shape`, counted flat."""
+    at = _place(position, shape)
+    return ValueError(f"targets: expected values in [0, C) = [0, {classes}), got {value} at {at}")
+
+
+def _place(position: int, shape: tuple[int, ...]) -> str:
+    where = tuple(int(i) for i in np.unravel_index(position, shape))
+    return f"(t, n) = {where}" if len(where) == 2 else f"position {where}"
+
+
+def _targets(site: Site, position: int, value: float) -> Exception:
+    return wrong_target(site.shape, site.bound, position, int(value))
+
+
+def _tokens(site: Site, position: int, value: float) -> Exception:
+    at = _place(position, site.shape)
+    return ValueError(f"tokens: expected values from 0 to {site.bound - 1}, got {value:.0f} at {at}")
+
+
+def _part(site: Site, position: int) -> str:
+    """The name of the part of a flat buffer that a position lies in, and where in it."""
+    name, start, shape = next(part for part in reversed(site.parts) if part[1] <= position)
+    where = tuple(int(i) for i in np.unravel_index(position - start, shape))
+    return f"{name} at {where}" if where else name
+
+
+def _gradient(site: Site, position: int, value: float) -> Exception:
+    return FloatingPointError(f"gradient of {_part(site, position)}: expected finite values, got {value}")
+
+
+def _parameter(site: Site, position: int, value: float) -> Exception:
+    return FloatingPointError(f"the update of {_part(site, position)} is not finite")
+
+
+def _scalar(site: Site, position: int, value: float) -> Exception:
+    return FloatingPointError(f"{site.parts[0][0]} is {value}")
+
+
+def _waiting(site: Site, position: int, value: float) -> Exception:
+    return RuntimeError("a kernel gave up waiting for a block that did not run; GPURNN_EXECUTOR=step waits for none")
+
+
+_TELL = {
+    "waiting": _waiting,
+    "targets": _targets,
+    "tokens": _tokens,
+    "gradient": _gradient,
+    "parameter": _parameter,
+    "scalar": _scalar,
+}

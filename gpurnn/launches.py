@@ -1,0 +1,144 @@
+"""What a training step runs on a device beside recurrent layers: arrays in, arrays out, one function a kernel.
+
+Nothing here waits for the device or copies from the host, so all of it can be captured.  What is wrong with the values goes
+to the record of `faults`.  Imported where it is used, on CUDA only: it imports Numba.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend, faults
+from gpurnn.executors import device
+from gpurnn.faults import Site
+from gpurnn.kernels import embedding, losses, norms, optim
+from gpurnn.kernels import faults as record
+from gpurnn.kernels.vectors import WIDTH
+from gpurnn.parameters import Parameters
+
+Array = Any
+
+
+def settle(values: Array, site: Site) -> None:
+    """Makes a fault of the position that the last kernel may have left, which points into `values`."""
+    kernel = device.kernel(record.settle, dtype=values.dtype.name)
+    kernel(1, *faults.pointers(), faults.number(site), values.data.ptr)
+
+
+def expect_finite(value: Array, what: str) -> None:
+    """A fault where `value`, a float64 scalar of the device that errors call `what`, is not finite."""
+    site = faults.number(Site("scalar", parts=((what, 0, ()),)))
+    device.kernel(record.expect_finite)(1, *faults.pointers(), site, value.data.ptr)
+
+
+def cross_entropy(logits: Array, targets: Array, ignore: int | None, count: int | Array) -> tuple[Array, Array]:
+    """logits (..., C), targets (...) -> E_t (...) float64, and dlogits of the shape and dtype of logits.
+
+    dlogits is that of the losses' sum, divided by count: a number, or () int64 on the device.
+    """
+    xp, C = backend.xp, logits.shape[-1]
+    rows = xp.ascontiguousarray(logits).reshape(-1, C)
+    given = xp.ascontiguousarray(targets.astype(np.int64, copy=False)).reshape(-1)
+    errors, dlogits = xp.empty(len(rows)), xp.empty(rows.shape, rows.dtype)
+    constants = {"dtype": logits.dtype.name, "ignoring": ignore is not None, "counted": not isinstance(count, int)}
+    if losses.WARP * losses.MOST_COLUMNS[logits.dtype.name] >= C:
+        columns = 1 << max(0, (C - 1) // losses.WARP).bit_length()  # few kernels serve all C
+        kernel, blocks = device.kernel(losses.rows, columns=columns, **constants), device.grid(len(rows), losses.WARPS)
+    else:
+        kernel, blocks = device.kernel(losses.wide_rows, **constants), len(rows)
+    if len(rows):
+        pointers = [array.data.ptr for array in (rows, given, errors, dlogits)]
+        pointers.append(0 if isinstance(count, int) else count.data.ptr)
+        scale = np.float64(1 / count if isinstance(count, int) else 1)
+        kernel(blocks, faults.pointers()[0], *pointers, len(rows), C, ignore or 0, scale)
+        settle(given, Site("targets", targets.shape, C))
+    return errors.reshape(targets.shape), dlogits.reshape(logits.shape)
+
+
+def gather(weight: Array, tokens: Array) -> Array:
+    """weight (V, dim), tokens of any shape -> (*tokens.shape, dim)."""
+    xp, (V, dim) = backend.xp, weight.shape
+    given = xp.ascontiguousarray(tokens.astype(np.int64, copy=False)).reshape(-1)
+    y = xp.empty((*tokens.shape, dim), weight.dtype)
+    if given.size:
+        kernel = device.kernel(embedding.gather, dtype=weight.dtype.name)
+        pointers = (faults.pointers()[0], weight.data.ptr, given.data.ptr, y.data.ptr)
+        kernel(device.grid(given.size, embedding.WARPS), *pointers, given.size, dim, V)
+        settle(given, Site("tokens", tokens.shape, V))
+    return y
+
+
+def add_rows(target: Array, rows: Array, values: Array) -> None:
+    """target[rows[k]] += values[k] for all k, in one order."""
+    xp, (V, dim) = backend.xp, target.shape
+    given, values = xp.ascontiguousarray(rows.astype(np.int64, copy=False)), xp.ascontiguousarray(values)
+    if given.size:
+        spans = device.grid(dim, embedding.SPAN)
+        kernel = device.kernel(embedding.add_rows, dtype=target.dtype.name)
+        kernel(V * spans, target.data.ptr, given.data.ptr, values.data.ptr, given.size, dim, spans)
+
+
+def norm(grads: Parameters, max_norm: float = np.inf) -> Array:
+    """(2,) float64: the L2 norm of all gradients, and the factor that brings it down to max_norm."""
+    flat, dtype = grads.flat, grads.dtype.name
+    blocks = min(norms.BLOCKS, device.grid(flat.size, norms.THREADS * WIDTH[dtype]))
+    partial, out = backend.xp.empty((norms.KINDS, norms.BLOCKS)), backend.xp.empty(2)
+    if blocks:
+        address = faults.pointers()[0]
+        device.kernel(norms.sums, dtype=dtype)(blocks, address, flat.data.ptr, partial.data.ptr, flat.size)
+    site = faults.number(Site("gradient", parts=grads.places))
+    arguments = (site, flat.data.ptr, partial.data.ptr, blocks, np.float64(max_norm), out.data.ptr)
+    device.kernel(norms.finish, dtype=dtype)(1, *faults.pointers(), *arguments)
+    return out
+
+
+def scale(grads: Parameters, found: Array) -> None:
+    """Multiplies all gradients by the factor that `norm` found."""
+    flat, dtype = grads.flat, grads.dtype.name
+    if flat.size:
+        blocks = device.grid(flat.size, norms.THREADS * WIDTH[dtype])
+        device.kernel(norms.scale, dtype=dtype)(blocks, flat.data.ptr, found.data.ptr, flat.size)
+
+
+class Clock:
+    """What an update needs that changes from one to the next, on the device: a captured update finds it there.
+
+    steps: (1,) int64, the updates done.  lr: (1,) float64.
+    """
+
+    def __init__(self, dtype: np.dtype):
+        xp = backend.xp
+        self.steps, self.lr, self._scalars = xp.zeros(1, np.int64), xp.zeros(1), xp.zeros(3, dtype)
+
+    def update(
+        self,
+        rule: str,
+        params: Parameters,
+        grads: Parameters,
+        moments: list[Array],
+        numbers: tuple[float, float, float],
+        corrections: tuple[float, float, float],
+        **options: bool,
+    ) -> None:
+        """One update of the buffers by `rule` of `kernels.optim`, unless the record holds a fault.
+
+        moments: flat buffers in the rule's order.  numbers: its a, b and decay.  corrections: beta1 and beta2 (0: none),
+        and eps.
+        """
+        flat, dtype = params.flat, params.dtype.name
+        real, end = params.dtype.type, device.kernel(record.end_update, dtype=dtype)
+        pointers = [array.data.ptr for array in (self.steps, self.lr, self._scalars)]
+        begin = device.kernel(record.begin_update, dtype=dtype)
+        begin(1, *pointers, *map(np.float64, corrections), np.float64(numbers[2]))
+        kernel = device.kernel(getattr(optim, rule), dtype=dtype, **options)
+        buffers = [buffer.data.ptr for buffer in (params.flat, grads.flat, *moments)]
+        buffers += [0] * (5 - len(buffers))
+        blocks = device.grid(flat.size, optim.THREADS * WIDTH[dtype])
+        address = faults.pointers()[0]
+        a, b, decay = numbers
+        if blocks:
+            kernel(
+                blocks, address, self._scalars.data.ptr, *buffers, flat.size, *map(real, (a, b, 1 - a, 1 - b, decay))
+            )
+        site = faults.number(Site("parameter", parts=params.places))
+        end(1, *faults.pointers(), site, flat.data.ptr, self.steps.data.ptr)

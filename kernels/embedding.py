@@ -1,0 +1,91 @@
+"""Rows of a table by number, and the gradient of that: a sum for each row, in one order, without sorting or atomics."""
+
+import math
+
+from numba import cuda
+from numba.cuda import types
+
+from .build import Source
+from .faults import FIRST, RECORD
+from .ptx import global_address, u64
+from .vectors import least
+
+i64 = types.int64
+WARP, WARPS = 32, 8
+THREADS = WARP * WARPS
+COLUMNS = 4  # values of a row that a lane sums
+SPAN = WARP * COLUMNS  # values of a row that a block sums
+PARTIAL = WARPS * SPAN
+
+
+def gather(_, *, dtype):
+    """weight (V, dim), tokens (count,) int64 -> y (count, dim).  A warp has a token; 8 bytes a float32 value.
+
+    A token outside [0, V) gives NaN, and the first one goes to the record's FIRST.
+    """
+    real = getattr(types, dtype)
+
+    def gather_rows(record, weight, tokens, y, count, dim, V):
+        lane = i64(cuda.threadIdx.x) % WARP
+        k = i64(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // WARP
+        if k >= count:
+            return
+        token = tokens[k]
+        inside = 0 <= token < V
+        if not inside and lane == 0:
+            least(global_address(record, FIRST), u64(k))
+        for d in range(lane, dim, WARP):
+            y[k * dim + d] = weight[token * dim + d] if inside else real(math.nan)
+
+    pointer = types.CPointer(real)
+    return Source(gather_rows, (RECORD, pointer, RECORD, pointer) + (i64,) * 3, THREADS)
+
+
+def add_rows(_, *, dtype):
+    """target (V, dim): row r has added to it the sum of values (count, dim) over the tokens (count,) int64 that are r.
+
+    A block has one row's SPAN values, `spans` blocks a row.  Its warps share the tokens out, 32 at a time, and add up what
+    they find in order; then their sums are added in order.  Tokens are read by every block, from a cache: V count
+    comparisons, cheap against a softmax over V classes.  A row that does not occur is neither read nor written.
+    """
+    real = getattr(types, dtype)
+
+    def add_to_rows(target, tokens, values, count, dim, spans):
+        lane, warp = i64(cuda.threadIdx.x) % WARP, i64(cuda.threadIdx.x) // WARP
+        block = types.uint32(cuda.blockIdx.x)
+        row = i64(block // types.uint32(spans))
+        first = (i64(block) - row * spans) * SPAN
+        partial = cuda.shared.array(PARTIAL, real)
+        hits = cuda.shared.array(WARPS, types.int32)
+        sums = cuda.local.array(COLUMNS, real)
+        for i in range(COLUMNS):
+            sums[i] = 0
+        found = types.int32(0)
+        for base in range(warp * WARP, count, THREADS):
+            mine = base + lane < count and tokens[min(base + lane, count - 1)] == row
+            mask = types.uint32(cuda.ballot_sync(0xFFFFFFFF, mine))
+            while mask != 0:
+                k = base + cuda.ffs(mask) - 1
+                mask &= mask - types.uint32(1)
+                found = types.int32(1)
+                for i in range(COLUMNS):
+                    d = first + lane + WARP * i
+                    if d < dim:
+                        sums[i] += values[k * dim + d]
+        for i in range(COLUMNS):
+            partial[warp * SPAN + lane + WARP * i] = sums[i]
+        if lane == 0:
+            hits[warp] = found
+        cuda.syncthreads()
+        d = i64(cuda.threadIdx.x)
+        if d >= SPAN or first + d >= dim:
+            return
+        total, found = real(0), types.int32(0)
+        for w in range(WARPS):
+            total += partial[w * SPAN + d]
+            found |= hits[w]
+        if found != 0:
+            target[row * dim + first + d] += total
+
+    pointer = types.CPointer(real)
+    return Source(add_to_rows, (pointer, RECORD, pointer) + (i64,) * 3, THREADS)

@@ -1,0 +1,133 @@
+"""One update of all parameters in one launch: each buffer is read once and written once.
+
+Bytes a float32 value: SGD 12, with momentum 20; RMSprop 20, and 8 more each for its mean and for momentum; Adam 28.
+`scalars` (3,) come from `faults.begin_update`: the step size, eps, and 1 - lr weight_decay, all for the update under way,
+so that a captured launch works for every update.  `numbers` are a, b, 1 - a, 1 - b and weight_decay: 1 - b of a rounded b
+would be off by more than a rounding.  Where the record holds a fault nothing changes.  A parameter that would
+not be finite keeps its value, and the first such position goes to the record's FIRST.
+"""
+
+from numba import cuda
+from numba.cuda import types
+
+from .build import Source
+from .faults import FIRST, RECORD, SITE
+from .ptx import global_address, u64
+from .vectors import WIDTH, accesses, division, finite, least
+
+i64 = types.int64
+THREADS = 256
+
+
+def sgd(_, *, dtype, momentum, nesterov):
+    """moments: momentum_buffer, or none.  a: momentum."""
+
+    @cuda.jit(device=True)
+    def rule(param, grad, moments, scalars, numbers):
+        a, _, _, _, decay = numbers
+        grad += decay * param
+        if momentum:
+            moments[0] = moments[0] * a + grad
+            grad = moments[0] * a + grad if nesterov else moments[0]
+        return param - scalars[0] * grad
+
+    return _update(dtype, rule, int(momentum))
+
+
+def rmsprop(_, *, dtype, centered, momentum):
+    """moments: square_avg, grad_avg if centered, momentum_buffer if momentum.  a: alpha.  b: momentum."""
+    real = getattr(types, dtype)
+    root, ratio = division(dtype)
+    LAST = int(centered) + int(momentum)
+
+    @cuda.jit(device=True)
+    def rule(param, grad, moments, scalars, numbers):
+        a, b, rest_a, _, decay = numbers
+        grad += decay * param
+        moments[0] = moments[0] * a + rest_a * (grad * grad)
+        spread = moments[0]
+        if centered:
+            moments[1] += rest_a * (grad - moments[1])
+            spread = max(spread - moments[1] * moments[1], real(0))
+        step = ratio(grad, root(spread) + scalars[1])
+        if momentum:
+            moments[LAST] = moments[LAST] * b + step
+            step = moments[LAST]
+        return param - scalars[0] * step
+
+    return _update(dtype, rule, 1 + LAST)
+
+
+def adam(_, *, dtype, decoupled):
+    """moments: exp_avg, exp_avg_sq.  a, b: betas.  decoupled: AdamW's decay of the parameter."""
+    root, ratio = division(dtype)
+
+    @cuda.jit(device=True)
+    def rule(param, grad, moments, scalars, numbers):
+        _, b, rest_a, rest_b, decay = numbers
+        if decoupled:
+            param *= scalars[2]
+        else:
+            grad += decay * param
+        moments[0] += rest_a * (grad - moments[0])
+        moments[1] = moments[1] * b + rest_b * (grad * grad)
+        return param - scalars[0] * ratio(moments[0], root(moments[1]) + scalars[1])
+
+    return _update(dtype, rule, 2)
+
+
+def _update(dtype, rule, count):
+    """params, m0, m1, m2 (size,): updated; of the moments the first `count` are used.  grads, scalars: read."""
+    real = getattr(types, dtype)
+    EACH, KEPT = WIDTH[dtype], max(1, count)
+    load, store = accesses(dtype)
+
+    def update(record, scalars, params, grads, m0, m1, m2, size, a, b, rest_a, rest_b, decay):
+        k = (i64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * EACH
+        if k >= size or record[SITE] != 0:
+            return
+        param = cuda.local.array(EACH, real)
+        grad = cuda.local.array(EACH, real)
+        x0 = cuda.local.array(EACH, real)
+        x1 = cuda.local.array(EACH, real)
+        x2 = cuda.local.array(EACH, real)
+        moments = cuda.local.array(KEPT, real)
+        load(params, k, param)
+        load(grads, k, grad)
+        if count > 0:
+            load(m0, k, x0)
+        if count > 1:
+            load(m1, k, x1)
+        if count > 2:
+            load(m2, k, x2)
+        first, numbers = i64(EACH), (a, b, rest_a, rest_b, decay)
+        for i in range(EACH):
+            if count > 0:
+                moments[0] = x0[i]
+            if count > 1:
+                moments[1] = x1[i]
+            if count > 2:
+                moments[2] = x2[i]
+            value = rule(param[i], grad[i], moments, scalars, numbers)
+            if finite(value):
+                param[i] = value
+            else:
+                first = min(first, i64(i))
+            if count > 0:
+                x0[i] = moments[0]
+            if count > 1:
+                x1[i] = moments[1]
+            if count > 2:
+                x2[i] = moments[2]
+        if first < EACH:
+            least(global_address(record, FIRST), u64(k + first))
+        store(params, k, param)
+        if count > 0:
+            store(m0, k, x0)
+        if count > 1:
+            store(m1, k, x1)
+        if count > 2:
+            store(m2, k, x2)
+
+    pointer = types.CPointer(real)
+    return Source(update, (RECORD, *[pointer] * 6, i64, *[real] * 5), THREADS)

@@ -1,0 +1,111 @@
+"""Stream capture: what is asked of the device is written down instead of done, and a graph does it, any number of times.
+
+To write it down the stand-in does it once, and at the end puts all memory back as it was; memory allocated meanwhile is
+poisoned.  A graph repeats every call on the same operands and copies what comes into what came when it was recorded.
+What CUDA, CuPy or a lasting graph cannot bear raises: a wait, a copy from the host, work on another stream, memory from the
+common pool, and a launch after the pool of its own has gone.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .memory import allocations, counters
+
+
+class CaptureError(RuntimeError):
+    """As cudaErrorStreamCaptureUnsupported, or CuPy's own refusal."""
+
+
+class Capture:
+    """The capture under way; `current` is None where there is none."""
+
+    current: "Capture | None" = None
+
+    def __init__(self, stream: Any, current_stream: Callable[[], Any], allocator: Callable[[], Any]):
+        self.stream, self._current_stream, self._allocator = stream, current_stream, allocator
+        self.calls: list[tuple[Callable, list, dict, Any]] = []
+        self.busy = False
+        self.pool: Any = None
+        self._before = allocations.snapshot()
+
+    def write_down(self, function: Callable, args: tuple, options: dict) -> Any:
+        if self._current_stream() is not self.stream:
+            raise CaptureError("work on another stream while one is capturing")
+        given = [list(value) if isinstance(value, Iterator) else value for value in args]
+        self.busy = True
+        try:
+            result = function(*given, **options)
+        finally:
+            self.busy = False
+        self.calls.append((function, given, options, result))
+        return result
+
+    def allocate(self) -> None:
+        self.pool = self._allocator()
+        if self.pool is None:
+            raise CaptureError("an allocation from the common pool: others would get the graph's memory")
+
+    def end(self) -> "Graph":
+        allocations.restore(self._before)
+        if self.pool is not None:
+            self.pool.taken = True
+        return Graph(self.calls, self.pool)
+
+
+class Graph:
+    """`cupy.cuda.Graph`."""
+
+    def __init__(self, calls: list, pool: Any):
+        self._calls, self._pool = calls, None if pool is None else weakref.ref(pool)
+
+    def launch(self, stream: Any = None) -> None:
+        if self._pool is not None and self._pool() is None:
+            raise CaptureError("the pool that the graph's memory comes from is gone")
+        counters.graphs += 1
+        for function, args, options, result in self._calls:
+            _copy(function(*args, **options), result)
+
+
+def recorded(function: Callable) -> Callable:
+    """Makes a call of `function` one node of the graph while a stream is capturing; what it calls belongs to it."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        capture = Capture.current
+        if capture is None or capture.busy:
+            return function(*args, **options)
+        return capture.write_down(function, args, options)
+
+    return wrapper
+
+
+def check_allocation() -> None:
+    """Called before memory is allocated: a graph's has to come from a pool of its own, and nobody else's from there."""
+    from .cuda import private_pool
+
+    pool = private_pool()
+    if pool is not None and pool.taken:
+        raise CaptureError("an allocation from a graph's pool: what is free there is where the graph keeps its results")
+    if Capture.current is not None:
+        Capture.current.allocate()
+
+
+def refused(what: str) -> None:
+    """Raises while a stream is capturing."""
+    if Capture.current is not None:
+        raise CaptureError(f"the current stream is capturing, so {what}")
+
+
+def _copy(source: Any, target: Any) -> None:
+    if isinstance(target, tuple | list):
+        for one, other in zip(source, target, strict=True):
+            _copy(one, other)
+    elif hasattr(target, "_host") and source is not target:
+        ours, theirs = source._host, target._host
+        if ours.__array_interface__["data"] != theirs.__array_interface__["data"]:
+            writable = np.lib.stride_tricks.as_strided(theirs, writeable=True) if not theirs.flags.writeable else theirs
+            writable[...] = ours

@@ -1,0 +1,84 @@
+"""The kernels of a training step, built for architectures that this machine does not have: registers, spills, calls, and
+float64 only where it is meant.  See `test_lint` for those of recurrent layers.
+"""
+
+import re
+
+import pytest
+
+pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+
+from gpurnn.kernels import build, embedding, faults, losses, norms, optim
+from tests.test_lint import NEWER, built, opcodes
+
+RECIPES = {
+    "settle": (faults.settle, {"dtype": "int64"}),
+    "expect_finite": (faults.expect_finite, {}),
+    "begin_update": (faults.begin_update, {"dtype": "float32"}),
+    "end_update": (faults.end_update, {"dtype": "float32"}),
+    "sums": (norms.sums, {"dtype": "float32"}),
+    "sums, float64": (norms.sums, {"dtype": "float64"}),
+    "finish": (norms.finish, {"dtype": "float32"}),
+    "finish, float64": (norms.finish, {"dtype": "float64"}),
+    "scale": (norms.scale, {"dtype": "float32"}),
+    "gather": (embedding.gather, {"dtype": "float32"}),
+    "add_rows": (embedding.add_rows, {"dtype": "float32"}),
+    "add_rows, float64": (embedding.add_rows, {"dtype": "float64"}),
+    "rows": (losses.rows, {"dtype": "float32", "columns": 4, "ignoring": False, "counted": False}),
+    "rows, long": (losses.rows, {"dtype": "float32", "columns": 32, "ignoring": True, "counted": True}),
+    "rows, float16": (losses.rows, {"dtype": "float16", "columns": 32, "ignoring": True, "counted": True}),
+    "rows, float64": (losses.rows, {"dtype": "float64", "columns": 16, "ignoring": True, "counted": True}),
+    "wide_rows": (losses.wide_rows, {"dtype": "float32", "ignoring": True, "counted": True}),
+    "wide_rows, float16": (losses.wide_rows, {"dtype": "float16", "ignoring": False, "counted": False}),
+    "wide_rows, float64": (losses.wide_rows, {"dtype": "float64", "ignoring": True, "counted": False}),
+    "sgd": (optim.sgd, {"dtype": "float32", "momentum": False, "nesterov": False}),
+    "sgd, all": (optim.sgd, {"dtype": "float32", "momentum": True, "nesterov": True}),
+    "rmsprop, all": (optim.rmsprop, {"dtype": "float32", "centered": True, "momentum": True}),
+    "adam": (optim.adam, {"dtype": "float32", "decoupled": False}),
+    "adamw": (optim.adam, {"dtype": "float32", "decoupled": True}),
+    "adamw, float64": (optim.adam, {"dtype": "float64", "decoupled": True}),
+}
+SIXTEEN_BYTES = ("sums", "scale", "sgd", "rmsprop", "adam")
+SINGLE = ("gather", "add_rows", "sgd", "sgd, all", "rmsprop, all", "adam", "adamw")  # nothing in float64 at all
+
+
+def arithmetic_in_float64(codes):
+    return sum(codes[word] for word in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"))
+
+
+def check(name, capability, tmp_path):
+    factory, constants = RECIPES[name]
+    source, text, cubin, usage = built(build.recipe(factory, **constants), capability)
+    codes = opcodes(cubin, tmp_path)
+    assert usage["spilled"] == 0 and not {"LDL", "STL"} & set(codes)
+    assert "call.uni" not in text and ".s64" not in "".join(re.findall(r"(?:div|rem)\S+", text)), (
+        "64 bits divide in a call"
+    )
+    assert usage["registers"] * source.threads <= 65536
+    assert usage["static_shared"] <= 16 * 1024 and ".extern .func" not in text
+    if name.split(",")[0] in SIXTEEN_BYTES:
+        assert any(code.startswith("LDG.E.128") for code in codes)
+        assert name.startswith("sums") or any(code.startswith("STG.E.128") for code in codes)
+    if name in SINGLE:
+        assert name == "add_rows" or "CALL" not in codes
+        assert not arithmetic_in_float64(codes) and ".f64" not in text
+    return codes
+
+
+@pytest.mark.parametrize("capability", [(8, 0), pytest.param((9, 0), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_ships(name, capability, tmp_path):
+    check(name, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", NEWER, ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_newer_chips(name, capability, tmp_path):
+    check(name, capability, tmp_path)
+
+
+def test_a_row_s_loss_is_in_float64_and_its_logits_are_not(tmp_path):
+    """So the number of such instructions does not grow with the logits of a lane."""
+    counts = [arithmetic_in_float64(check(name, (9, 0), tmp_path)) for name in ("rows", "rows, long", "rows, float16")]
+    assert 0 < counts[0] == counts[1] == counts[2]

@@ -1,0 +1,228 @@
+"""Bugs planted in the kernels of a training step, each of which has to show: what says that their tests can fail.
+
+A mutant is an edit of a kernel's source; its module takes the library's place in `gpurnn.launches`.  The case must then be
+refused by the interpreter, or come out wrong.  The source as it is goes the same way and passes.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+
+import gpurnn
+import gpurnn.kernels
+from gpurnn import backend, launches
+from gpurnn.layers import add_rows
+from tests.interpreted import interpreted
+from tests.ptx.errors import OutOfBounds, Race
+from tests.test_training_kernels import LONG, Model, put, rows
+
+pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
+
+FOLDER = Path(gpurnn.kernels.__path__[0])
+
+
+class Wrong(Exception):
+    """A result differs from NumPy's."""
+
+
+# Cases: each returns named results, on either backend
+
+
+def few_classes():
+    logits, targets = rows(37, 11, "float32")
+    targets[[3, 10]] = -1
+    logits[3] = np.nan
+    logits[5, 7:] = -np.inf
+    logits[6] += 200
+    none = gpurnn.softmax_cross_entropy(logits, targets, reduction="none", ignore_index=-1)
+    return (*none, *gpurnn.softmax_cross_entropy(logits, targets, ignore_index=-1))
+
+
+def many_classes():
+    logits, targets = rows(LONG, 3, "float32")
+    logits[1, :] = -np.inf
+    logits[1, 700:] = np.arange(400)
+    targets[:] = (5, 900, -1)
+    return gpurnn.softmax_cross_entropy(logits, targets, ignore_index=-1)
+
+
+def wrong_targets():
+    """The place of the first wrong target; NumPy says it at once, a device later."""
+    try:
+        gpurnn.softmax_cross_entropy(rows(5, 19, "float32")[0], np.array([0] * 9 + [7, -2] + [5] * 8))
+        gpurnn.synchronize()
+    except ValueError as error:
+        return (np.array([int(str(error).rpartition("(")[2].strip(",)"))]),)
+    return (np.array([-1]),)
+
+
+def table():
+    layer, rng = gpurnn.Embedding(5, 150, rng=1), np.random.default_rng(0)
+    layer.grads["weight"][...] = 1
+    y, backward = layer(rng.integers(0, 4, 300))
+    backward(rng.standard_normal((300, 150)).astype("float32"))
+    return y, layer.grads["weight"]
+
+
+def untouched():
+    """A row of NaN that no token means; nobody may even read it."""
+    target = put(np.array([[0, 0], [np.nan, 0]], np.float32))
+    add_rows(target, put(np.zeros(3, int)), put(np.ones((3, 2), np.float32)))
+    return (target[0],)
+
+
+def norms_of(dtype, values):
+    model = Model(dtype, {"w": (2100,)})
+    model.grads["w"][: len(values)] = put(np.array(values, dtype))
+    return gpurnn.grad_norm(model), gpurnn.clip_grad_norm(model, 0.5), model.grads["w"]
+
+
+def norm():
+    return norms_of("float32", [])
+
+
+def norm_of_extremes():
+    return (*norms_of("float64", [3e200, 1e200, 1e-200])[:2], norms_of("float64", np.full(2100, 1e-200))[0])
+
+
+def wrong_gradient():
+    model = Model("float32", {"w": (2100,)})
+    model.grads["w"][1025] = model.grads["w"][1999] = np.nan
+    try:
+        gpurnn.grad_norm(model)
+        gpurnn.synchronize()
+    except FloatingPointError as error:
+        return (np.array([int(str(error).partition("at (")[2].partition(",")[0] or 1025)]),)
+    return (np.array([-1]),)
+
+
+def updates(kind, dtype="float32", **options):
+    model = Model(dtype)
+    optimizer = kind(model, **options)
+    for step in range(3):
+        optimizer.lr = 0.1 / (1 + step)
+        model.fill(model.grads)
+        optimizer.step()
+    return (*model.params.values(), *(moment.flat for moment in optimizer.moments.values()))
+
+
+CASES = {
+    "few classes": few_classes, "many classes": many_classes, "wrong targets": wrong_targets, "table": table,
+    "untouched": untouched, "norm": norm, "norm of extremes": norm_of_extremes, "wrong gradient": wrong_gradient,
+    "sgd": lambda: updates(gpurnn.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "rmsprop": lambda: updates(gpurnn.RMSprop, momentum=0.5, centered=True, weight_decay=0.1),
+    "adam": lambda: updates(gpurnn.Adam, weight_decay=0.1, betas=(0.8, 0.7)),
+    "adamw": lambda: updates(gpurnn.AdamW, weight_decay=0.5),
+}  # fmt: skip
+
+
+def check(case):
+    """Raises what the interpreter finds, or Wrong."""
+    with np.errstate(all="ignore"):
+        expected = [np.asarray(value, float) for value in CASES[case]()]
+    with interpreted("numpy"):
+        found = [np.asarray(backend.to_numpy(value), float) for value in CASES[case]()]
+        if gpurnn.faults.take() is not None:
+            raise Wrong("a fault where none is")
+    for k, (got, want) in enumerate(zip(found, expected, strict=True)):
+        largest = np.abs(want[np.isfinite(want)]).max(initial=0) or 1.0
+        if not np.allclose(got, want, rtol=1e-5, atol=2e-6 * largest, equal_nan=True):
+            raise Wrong(f"result {k}")
+
+
+def plant(patch, name, edits):
+    """kernels/`name`.py with the edits, as a module of its own."""
+    path = FOLDER / f"{name}.py"
+    text = path.read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    spec = importlib.util.spec_from_loader(f"gpurnn.kernels.{name}", None, origin=str(path))
+    module = importlib.util.module_from_spec(spec)
+    exec(compile(text, path, "exec"), vars(module))
+    patch.setattr(launches, "record" if name == "faults" else name, module)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_as_they_are(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", ["norm", "norm of extremes", "wrong gradient"])
+def test_norms_of_more_than_all_blocks_take_at_once(case, monkeypatch):
+    plant(monkeypatch, "norms", [("BLOCKS = 512 ", "BLOCKS = 2 ")])
+    check(case)
+
+
+# What is wrong: case, module, what shows, (old, new) of each edit.  The second table is for `-m slow`.
+# fmt: off
+MUTANTS = {
+    "rows: the last class is left out": ("few classes", "losses", Wrong, ("load(logits, start + c) if c < C else", "load(logits, start + c) if c < C - 1 else")),
+    "rows: a class too many": ("few classes", "losses", (OutOfBounds, Wrong, Race), ("load(logits, start + c) if c < C else", "load(logits, start + c) if c <= C else")),
+    "rows: a row too many": ("few classes", "losses", OutOfBounds, ("if row >= R:", "if row > R:")),
+    "rows: no shift": ("few classes", "losses", Wrong, ("top = _warp_max(top)\n        for k", "top = real(0)\n        for k")),
+    "rows: each lane its own maximum": ("few classes", "losses", Wrong, ("top = _warp_max(top)\n        for k", "for k")),
+    "rows: half of a warp is summed": ("few classes", "losses", Wrong, ("    for mask in (16, 8, 4, 2, 1):\n        value +=", "    for mask in (8, 4, 2, 1):\n        value +=")),
+    "rows: an ignored row is read": ("few classes", "losses", Wrong, ("if ignoring and target == ignore:\n            for c in range(lane", "if ignoring and target == ignore + 1:\n            for c in range(lane")),
+    "rows: an ignored gradient is not written": ("few classes", "losses", Wrong, ("for c in range(lane, C, WARP):\n                store(dlogits, start + c, real(0))", "for c in range(lane, C - 1, WARP):\n                store(dlogits, start + c, real(0))")),
+    "rows: not divided by the count": ("few classes", "losses", Wrong, ("one = ratio(real(scale), real(count[0])) if counted else real(scale)\n        factor = ratio(one, total) if inside else", "one = real(scale)\n        factor = ratio(one, total) if inside else")),
+    "rows: the target is not subtracted": ("few classes", "losses", Wrong, ("x[k] * factor - (one if c == target else real(0))", "x[k] * factor")),
+    "rows: the wrong target passes": ("wrong targets", "losses", (OutOfBounds, Wrong), ("inside = 0 <= target < C\n        one = ratio(real(scale), real(count[0])) if counted else real(scale)\n        factor = ratio(one, total) if inside else", "inside = 0 <= target <= C\n        one = ratio(real(scale), real(count[0])) if counted else real(scale)\n        factor = ratio(one, total) if inside else")),
+    "wide: no barrier": ("many classes", "losses", Race, ("        cuda.syncthreads()\n        top = _warp_max(tops", "        top = _warp_max(tops")),
+    "wide: not rescaled as the maximum grows": ("many classes", "losses", Wrong, ("total = total * math.exp(top - x) + real(1)", "total += real(1)")),
+    "wide: not rescaled between lanes": ("many classes", "losses", Wrong, ("_warp_sum(total * math.exp(top - highest))", "_warp_sum(total)")),
+    "wide: not rescaled between warps": ("many classes", "losses", Wrong, ("totals[tid % LANES] * math.exp(tops[tid % LANES] - top)", "totals[tid % LANES]")),
+    "wide: -inf as the lowest": ("many classes", "losses", Wrong, ("lowest = real(np.finfo(np.float64 if dtype == \"float64\" else np.float32).min)", "lowest = real(-math.inf)")),
+    "wide: every warp counts twice": ("many classes", "losses", Wrong, ("/ real(WARP // LANES)", "/ real(1)")),
+    "gather: the row behind": ("table", "embedding", Wrong, ("weight[token * dim + d] if inside", "weight[(token + 1) * dim + d] if inside")),
+    "gather: a token too many": ("table", "embedding", OutOfBounds, ("if k >= count:", "if k > count:")),
+    "add_rows: no barrier": ("table", "embedding", Race, ("        cuda.syncthreads()\n", "")),
+    "add_rows: the last token once more": ("table", "embedding", OutOfBounds, ("base + lane < count and tokens", "tokens")),
+    "add_rows: tokens of the first 256": ("table", "embedding", Wrong, ("range(warp * WARP, count, THREADS)", "range(warp * WARP, min(count, 256), THREADS)")),
+    "add_rows: assigns": ("table", "embedding", Wrong, ("target[row * dim + first + d] += total", "target[row * dim + first + d] = total")),
+    "add_rows: the second span over the first": ("table", "embedding", Wrong, ("d = first + lane + WARP * i\n", "d = lane + WARP * i\n")),
+    "add_rows: a warp's sums are left out": ("table", "embedding", Wrong, ("for w in range(WARPS):", "for w in range(WARPS - 1):")),
+    "sums: no barrier": ("norm", "norms", Race, ("    shared[tid] = value\n    cuda.syncthreads()\n", "    shared[tid] = value\n")),
+    "sums: no barrier in the tree": ("norm", "norms", Race, ("            shared[tid] += shared[tid + half]\n        cuda.syncthreads()\n", "            shared[tid] += shared[tid + half]\n")),
+    "sums: blocks on top of each other": ("norm", "norms", Wrong, ("begin, stride = (i64(cuda.blockIdx.x) * THREADS + tid) * EACH", "begin, stride = tid * EACH")),
+    "sums: any wrong one": ("wrong gradient", "norms", Race, ("least(global_address(record, FIRST), u64(first))", "record[FIRST] = first")),
+    "finish: one block's sum is left out": ("norm", "norms", Wrong, ("for block in range(tid, blocks, THREADS)", "for block in range(tid, blocks - 1, THREADS)")),
+    "finish: large values are not scaled back": ("norm of extremes", "norms", Wrong, ("* (norm * DOWN)) * UP", "* (norm * DOWN))")),
+    "finish: tiny values are lost": ("norm of extremes", "norms", Wrong, ("if plain > 0 else small", "if plain >= 0 else small")),
+    "scale: always": ("norm", "norms", Wrong, ("max_norm / norm if finite(norm) and norm > max_norm else f64(1)", "2 * max_norm / norm")),
+    "update: a vector too many": ("sgd", "optim", OutOfBounds, ("if k >= size or", "if k > size or")),
+    "update: moments are not kept": ("adam", "optim", Wrong, ("        if count > 1:\n            store(m1, k, x1)\n", "")),
+    "update: a vector's values over each other": ("sgd", "optim", Wrong, ("value = rule(param[i], grad[i]", "value = rule(param[i], grad[0]")),
+    "sgd: plain momentum for Nesterov's": ("sgd", "optim", Wrong, ("moments[0] * a + grad if nesterov else", "moments[0] if nesterov else")),
+    "rmsprop: not centered": ("rmsprop", "optim", Wrong, ("spread - moments[1] * moments[1]", "spread")),
+    "adam: decayed as AdamW": ("adam", "optim", Wrong, ("            grad += decay * param\n        moments[0] += rest_a", "            param *= scalars[2]\n        moments[0] += rest_a")),
+    "adam: 1 - b of a rounded b": ("adamw", "optim", Wrong, ("rest_b * (grad * grad)", "(types.float32(1) - b) * (grad * grad)")),
+    "begin_update: no correction": ("adam", "faults", Wrong, ("lr[0] * root / (1 - power1)", "lr[0] * root")),
+    "begin_update: a step too early": ("adam", "faults", Wrong, ("t = steps[0] + 1", "t = steps[0]")),
+    "end_update: steps are not counted": ("adam", "faults", Wrong, ("            steps[0] += 1\n", "")),
+    "settle: forgets to clear": ("wrong targets", "faults", Wrong, ("        record[FIRST] = NOWHERE\n", "        record[FIRST] = NOWHERE - 1\n        record[POSITION] += 1\n")),
+}
+MORE_MUTANTS = {
+    "rows: a row's targets are the next one's": ("few classes", "losses", (OutOfBounds, Wrong), ("start, target = row * C, targets[row]\n        if ignoring and target == ignore:\n            for c in range(lane", "start, target = row * C, targets[row + 1]\n        if ignoring and target == ignore:\n            for c in range(lane")),
+    "rows: E without the shift": ("few classes", "losses", Wrong, ("losses[row] = f64(top) - f64(load(logits, start + target)) + math.log(f64(total))\n            else", "losses[row] = math.log(f64(total)) - f64(load(logits, start + target))\n            else")),
+    "wide: the target's gradient of every thread": ("many classes", "losses", Wrong, ("store(dlogits, start + c, x - (one if c == target else real(0)))", "store(dlogits, start + c, x - (one if c % THREADS == target % THREADS else real(0)))")),
+    "add_rows: hits of the first warp alone": ("table", "embedding", Wrong, ("found |= hits[w]", "found = hits[0] * hits[7] * 0")),
+    "rmsprop: momentum over the mean": ("rmsprop", "optim", Wrong, ("moments[LAST] = moments[LAST] * b + step", "moments[LAST] = moments[LAST - 1] * b + step")),
+    "adam: betas swapped": ("adam", "optim", Wrong, ("rest_b * (grad * grad)", "rest_a * (grad * grad)")),
+    "adamw: no decay": ("adamw", "optim", Wrong, ("param *= scalars[2]", "pass")),
+    "begin_update: the second power of the first": ("adam", "faults", Wrong, ("power2 *= beta2", "power2 *= beta1")),
+    "begin_update: lr of the update before": ("sgd", "faults", Wrong, ("scalars[0] = real(lr[0] * root", "scalars[0] = real(0.1 * root")),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", [*MUTANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MUTANTS)])
+def test_planted_bugs_are_caught(monkeypatch, name):
+    case, module, error, *edits = (MUTANTS | MORE_MUTANTS)[name]
+    plant(monkeypatch, module, edits)
+    with pytest.raises(error):
+        check(case)
