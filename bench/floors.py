@@ -15,7 +15,7 @@ GPU, per step: the largest of memory as above and the sum of
               within one SM per 8 rows of the batch, where weight_hh fits there: the product on ceil(N/8) SMs, BARRIER;
               over all SMs: the product, weight_hh beyond what the chip holds read from L2, one EXCHANGE through L2, and
               8 rows of h (backward: of the G gates' gradients) fetched by every SM.  Rows count in eights, the
-              smallest tile of a tensor core.
+              smallest tile of a tensor core; in float32, which runs without them, one by one.
   products    the input projection, and in training dx and dW, at the peak of a large product.
 """
 
@@ -97,11 +97,12 @@ def _on_gpu(case: Case, training: bool, part: str, machine: Machine, rows: float
 def _chain(case: Case, machine: Machine, rows: float, width: int) -> float:
     """One step in one direction of time; `width` values a row are what the next step waits for."""
     size, peak = BYTES[case.dtype], machine.flops[case.dtype]
-    tiles = max(1.0, rows / TILE)
-    flops = 2 * tiles * TILE * case.gates * case.H * case.H / case.heads
+    tile = 1 if case.dtype == "float32" else TILE
+    tiles = max(1.0, rows / tile)
+    flops = 2 * tiles * tile * case.gates * case.H * case.H / case.heads
     weights = case.gates * case.H * case.H / case.heads * size
     l2 = L2_BYTES_PER_CLOCK * machine.clock
-    spread = flops / peak + EXCHANGE + TILE * width / case.heads * size / l2
+    spread = flops / peak + EXCHANGE + tile * width / case.heads * size / l2
     spread += max(0.0, weights - machine.sms * SM_WEIGHTS) / (machine.sms * l2)
     if weights / case.heads > SM_WEIGHTS:
         return spread

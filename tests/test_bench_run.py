@@ -160,8 +160,8 @@ def _ours_on_cuda():
 
 def test_the_cuda_table_refuses_what_ours_cannot_run(on_a_gpu):
     table = _ours_on_cuda()
-    assert list(table) == ["gpurnn-resident", "gpurnn-step", "gpurnn-numpy"]
-    assert [i.default for i in table.values()] == [True, True, False]
+    assert list(table) == ["gpurnn-resident", "gpurnn-persistent", "gpurnn-step", "gpurnn-numpy"]
+    assert [i.default for i in table.values()] == [True, True, True, False]
     assert all(i.missing() is None for i in table.values())
 
     def refusals(**changes):
@@ -172,15 +172,17 @@ def test_the_cuda_table_refuses_what_ours_cannot_run(on_a_gpu):
 
     apart = "it does not run the recurrence apart from the input projection"
     fits = [None, None, apart, apart]
-    for cell, dtype in itertools.product(cases.GATES, ("float32", "bfloat16")):
+    for cell, dtype in itertools.product(cases.GATES, ("float32", "tf32", "float16", "bfloat16")):
         assert refusals(cell=cell, dtype=dtype, lengths="uniform") == fits
     assert refusals(group="train") == [None, None]
-    for dtype in ("tf32", "float16"):
-        assert refusals(dtype=dtype)[:2] == [f"its products are not computed in {dtype} yet"] * 2
     assert refusals(heads=2)[:2] == ["it has no block-diagonal weight_hh"] * 2
     large = refusals(H=512, dtype="bfloat16")
     assert large[:2] == ["weight_hh of lstm with 512 units does not fit one SM in bfloat16", None]
     assert refusals(cell="rnn", H=1024)[0] == "weight_hh of rnn with 1024 units does not fit one SM in float32"
+    group = table["gpurnn-persistent"].refuses
+    huge = Case("gaps", "lstm", 5, 64, 4, 2048)
+    assert group(Case("gaps", "lstm", 5, 64, 4, 1024, "bfloat16"), "training", "layer") is None
+    assert group(huge, "training", "layer") == "weight_hh of lstm with 2048 units does not fit the GPU in float32"
 
 
 def test_the_cuda_table_away_from_a_gpu(monkeypatch):
@@ -191,7 +193,7 @@ def test_the_cuda_table_away_from_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["gpurnn-resident", "gpurnn-step"])
+@pytest.mark.parametrize("name", ["gpurnn-resident", "gpurnn-persistent", "gpurnn-step"])
 def test_ours_on_cuda_gives_the_reference(on_a_gpu, name, dtype, monkeypatch):
     freed = []
     pool = SimpleNamespace(free_all_blocks=lambda: freed.append(name))

@@ -103,8 +103,9 @@ def _on_cuda() -> list[Implementation]:
         return FlashRNN(problem, phase, part)
 
     return [
-        _gpurnn("resident", "cuda", _resident),
-        _gpurnn("step", "cuda", _dense_on_cuda),
+        _gpurnn("resident", "cuda", _on_chip("resident")),
+        _gpurnn("persistent", "cuda", _on_chip("persistent")),
+        _gpurnn("step", "cuda", _dense),
         _gpurnn("numpy", "cuda", _dense_float32, default=False),
         Implementation("torch-cudnn", "cuda", torch_cudnn, why_no_torch_cuda, _dense),
         Implementation(
@@ -186,24 +187,22 @@ def _dense_float32(case: Case, phase: str, part: str) -> str | None:
     return _dense(case, phase, part)
 
 
-def _dense_on_cuda(case: Case, phase: str, part: str) -> str | None:
-    if case.dtype not in ("float32", "bfloat16"):
-        return f"its products are not computed in {case.dtype} yet"
-    return _dense(case, phase, part)
+def _on_chip(executor: str) -> Any:
+    def refuses(case: Case, phase: str, part: str) -> str | None:
+        if reason := _dense(case, phase, part):
+            return reason
+        if backend.name != "cuda":
+            return "what fits is known on a GPU only"
+        from gpurnn import executors
 
+        cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
+        engine = executors.executor(executor)
+        if engine.cycles(cell, case.H, case.N, np.dtype("float32"), case.dtype) is not None:
+            return None
+        where = "one SM" if engine.alone else "the GPU"
+        return f"weight_hh of {case.cell} with {case.H} units does not fit {where} in {case.dtype}"
 
-def _resident(case: Case, phase: str, part: str) -> str | None:
-    if reason := _dense_on_cuda(case, phase, part):
-        return reason
-    if backend.name != "cuda":
-        return "what fits is known on a GPU only"
-    from bench.peers.gpurnn_layer import precision_of
-    from gpurnn.executors import resident
-
-    cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
-    if resident.fits(cell, case.H, case.N, np.dtype("float32"), precision_of(case)):
-        return None
-    return f"weight_hh of {case.cell} with {case.H} units does not fit one SM in {case.dtype}"
+    return refuses
 
 
 def _layer_only(rule: Any) -> Callable[[Case, str, str], str | None]:

@@ -1,6 +1,6 @@
 """Ours: a layer of gpurnn, or the whole character model, with the executor named, on the backend gpurnn has chosen.
 
-A case of bfloat16 asks for that precision of the matrix products; what goes in and comes out is float32.
+A case's dtype asks for that precision of the matrix products; what goes in and comes out is float32.
 """
 
 import time
@@ -8,17 +8,11 @@ import time
 import numpy as np
 
 import gpurnn
-from bench.cases import Case
 from bench.peers.workload import Workload
 from bench.problem import CLIP_NORM, LEARNING_RATE, Problem
 from gpurnn import backend
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
-
-
-def precision_of(case: Case) -> str:
-    """How the products are asked for: arrays, sums and states are float32 in every case."""
-    return "bfloat16" if case.dtype == "bfloat16" else "float32"
 
 
 class GpurnnWorkload(Workload):
@@ -41,7 +35,7 @@ class GpurnnLayer(GpurnnWorkload):
 
     def __init__(self, problem: Problem, phase: str, executor: str):
         case = problem.case
-        self.layer = LAYERS[case.cell](case.I, case.H, executor=executor, precision=precision_of(case))
+        self.layer = LAYERS[case.cell](case.I, case.H, executor=executor, precision=case.dtype)
         self.layer.load_state_dict(problem.weights)
         self.training, self.lengths = phase == "training", problem.lengths
         self.x = [backend.asarray(x, "float32", "x") for x in problem.x]
@@ -77,7 +71,7 @@ class GpurnnModel(GpurnnWorkload):
     def __init__(self, problem: Problem, executor: str):
         case = problem.case
         symbols = len(problem.weights["head.bias"])
-        recurrent = LAYERS[case.cell](case.I, case.H, executor=executor, precision=precision_of(case))
+        recurrent = LAYERS[case.cell](case.I, case.H, executor=executor, precision=case.dtype)
         self.model = gpurnn.SequenceModel(gpurnn.Embedding(symbols, case.I), recurrent, gpurnn.Linear(case.H, symbols))
         self.model.load_state_dict(problem.weights)
         self.x, self.targets = (
@@ -99,6 +93,6 @@ class GpurnnModel(GpurnnWorkload):
         seen = []
         for _ in range(3):
             self.step(0)
-            seen.append((float(self.loss), self.norm))
+            seen.append((float(self.loss), float(self.norm)))
         losses, norms = np.array(seen).T
         return {"losses": losses, "norms": norms}
