@@ -1,4 +1,4 @@
-"""The command line: gpurnn train, sample, info."""
+"""The command line: gpurnn train, sample, flow, lab, info."""
 
 import argparse
 import difflib
@@ -10,7 +10,7 @@ import warnings
 from dataclasses import fields
 from typing import NoReturn
 
-from gpurnn import train_command
+from gpurnn import flow_command, lab_command, train_command
 from gpurnn._version import __version__
 from gpurnn.config import TrainConfig
 
@@ -84,6 +84,24 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest, 1 the model's own (0.8)")
     sample.add_argument("--seed", type=int, default=None, help="for the same text again")
     sample.set_defaults(command=_sample, known=["--prompt", "--length", "--temperature", "--seed"])
+
+    flow = commands.add_parser(
+        "flow",
+        help="look at a model's gradients",
+        description="The gradient laboratory on a run, trained or in training: verdicts and tables on the screen, "
+        "flow.json and figures (flow_*.png, .svg) in the run folder.",
+    )
+    flow_command.add_arguments(flow)
+    flow.set_defaults(command=flow_command.run, known=["--steps", "--batch", "--data"])
+
+    lab = commands.add_parser(
+        "lab",
+        help="a tour of vanishing and exploding gradients",
+        description="Runs the classic experiments on vanishing and exploding gradients and writes a page with figures, "
+        "summary.md, into a folder.  Ctrl-C leaves what is done.",
+    )
+    lab_command.add_arguments(lab)
+    lab.set_defaults(command=lab_command.run, known=["--out", "--quick", "--seed"])
 
     info = commands.add_parser("info", help="what this machine and installation offer")
     info.set_defaults(command=_info, known=[])

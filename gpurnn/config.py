@@ -57,6 +57,7 @@ class TrainConfig:
     log_every: int = _option("run", 20, "steps between lines of metrics.jsonl")
     validate_every: int = _option("run", 200, "steps between looks at the validation text")
     save_every: int = _option("run", 200, "steps between checkpoints")
+    reach: int = _option("run", 10, "warn where the gradient falls under 1% within so many steps back")
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -92,7 +93,7 @@ class TrainConfig:
 
 
 POSITIVE = (
-    "max_alphabet", "hidden_size", "num_layers", "embedding_size", "k1", "k2", "batch", "lr", "steps", "minutes", "log_every", "validate_every", "save_every",
+    "max_alphabet", "hidden_size", "num_layers", "embedding_size", "k1", "k2", "batch", "lr", "steps", "minutes", "log_every", "validate_every", "save_every", "reach",
 )  # fmt: skip
 LARGEST = 2**63 - 1  # a TOML file holds no larger integer
 FROM_0 = ("weight_decay", "seed", "clip_norm", "clip_value", "clip_in_time")

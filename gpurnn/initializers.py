@@ -51,6 +51,15 @@ def normal(deviation: float) -> Initializer:
     return draw
 
 
+def scaled(initializer: Initializer, gain: float) -> Initializer:
+    """`gain` times what `initializer` draws: below 1 an orthogonal matrix forgets, above 1 it explodes."""
+
+    def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return gain * initializer(rng, rows, columns)
+
+    return draw
+
+
 INITIALIZERS: dict[str, Initializer] = {
     "glorot_uniform": glorot_uniform,
     "identity": identity,

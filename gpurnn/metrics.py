@@ -49,7 +49,7 @@ class MetricsLog:
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line, and hands it to the operating system.  Values: JSON, NumPy scalars, NumPy arrays."""
-        line = json.dumps(_finite({"step": operator.index(step), **values}), allow_nan=False)
+        line = json.dumps(plain({"step": operator.index(step), **values}), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
@@ -97,11 +97,12 @@ def _metrics_line(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NumPy's arrays as lists, numbers that are not finite as None."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, np.generic | np.ndarray):
-        return _finite(value.tolist())
+        return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value

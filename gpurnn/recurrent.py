@@ -33,10 +33,11 @@ class Recurrent(Layer):
     init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
                     Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; everything else 0.
     dtype           float32 or float64.
-    precision       of the matrix products on CUDA: float32, exact, or bfloat16, both factors rounded to it (and tanh good
-                    to 2^-11).  Sums, states and parameters are float32 in either.  On a CPU all of it is always exact.
-    executor        forces one: compiled or numpy on a CPU; resident, step or numpy on CUDA.  None: GPURNN_EXECUTOR, or
-                    the best.
+    precision       of the matrix products on CUDA: float32, exact, or tf32, bfloat16 or float16, both factors rounded to
+                    it (and tanh good to 2^-11).  Sums, states and parameters are float32 in all of them.  In float16
+                    gradients under 6e-8 become 0: scale the loss, or use bfloat16.  On a CPU all is always exact.
+    executor        forces one: compiled or numpy on a CPU; resident, persistent, step or numpy on CUDA.  None:
+                    GPURNN_EXECUTOR, or the best.
 
     Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0,
     bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).
@@ -141,7 +142,7 @@ class Recurrent(Layer):
         if x.ndim != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
         T, N, _ = x.shape
-        initial = self._unpacked(state, N, "state", self.trainable_h0)
+        initial = self.unpacked(state, N, "state", self.trainable_h0)
         prepared = prepare_lengths(lengths, T, N)
         levels: list[tuple[list[Callable | None], Array | None]] = []
         finals: list[tuple[Array, ...]] = []
@@ -152,7 +153,7 @@ class Recurrent(Layer):
                 y, final, step_back = run(
                     self.cell,
                     x,
-                    self._weights(self.params, layer, direction),
+                    self.weights(self.params, layer, direction),
                     tuple(part[at] for part in initial),
                     lengths=prepared,
                     reverse=direction == 1,
@@ -202,7 +203,7 @@ class Recurrent(Layer):
                     part, dinitial[at] = backwards[direction](
                         dy[..., direction * H : (direction + 1) * H],
                         tuple(state[at] for state in dfinal),
-                        self._weights(self.grads, layer, direction),
+                        self.weights(self.grads, layer, direction),
                         Backward(self.clip_in_time, squares, keep),
                     )
                     dx = part if dx is None else dx + part
@@ -230,9 +231,11 @@ class Recurrent(Layer):
             raise ValueError(
                 f"flow: expected a float64 array of {xp.__name__} (L*D, S, T) = {shape}, got {came}{whose}"
             )
-        return self._unpacked(dstate, N, "dstate")
+        return self.unpacked(dstate, N, "dstate")
 
-    def _weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
+    def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
+        """What one layer in one direction has in `values`, which are `params` or `grads`."""
+
         def get(name: str) -> Array:
             return values[name + _suffix(layer, direction)]
 
@@ -240,7 +243,14 @@ class Recurrent(Layer):
         params = tuple(get(name) for name in self.cell.params)
         return Weights(get("weight_ih"), get("weight_hh"), bias_ih, bias_hh, params)
 
-    def _unpacked(self, state: Any, N: int, what: str, trained: bool = False) -> tuple[Array, ...]:
+    def _add_to_gate(self, gate: int, value: float) -> None:
+        """Adds to bias_ih of one gate, in every layer and direction."""
+        H = self.hidden_size
+        for name in self.params:
+            if name.startswith("bias_ih"):
+                self.params[name][gate * H : (gate + 1) * H] += value
+
+    def unpacked(self, state: Any, N: int, what: str, trained: bool = False) -> tuple[Array, ...]:
         """One array (L*D, N, H) per state of the cell; for None, of the whole or of a part, zeros or what was trained."""
         S, shape = self.cell.states, (self.num_layers * self.directions, N, self.hidden_size)
         xp = backend.xp
@@ -292,7 +302,8 @@ class LSTM(Recurrent):
     """Long short-term memory, gates i, f, g, o as in PyTorch; the state is the pair (h, c).  See `Recurrent`.
 
     forget_bias: added to bias_ih of the forget gate at the start (Gers et al. 2000; 1 after Jozefowicz et al. 2015), so
-    that the cell remembers until it learns to forget.  Without biases it has no place and is left out.
+    that the cell remembers until it learns to forget.  At 100 the gate is exactly 1 and stays so, the constant error
+    carousel of 1997.  Without biases it has no place and is left out.
     """
 
     def __init__(
@@ -300,16 +311,22 @@ class LSTM(Recurrent):
     ):
         forget_bias = number("forget_bias", forget_bias)
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
-        for name in self.params:
-            if name.startswith("bias_ih"):
-                self.params[name][hidden_size : 2 * hidden_size] += forget_bias
+        self._add_to_gate(1, forget_bias)
 
 
 class GRU(Recurrent):
-    """Gated recurrent unit, gates r, z, n, reset after the matrix product as in PyTorch and cuDNN.  See `Recurrent`."""
+    """Gated recurrent unit, gates r, z, n, reset after the matrix product as in PyTorch and cuDNN.  See `Recurrent`.
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any):
+    update_bias: added to bias_ih of the update gate z at the start, so that above 0 a unit keeps its state until it
+    learns to change it: what forget_bias is to an LSTM.  Without biases it has no place and is left out.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, *, update_bias: float = 0.0, **options: Any
+    ):
+        update_bias = number("update_bias", update_bias)
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
+        self._add_to_gate(1, update_bias)
 
 
 def _precision(given: Any, dtype: np.dtype) -> str:

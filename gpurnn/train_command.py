@@ -242,6 +242,8 @@ def _progress(training: Any, caught: list[int]) -> Iterator[Any]:
         parts += [f"{validation} {_short(known['validation'])}"] if "validation" in known else []
         parts += [f"{known['chars_per_second']:,} chars/s"] if "chars_per_second" in known else []
         parts += [f"{gradient} {known['grad_norm']:.2g}"] if "grad_norm" in known else []
+        for sentence in line.get("news", []):
+            bar.write(f"warning   {sentence}")  # on its own line, above a live bar
         if live:
             bar.set_postfix_str(", ".join([f"step {line['step']}{of_all}", *parts]), refresh=False)
             bar.update(training.progress - bar.n)
@@ -289,6 +291,8 @@ def _finish(training: Any, folder: Path, baseline: float | None) -> None:
     print(
         f"trained   {training.steps_done} steps, {training.symbols_done:,} chars in {training.seconds:.1f} s ({speed:,.0f} chars/s)"
     )
+    if training.one_by_one:
+        print(f"graph     none, the kernels of a step were launched one by one: {training.one_by_one}")
     bits = training.validate(limit=None)
     if bits is not None:
         with MetricsLog(folder / checkpoint.METRICS) as log:

@@ -2,6 +2,9 @@
 
 The order of a step is: window, forward, loss, backward through time, checks, clipping, update.  Nothing that is not
 finite reaches the parameters or a checkpoint.
+
+On CUDA a step waits for nothing and, once it repeats itself, is one graph: the window was copied while the step before
+ran, results are looked at when a line of metrics is due, and what went wrong is told then, by its own step.
 """
 
 import functools
@@ -9,18 +12,26 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from gpurnn import backend, checkpoint, clipping, environment, optim, schedules
+from gpurnn import backend, checkpoint, clipping, environment, faults, optim, schedules
 from gpurnn.bptt import TruncatedBPTT
+from gpurnn.capture import Captured
 from gpurnn.character_model import bits_per_symbol, build
 from gpurnn.checkpoint import Checkpoint
 from gpurnn.config import TrainConfig
 from gpurnn.data import Alphabet, Corpus, Windows, split
+from gpurnn.diagnose.flow import Flow
+from gpurnn.diagnose.subject import layer_names
 from gpurnn.losses import softmax_cross_entropy
 from gpurnn.metrics import MetricsLog
+from gpurnn.monitor import Alarm, look_at
+from gpurnn.non_finite import raise_where_it_began
+from gpurnn.prefetch import Prefetch
+
+Array = Any
 
 VALIDATION_SYMBOLS = 50_000  # looked at on the way; the end result is measured on all of them
 SCHEDULE_STEPS = 10_000  # learning-rate schedules run over the budget, whether it is counted in steps or minutes
@@ -45,7 +56,16 @@ class Training:
         self.bptt = TruncatedBPTT(self.model, loss, config.k1, config.k2)
         self.steps_done = 0
         self.seconds = 0.0
+        self.alarm = Alarm()
         self.flow = backend.xp.zeros((config.num_layers, self.model.recurrent.cell.states, config.k1))
+        self._source = Prefetch(self.windows) if backend.name == "cuda" else self.windows
+        self._captured = Captured(self._on_device, when=lambda: self.bptt.steady, quiet=True)
+        faults.restart(0)
+
+    @property
+    def one_by_one(self) -> str | None:
+        """On CUDA, why the kernels of a step are launched one by one; None where they are one graph, or will be."""
+        return self._captured.reason if backend.name == "cuda" else None
 
     @property
     def symbols_done(self) -> int:
@@ -61,35 +81,78 @@ class Training:
             parts.append(self.seconds / (60 * self.config.minutes))
         return min(1.0, max(parts))
 
-    def step(self, flow: bool = False) -> tuple[float, float]:
+    def step(self, flow: bool = False) -> tuple[Any, Any]:
         """One update.  Returns the loss in bits per symbol and the norm of the gradient before clipping.
 
         flow: fill `self.flow` with the norms of dL/dstate_t over this window.
         Raises FloatingPointError where loss or gradient is not finite, the model unchanged, or where the updated
-        parameters are not; the run must not go on then.
+        parameters are not; the run must not go on then.  On CUDA loss and norm are scalars of the device, the norm's good
+        until the next step, and `fault` tells what went wrong.
         """
         began = time.perf_counter()
-        x, targets, first = self.windows.at(self.steps_done)
+        if flow and backend.name == "cuda":
+            self.flow[...] = self._look(self.config.k1)[..., -self.config.k1 :]
+        x, targets, first = self._source.at(self.steps_done)
         if first:
             self.bptt.reset()
-        self.model.zero_grad()
-        loss = float(self.bptt.step(x, targets, flow=self.flow if flow else None))
-        norm = self._clipped()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}")
         self.optimizer.lr = self.config.lr * self.schedule(int(self.progress * SCHEDULE_STEPS))
-        self.optimizer.step()
-        if not clipping.all_finite(self.model.params.flat):
-            raise FloatingPointError("the update left parameters that are not finite")
+        loss, norm = self._captured(x, targets) if backend.name == "cuda" else self._on_host(x, targets, flow)
         self.steps_done += 1
         self.seconds += time.perf_counter() - began
         return loss / math.log(2), norm
 
-    def reach(self) -> np.ndarray:
-        """Norms (L, up to k2) of dE/dh_t for the loss E of the next window's last step alone: how far back it reaches.
+    def _on_host(self, x: Array, targets: Array, flow: bool) -> tuple[float, float]:
+        self.model.zero_grad()
+        loss = float(self.bptt.step(x, targets, flow=self.flow if flow else None))
+        try:
+            norm = self._clipped()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss}")
+        except FloatingPointError:
+            self._raise_where_it_began(targets)
+            raise
+        self.optimizer.update()
+        if not clipping.all_finite(self.model.params.flat):
+            raise FloatingPointError("the update left parameters that are not finite")
+        return loss, norm
+
+    def _raise_where_it_began(self, targets: Array) -> None:
+        """FloatingPointError for what is not finite in the last window's stretch, by tensor, layer and time step."""
+        x, begin, model = self.bptt.stretch, self.bptt.begin, cast(Any, self.model)
+        with np.errstate(all="ignore"):
+            out, _, _ = model(x, begin, training=False)
+            dout = backend.xp.zeros_like(out)
+            dout[-len(targets) :] = softmax_cross_entropy(out[-len(targets) :], targets)[1]
+        raise_where_it_began(model, x, begin, dout=dout)
+
+    def _on_device(self, x: Array, targets: Array) -> tuple[Array, Array]:
+        """The same, with nothing in it that the host has to see; where a check fails the update does nothing."""
+        from gpurnn import launches
+
+        self.model.zero_grad()
+        loss = self.bptt.step(x, targets)
+        norm = self._clipped()
+        launches.expect_finite(loss, "the loss")
+        self.optimizer.update()
+        return loss, norm
+
+    def fault(self) -> faults.Fault | None:
+        """What went wrong on the device since the last time, or None.  Waits, which counts as time spent on training."""
+        began = time.perf_counter()
+        fault = faults.take()
+        self.seconds += time.perf_counter() - began
+        return fault
+
+    def reach(self) -> Flow:
+        """Norms of dE/dstate_t over up to k2 steps, E the loss of the next window's last step: how far back it reaches.
 
         Looks only: the run goes on as if it had not been called.
         """
+        norms, layer = backend.to_numpy(self._look(1)), self.model.recurrent
+        return Flow(norms, layer_names(layer), layer.cell.state_names, norms.shape[2] - 1)
+
+    def _look(self, last: int) -> Array:
+        """Norms (L, S, up to k2) of dL/dstate_t over the next window, L the mean loss of its `last` last steps."""
         x, targets, first = self.windows.at(self.steps_done)
         state, past = (None, None) if first else self.bptt.before(len(x))
         stretch = x if past is None else np.concatenate([backend.to_numpy(past), x])
@@ -97,21 +160,24 @@ class Training:
         model: Any = self.model
         out, _, backward = model(stretch, state)
         self.rng.bit_generator.state = drawn  # dropout's masks are drawn again by the next step
-        _, dlast = softmax_cross_entropy(out[-1:], targets[-1:])
+        _, dlast = softmax_cross_entropy(out[-last:], targets[-last:])
         dout = backend.xp.zeros_like(out)
-        dout[-1:] = dlast
+        dout[-last:] = dlast
         flow = backend.xp.zeros((*self.flow.shape[:2], len(stretch)))
         backward(dout, flow=flow)
         self.model.zero_grad()
-        return backend.to_numpy(flow)[:, 0]
+        return flow
 
-    def _clipped(self) -> float:
+    def _clipped(self) -> Any:
+        """The norm before clipping; a float, on CUDA a scalar of the device."""
         config = self.config
+        if config.clip_norm and not config.clip_value:
+            return clipping.clip_grad_norm(self.model, config.clip_norm)
         norm = clipping.grad_norm(self.model)
         if config.clip_value:
             clipping.clip_grad_value(self.model, config.clip_value)
-        if config.clip_norm and (config.clip_value or norm > config.clip_norm):
-            clipping.clip_grad_norm(self.model, config.clip_norm)
+            if config.clip_norm:
+                clipping.clip_grad_norm(self.model, config.clip_norm)
         return norm
 
     def validate(self, limit: int | None = VALIDATION_SYMBOLS) -> float | None:
@@ -152,6 +218,7 @@ class Training:
         self.bptt.load_state_dict(saved.state)
         self.rng.bit_generator.state = rng.bit_generator.state
         self.steps_done, self.seconds = step, float(seconds)
+        faults.restart(step)
         return environment.differences(recorded)
 
 
@@ -166,6 +233,7 @@ def train(training: Training, run: Path, *, stop: Callable[[], bool], report: Ca
 
     def save() -> None:
         nonlocal saved
+        _raise_fault(training)
         log.sync()
         checkpoint.save(run / checkpoint.MODEL, training.checkpoint())
         saved = training.steps_done
@@ -189,27 +257,49 @@ def train(training: Training, run: Path, *, stop: Callable[[], bool], report: Ca
 def _steps(training: Training, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """Goes on step by step, and says of each its number and what is due to be known."""
     config = training.config
-    losses: list[float] = []
+    losses: list[Any] = []
     began, symbols = training.seconds, training.symbols_done
     while training.progress < 1 and not stop():
         due = _is_due(training.steps_done + 1, config.log_every, config.steps)
         try:
             loss, norm = training.step(flow=due)
         except FloatingPointError as error:
-            advice = "a new run with a lower --lr or a smaller --clip-norm may do better"
-            raise FloatingPointError(f"step {training.steps_done + 1}: {error}; {advice}") from None
+            raise _with_step(training.steps_done + 1, error) from None
         losses.append(loss)
+        looking = _is_due(training.steps_done, config.validate_every, config.steps) or training.progress >= 1
+        if due or looking:
+            _raise_fault(training)
         line: dict[str, Any] = {"step": training.steps_done}
         if due:
-            line |= {"loss": float(np.mean(losses)), "grad_norm": norm, "lr": training.optimizer.lr}
+            line |= {"loss": _mean(losses), "grad_norm": float(norm), "lr": training.optimizer.lr}
             line |= {"chars": training.symbols_done, "seconds": round(training.seconds, 3)}
             elapsed = training.seconds - began
             line["chars_per_second"] = round((training.symbols_done - symbols) / elapsed) if elapsed else None
             line["flow"] = _rounded(backend.to_numpy(training.flow)[:, 0])
             losses, began, symbols = [], training.seconds, training.symbols_done
-        if _is_due(training.steps_done, config.validate_every, config.steps) or training.progress >= 1:
-            line |= {"validation": training.validate(), "reach": _rounded(training.reach())}
+        if looking:
+            flow = training.reach()
+            line |= {"validation": training.validate(), "reach": _rounded(flow.norms[:, 0])}
+            if (look := look_at([flow], training.steps_done, config.reach)) is not None:
+                line |= {"horizon": [round(horizon, 1) for horizon in look.horizons], "news": training.alarm.news(look)}
         yield line
+
+
+def _raise_fault(training: Training) -> None:
+    fault = training.fault()
+    if fault is not None:
+        raise _with_step(*fault)
+
+
+def _with_step(step: int, error: Exception) -> Exception:
+    if not isinstance(error, FloatingPointError):
+        return type(error)(f"step {step}: {error}")
+    advice = "a new run with a lower --lr or a smaller --clip-norm may do better"
+    return FloatingPointError(f"step {step}: {error}; {advice}")
+
+
+def _mean(losses: list[Any]) -> float:
+    return float(np.mean(losses if backend.name == "numpy" else backend.to_numpy(backend.xp.stack(losses))))
 
 
 def _rounded(norms: np.ndarray) -> list[list[float]]:

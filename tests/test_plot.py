@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from gpurnn import plot
+from gpurnn.plot import style
+from gpurnn.plot import training as training_figures
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
-    figures, save = [], plot._save
-    monkeypatch.setattr(plot, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    figures, save = [], style.save
+    monkeypatch.setattr(style, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 
@@ -68,7 +70,7 @@ def test_what_was_not_measured_is_skipped_and_what_was_not_finite_leaves_a_gap(t
 
 def test_running_mean_is_that_of_the_values_that_are_there():
     values = np.array([1.0, 2.0, np.nan, 6.0, 8.0])
-    np.testing.assert_allclose(plot._running_mean(values, 3), [1.5, 1.5, np.nan, 7.0, 7.0])
+    np.testing.assert_allclose(training_figures._running_mean(values, 3), [1.5, 1.5, np.nan, 7.0, 7.0])
 
 
 @pytest.mark.parametrize(

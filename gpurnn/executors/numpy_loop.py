@@ -119,24 +119,42 @@ def backward(
         if options.flow is not None:
             for s, part in enumerate(dnext):
                 options.flow[s, t] += (part.astype("float64") ** 2).sum()
-        dx, dr, direct, dparams = cell.backward(dnext, saved, before, after, weights.params)
-        dgates_r = xp.zeros((m, cell.gates * H), x.dtype)
-        for g in range(cell.gates):
-            dgates_x[t, :m, g * H : (g + 1) * H] = dx[g]
-            dgates_r[:, g * H : (g + 1) * H] = dr[g]
-        for s, part in enumerate(passed):
-            part[:m] = direct[s]
-            if s == 0:
-                part[:m] += dgates_r @ weights.weight_hh
-            if options.clip is not None:
-                part[:m] = xp.clip(part[:m], -options.clip, options.clip)
+        dgates_x[t, :m], dgates_r, before_this, dparams = step_backward(tape, (t, m, saved, before, after), dnext)
+        for part, gradient in zip(passed, before_this, strict=True):
+            part[:m] = gradient if options.clip is None else xp.clip(gradient, -options.clip, options.clip)
         grads.weight_hh[...] += dgates_r.T @ before[0]
         if grads.bias_hh is not None:
             grads.bias_hh[...] += dgates_r.sum(0)
-        for gradient, value in zip(grads.params, dparams, strict=True):
-            gradient[...] += xp.broadcast_to(xp.asarray(value, x.dtype), dnext[0].shape).sum(0)
+        for total, value in zip(grads.params, dparams, strict=True):
+            total[...] += value.sum(0)
     flat = dgates_x.reshape(T * N, cell.gates * H)
     grads.weight_ih[...] += flat.T @ x.reshape(T * N, I)
     if grads.bias_ih is not None:
         grads.bias_ih[...] += flat.sum(0)
     return dgates_x @ weights.weight_ih, passed
+
+
+def step_backward(
+    tape: Tape, step: tuple, dnext: tuple[Array, ...]
+) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
+    """The backward product of one step of `tape.steps` alone.
+
+    dnext: S arrays (..., m, H), dL/d(the states that the step leaves), for any number of losses L side by side.
+    Returns dgates_x and dgates_r (..., m, G*H), dL/d(the states before the step), and for each of the cell's own
+    parameters its gradient at each row and unit (..., m, H).
+    """
+    xp = backend.xp
+    cell, weight_hh = tape.cell, tape.weights.weight_hh
+    _, _, saved, before, after = step
+    H, shape = weight_hh.shape[1], dnext[0].shape
+    dx, dr, direct, dparams = cell.backward(dnext, saved, before, after, tape.weights.params)
+    dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), weight_hh.dtype) for _ in range(2))
+    for g in range(cell.gates):
+        dgates_x[..., g * H : (g + 1) * H] = dx[g]
+        dgates_r[..., g * H : (g + 1) * H] = dr[g]
+
+    def full(value: Array) -> Array:  # a cell may answer with a number
+        return xp.broadcast_to(xp.asarray(value, weight_hh.dtype), shape)
+
+    through = (dgates_r.reshape(-1, cell.gates * H) @ weight_hh).reshape(shape)
+    return dgates_x, dgates_r, (full(direct[0]) + through, *map(full, direct[1:])), tuple(map(full, dparams))

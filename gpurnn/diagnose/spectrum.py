@@ -1,0 +1,50 @@
+"""The recurrent matrix by itself: eigenvalues, spectral radius, largest singular value, and the bound they give."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend
+from gpurnn.cells import RNN_CELLS
+from gpurnn.diagnose.subject import layer_index, recurrent_part
+from gpurnn.executors.threads import one_blas_thread
+
+STEEPEST = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0}  # max |f'|
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Of weight_hh, gate by gate, in the order of the cell.
+
+    eigenvalues (G, H) complex; radius (G,) the largest of their magnitudes; sigma_max (G,) the largest singular value.
+    bound: max|f'| * sigma_max, which no step of a vanilla RNN can exceed: below 1 every gradient vanishes, above 1 it
+    may explode (Pascanu, Mikolov and Bengio 2013).  None for other cells.
+    """
+
+    eigenvalues: np.ndarray
+    radius: np.ndarray
+    sigma_max: np.ndarray
+    bound: float | None
+
+
+def recurrent_spectrum(model: Any, layer: str = "l0") -> Spectrum:
+    """The spectrum of one layer's weight_hh.
+
+    Costs G eigenvalue and singular value decompositions (H, H) on the host: seconds each where H is 1024.
+    """
+    part = recurrent_part(model)
+    level, direction = divmod(layer_index(part, layer), part.directions)
+    weight = backend.to_numpy(part.weights(part.params, level, direction).weight_hh).astype(np.float64)
+    gates = weight.reshape(part.cell.gates, part.hidden_size, part.hidden_size)
+    with one_blas_thread:
+        eigenvalues = np.linalg.eigvals(gates).astype(np.complex128)
+        sigma_max = np.linalg.svd(gates, compute_uv=False)[:, 0]
+    steepest = steepest_slope(part.cell)
+    bound = None if steepest is None else steepest * float(sigma_max[0])
+    return Spectrum(eigenvalues, abs(eigenvalues).max(axis=1), sigma_max, bound)
+
+
+def steepest_slope(cell: Any) -> float | None:
+    """max |f'| of a vanilla RNN's cell; None for other cells."""
+    return next((STEEPEST[name] for name, shipped in RNN_CELLS.items() if shipped == cell), None)
