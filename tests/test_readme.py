@@ -28,7 +28,7 @@ def test_forecast():
 
 
 def test_truncated_bptt():
-    names = run("TruncatedBPTT")
+    names = run("k2=60")
     assert 0 < float(names["loss"]) < 4
 
 
@@ -46,8 +46,20 @@ def test_vanishing(capsys):
     assert first > 1e-12 * last, "the LSTM's does not"
 
 
+def test_laboratory(capsys):
+    run("diagnose.verdicts")
+    shown = capsys.readouterr().out
+    assert "vanishes" in shown and "holds" in shown
+
+
+def test_captured(capsys):
+    names = run("gpurnn.captured(")
+    assert 0 < float(names["loss"]) < 4
+    assert "captured: NumPy has no graphs" in capsys.readouterr().out or names["gpurnn"].backend.name == "cuda"
+
+
 def test_every_example_is_covered():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.parametrize("command", ["gpurnn train", "pip install -e '.[test]' && .venv/bin/python -m pytest"])

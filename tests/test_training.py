@@ -113,7 +113,7 @@ def test_flow_and_reach_are_those_of_the_run(text):
         training.step(flow=True)
     assert training.flow.shape == (2, 2, 6) and (training.flow[:, 0] > 0).all()
     reach = training.reach()
-    assert reach.shape == (2, 15) and (reach[:, -1] > reach[:, 0]).all()
+    assert reach.norms.shape == (2, 2, 15) and (reach.total[:, -1] > reach.total[:, 0]).all()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(text, tmp_path):
