@@ -1,4 +1,4 @@
-"""`python -m bench`: run, plot, report, compare, profile, model."""
+"""`python -m bench`: run, plot, report, compare, profile, tune, model."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "the tables and figures that README.md and bench/README.md show",
     "compare": "what became slower or faster between two results files, told apart from noise",
     "profile": "where the time of one case goes",
+    "tune": "measure the plan's choices on this GPU and keep the fastest",
     "model": "what the kernels' model predicts for a GPU, without one",
 }
 

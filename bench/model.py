@@ -17,7 +17,7 @@ from typing import NamedTuple
 from bench import cases, floors, results
 from bench.cases import Case
 from gpurnn.cells import CELLS
-from gpurnn.executors.on_chip import registers
+from gpurnn.executors.tuning import registers
 from gpurnn.kernels import plan
 from gpurnn.kernels.tiles import Shape, layout
 

@@ -180,12 +180,12 @@ def _without_device(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def _key(recipe: Recipe, capability: Sequence[int]) -> str:
-    text = f"{recipe.text}\n{tuple(capability)}\n{_environment()}"
+    text = f"{recipe.text}\n{tuple(capability)}\n{environment()}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @functools.cache
-def _environment() -> str:
+def environment() -> str:
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())

@@ -347,17 +347,15 @@ def test_the_choice_and_its_limits():
 )
 def test_every_exchange(kind, cell, shape, precision, monkeypatch):
     """The cheapest plan of each kind, on lengths that make groups end at different steps, twice the same bits."""
-    from gpurnn.executors import device, on_chip
-    from gpurnn.kernels import plan
+    from gpurnn.executors import device, on_chip, tuning
 
     chip = device.chip()
     if kind == "clustered" and chip.capability < (9, 0):
         pytest.skip("clusters came with sm_90")
 
     def choice(self, cell, H, N, precision, transposed):
-        pair = on_chip.registers(cell, transposed)
-        every = plan.choices(H, cell.gates, transposed, N, precision, pair, chip, False)
-        return min((c for c in every if c.exchange == kind), key=lambda c: c.cost.cycles)
+        question = tuning.Question(cell, H, N, precision, transposed, False)
+        return next(choice for choice in tuning.choices(question, chip) if choice.exchange == kind)
 
     monkeypatch.setattr(on_chip.OnChip, "choice", choice)
     lengths = (np.arange(shape[1]) * 7 % (shape[0] + 1)).tolist()
@@ -407,3 +405,17 @@ def test_a_run_resumes_bit_for_bit(cell, text, tmp_path, capsys):
     first = capsys.readouterr().out
     assert main(sample) == 0
     assert capsys.readouterr().out == first and first.startswith("the ") and len(first) > 40
+
+
+# Tuning
+
+
+def test_tuning_keeps_the_fastest(tmp_path, monkeypatch):
+    from gpurnn.executors import device, tuning
+
+    monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
+    for transposed in (False, True):
+        question = tuning.Question(LSTM_CELL, 200, 16, "bfloat16", transposed, False)
+        measured = tuning.tune(question, device.chip())
+        assert len(measured) >= 3 and all(0 < microseconds < 100 for _, microseconds in measured)
+        assert tuning.choice(question, device.chip()) == measured[0][0]

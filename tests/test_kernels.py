@@ -226,6 +226,24 @@ def test_more_groups_than_run_at_once(monkeypatch):
         compare(RNN, (4, 3, 2, 9), "persistent", inference=False)
 
 
+@pytest.mark.parametrize("kind", ["flagged", "counted"])
+def test_a_wait_in_vain_is_given_up_and_told(kind, monkeypatch):
+    """As where half of a group never came to run: the launch ends, no optimiser would use what it left, and all is told."""
+    monkeypatch.setattr(exchange, "TRIES", 20)
+    launch = Interpreted.__call__
+
+    def half(self, blocks, *arguments):
+        launch(self, blocks // 2 if "persistent" in self.kernel.name else blocks, *arguments)
+
+    with interpreted(), forced(Ffma(1, 4, 1, 0), 2, kind):
+        monkeypatch.setattr(Interpreted, "__call__", half)
+        layer = gpurnn.RNN(2, 6, rng=1, executor="persistent")
+        layer(fake_cupy.zeros((3, 1, 2), np.float32), training=False)
+        with pytest.raises(RuntimeError, match="gave up waiting for a block that did not run"):
+            gpurnn.synchronize()
+        gpurnn.synchronize()
+
+
 def test_inference_in_pieces(monkeypatch):
     """Long sequences are projected and run a few steps at a time; states go from piece to piece."""
     monkeypatch.setattr("gpurnn.executors.device.INFERENCE_BYTES", 2 * 3 * 4 * 5 * 4)

@@ -3,7 +3,7 @@
     resident     weight_hh fits one SM; each block has a few rows of the batch and waits for nobody
     persistent   weight_hh is spread over a group of SMs, which exchange a step's vector; each group has some rows
 
-What fits, and which is faster, is `kernels.plan`'s to say.
+What fits, and which is faster, is `kernels.plan`'s to say, or that of `tuning`, where somebody has measured it.
 """
 
 import functools
@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpurnn import backend, faults
+from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.executors import device, step
+from gpurnn.executors import device, step, tuning
 from gpurnn.executors.device import Tape
 from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
-from gpurnn.kernels import exchange, packing, persistent, plan, tiles
-from gpurnn.kernels.launch import Launcher
+from gpurnn.executors.passes import Pass
+from gpurnn.kernels import persistent, plan
 from gpurnn.kernels.plan import Chip, Choice
-from gpurnn.kernels.tiles import Mma, Shape
 
 
 class OnChip(NamedTuple):
@@ -60,7 +59,7 @@ class OnChip(NamedTuple):
         sweep = device.begin(cell, x, weights, state, rows, reverse, training, precision)
         tape = sweep.tape
         carried = backend.xp.stack(state).astype(x.dtype, copy=False)
-        run = _Run.of(self, persistent.forward, tape, sweep.weight_hh, transposed=False, training=training)
+        run = self._pass(persistent.forward, tape, sweep.weight_hh, transposed=False, training=training)
         rest_state = tape.rest.strides[0] // x.itemsize
         for t0, t1, slots in device.pieces(sweep):
             rest, final = tape.rest[:, t0:] if training else tape.rest, carried.copy()
@@ -81,7 +80,7 @@ class OnChip(NamedTuple):
         passed = xp.stack(dstate).astype(dtype, copy=False)
         params, dparams = device.parameters(tape)
         weight_hh = device.ordered_weight_hh(cell, tape.weights)
-        run = _Run.of(self, persistent.backward, tape, weight_hh, transposed=True, clip=options.clip is not None)
+        run = self._pass(persistent.backward, tape, weight_hh, transposed=True, clip=options.clip is not None)
         arrays = (slots, tape.h, tape.rest, dy, passed, params, dparams, tape.lengths)
         strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
         run(arrays, (), (tape.h.shape[1], int(tape.reverse), *strides, dtype.type(options.clip or 0.0)))
@@ -89,6 +88,17 @@ class OnChip(NamedTuple):
         for gradient, value in zip(grads.params, dparams, strict=True):
             gradient += value.sum(0)
         return dx, tuple(passed)
+
+    def _pass(self, factory: Any, tape: Tape, weight_hh: Array, transposed: bool, **constants: bool) -> Pass:
+        cell, (N, H) = tape.cell, tape.h.shape[1:]
+        choice = self.choice(cell, H, N, tape.precision, transposed)
+        if choice is None:
+            where = "one SM" if self.alone else "this GPU"
+            raise ValueError(
+                f"executor {self.name!r}: weight_hh of {cell.name} with {H} units does not fit {where} in "
+                f"{tape.precision}; 'step' runs every size"
+            )
+        return Pass.prepare(choice, factory, tape, weight_hh, transposed, **constants)
 
 
 RESIDENT, PERSISTENT = OnChip("resident", True), OnChip("persistent", False)
@@ -101,72 +111,7 @@ def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> str:
     return min((cycles, name) for name, cycles in costs.items() if cycles is not None)[1]
 
 
-class _Run(NamedTuple):
-    """A kernel, weight_hh in the order in which it reads it, and how the batch is spread over its blocks."""
-
-    kernel: Launcher
-    packed: Array
-    choice: Choice
-    N: int
-    mail: int  # 32-bit words of a group
-
-    @classmethod
-    def of(
-        cls, executor: OnChip, factory: Any, tape: Tape, weight_hh: Array, transposed: bool, **constants: bool
-    ) -> "_Run":
-        cell, (N, H) = tape.cell, tape.h.shape[1:]
-        choice = executor.choice(cell, H, N, tape.precision, transposed)
-        if choice is None:
-            where = "one SM" if executor.alone else "this GPU"
-            raise ValueError(
-                f"executor {executor.name!r}: weight_hh of {cell.name} with {H} units does not fit {where} in "
-                f"{tape.precision}; 'step' runs every size"
-            )
-        kernel, choice = _fitted(factory, cell, H, choice, transposed, device.chip(), tuple(constants.items()))
-        shape = Shape(H, cell.gates, transposed, choice.blocks)
-        words = tiles.packed_words(shape, choice.tile)
-        packed = backend.xp.empty(words, np.uint32 if isinstance(choice.tile, Mma) else np.float32)
-        pack = device.kernel(packing.pack, shape=shape, tile=choice.tile)
-        pack(device.grid(words, packing.THREADS), weight_hh.data.ptr, packed.data.ptr)
-        return cls(kernel, packed, choice, N, exchange.mail_words(choice.exchange, shape, choice.tile))
-
-    def __call__(self, arrays: tuple[Array, ...], before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
-        """Launches: arrays, then `before`, the first row, `after`.  As many groups at a time as can wait for each other."""
-        rows, blocks = self.choice.tile.rows, self.choice.blocks
-        groups = device.grid(self.N, rows)
-        running = self.kernel.resident_blocks // blocks if self.kernel.kernel.cooperative else groups
-        at_once = max(1, running)  # where not even one group runs at once, the launch says so
-        pointers = [array.data.ptr for array in (self.packed, *arrays)]
-        for group in range(0, groups, at_once):
-            count = min(at_once, groups - group)
-            mail = backend.xp.full(max(1, count * self.mail), exchange.beginning(self.choice.exchange), np.uint32)
-            given_up = faults.record().data.ptr
-            self.kernel(count * blocks, *pointers, mail.data.ptr, given_up, *before, group * rows, *after)
-
-
 @functools.lru_cache(maxsize=4096)
 def _choice(cell: Cell, H: int, N: int, precision: str, transposed: bool, alone: bool, chip: Chip) -> Choice | None:
-    return plan.best(H, cell.gates, transposed, N, precision, registers(cell, transposed), chip, alone)
-
-
-def registers(cell: Cell, transposed: bool) -> int:
-    """Of one (unit, batch row) pair, beside the weights."""
-    trace, G, S, P = cell.trace, cell.gates, cell.states, len(cell.params)
-    kept, start = len(trace.kept), trace.x_start
-    if transposed:
-        return kept + 2 * S + 1 + G + start + S + 2 * P + 4
-    return G + start + S + P + G + max(G, S + kept) + 4
-
-
-@functools.lru_cache(maxsize=512)
-def _fitted(
-    factory: Any, cell: Cell, H: int, choice: Choice, transposed: bool, chip: Chip, constants: tuple
-) -> tuple[Launcher, Choice]:
-    """Built with fewer weights in registers where a cell needs more of them than the plan thought."""
-    shape = Shape(H, cell.gates, transposed, choice.blocks)
-    for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip):
-        options = {"H": H, "tile": tile, "blocks": choice.blocks, "exchange": choice.exchange, **dict(constants)}
-        kernel = device.kernel(factory, cell.trace, **options)
-        if not kernel.kernel.spilled:
-            break
-    return kernel, choice._replace(tile=tile)
+    """The fastest that was measured on this GPU, or the cheapest by the plan's model."""
+    return tuning.choice(tuning.Question(cell, H, N, precision, transposed, alone), chip)

@@ -1,0 +1,38 @@
+"""`python -m bench tune`: on a GPU, the plan's candidates for each case measured, the fastest kept for later processes.
+
+What the model predicted stands beside each time; see `gpurnn.executors.tuning`.
+"""
+
+import argparse
+
+from bench import cases
+from gpurnn import backend
+from gpurnn.cells import CELLS
+from gpurnn.executors import device, tuning
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group", action="append", choices=sorted(cases.GROUPS), help="cases of this group; repeatable"
+    )
+    parser.add_argument("--case", help="cases whose names match this pattern, as in a shell")
+
+
+def main(options: argparse.Namespace) -> int:
+    if backend.name != "cuda":
+        raise ValueError(f"expected the cuda backend, got {backend.name}: {backend.reason}")
+    chip = device.chip()
+    print("| case | direction | how | predicted us | measured us |")
+    print("|---" * 5 + "|")
+    for case in cases.select(options.group, options.case, "cuda"):
+        cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
+        for alone in (True, False) if case.heads == 1 else ():
+            for transposed in (False, True):
+                question = tuning.Question(cell, case.H, case.N, case.dtype, transposed, alone)
+                measured = tuning.tune(question, chip) if tuning.choices(question, chip) else []
+                for choice, microseconds in measured:
+                    how = f"{choice.blocks} SMs a group, {choice.tile}, {choice.exchange}"
+                    predicted = 1e6 * choice.cost.cycles / chip.clock
+                    direction = "backward" if transposed else "forward"
+                    print(f"| {case.name} | {direction} | {how} | {predicted:.2f} | {microseconds:.2f} |", flush=True)
+    return 0

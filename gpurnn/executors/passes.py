@@ -1,0 +1,67 @@
+"""One pass through time by a persistent kernel: built, its weights packed, and launched for all rows of a batch."""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpurnn import backend, faults
+from gpurnn.cells import Cell
+from gpurnn.executors import device
+from gpurnn.executors.device import Array, Tape
+from gpurnn.kernels import exchange, packing, plan, tiles
+from gpurnn.kernels.launch import Launcher
+from gpurnn.kernels.plan import Chip, Choice
+from gpurnn.kernels.tiles import Mma, Shape
+
+
+class Pass(NamedTuple):
+    """A kernel, weight_hh in the order in which it reads it, and how the batch is spread over its blocks."""
+
+    kernel: Launcher
+    packed: Array
+    choice: Choice
+    N: int
+    mail: int  # 32-bit words of a group
+
+    @classmethod
+    def prepare(
+        cls, choice: Choice, factory: Any, tape: Tape, weight_hh: Array, transposed: bool, **constants: bool
+    ) -> "Pass":
+        cell, (N, H) = tape.cell, tape.h.shape[1:]
+        kernel, choice = _fitted(factory, cell, H, choice, transposed, device.chip(), tuple(constants.items()))
+        shape = Shape(H, cell.gates, transposed, choice.blocks)
+        words = tiles.packed_words(shape, choice.tile)
+        packed = backend.xp.empty(words, np.uint32 if isinstance(choice.tile, Mma) else np.float32)
+        pack = device.kernel(packing.pack, shape=shape, tile=choice.tile)
+        pack(device.grid(words, packing.THREADS), weight_hh.data.ptr, packed.data.ptr)
+        return cls(kernel, packed, choice, N, exchange.mail_words(choice.exchange, shape, choice.tile))
+
+    def __call__(self, arrays: tuple[Array, ...], before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+        """Launches: arrays, then `before`, the first row, `after`.  As many groups at a time as can wait for each other."""
+        rows, blocks = self.choice.tile.rows, self.choice.blocks
+        groups = device.grid(self.N, rows)
+        running = self.kernel.resident_blocks // blocks if self.kernel.kernel.cooperative else groups
+        at_once = max(1, running)  # where not even one group runs at once, the launch says so
+        pointers = [array.data.ptr for array in (self.packed, *arrays)]
+        for group in range(0, groups, at_once):
+            count = min(at_once, groups - group)
+            mail = backend.xp.full(max(1, count * self.mail), exchange.beginning(self.choice.exchange), np.uint32)
+            given_up = faults.record().data.ptr
+            self.kernel(count * blocks, *pointers, mail.data.ptr, given_up, *before, group * rows, *after)
+
+
+@functools.lru_cache(maxsize=512)
+def _fitted(
+    factory: Any, cell: Cell, H: int, choice: Choice, transposed: bool, chip: Chip, constants: tuple
+) -> tuple[Launcher, Choice]:
+    """Built with fewer weights in registers where a cell needs more of them than the plan thought."""
+    shape = Shape(H, cell.gates, transposed, choice.blocks)
+    built: dict[int, tuple[Launcher, Choice]] = {}  # by what it spills
+    for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip):
+        options = {"H": H, "tile": tile, "blocks": choice.blocks, "exchange": choice.exchange, **dict(constants)}
+        kernel = device.kernel(factory, cell.trace, **options)
+        built.setdefault(kernel.kernel.spilled, (kernel, choice._replace(tile=tile)))
+        if not kernel.kernel.spilled:
+            break
+    return built[min(built)]
