@@ -131,7 +131,7 @@ def forward(trace, *, H, tile, blocks, exchange, training):
             for k in range(GIVEN):
                 biases[p * GIVEN + k] = bias[k * H + u]
             for s in range(S):
-                values[p * S + s] = state[s * N * H + state_at[p]]
+                values[p * S + s] = state[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
             for k in range(P):
                 own[p * P + k] = params[k * H + u]
             for g in range(G):
@@ -311,7 +311,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
             if owner:
                 for g in range(G):
                     for p in range(PAIRS):
-                        outgoing[p] = written[p * WRITTEN + g]
+                        # padding has no gradient; what the cell makes of nothing may be NaN, which 0 weights do not stop
+                        outgoing[p] = written[p * WRITTEN + g] if length[p] > 0 else f32(0)
                     for k in range(SENT):
                         send(mail, vector, spot[k], g * WIDTH, i, word(outgoing, k))
             for p in range(PAIRS):

@@ -40,7 +40,7 @@ def test_a_budget_is_steps_unless_minutes_are_given():
         ({"data": 7}, "data: expected a text, got 7"),
         ({"nonlinearity": "relu"}, "only the cell rnn has a choice"),
         ({"momentum": 0.9}, "adam has its own"),
-        ({"precision": "half"}, "precision: expected one of float32, bfloat16, got 'half'"),
+        ({"precision": "half"}, "precision: expected one of float32, tf32, bfloat16, float16, got 'half'"),
         ({"precision": "bfloat16", "dtype": "float64"}, "precision: expected float32 for dtype float64"),
         ({"seed": 2**63}, "expected a number up to"),
     ],

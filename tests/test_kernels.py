@@ -4,7 +4,7 @@ Every launch is also checked for bounds, alignment, races between threads and bl
 memory that nobody wrote; `tests/ptx` says how.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 import gpurnn
 from gpurnn import backend, checkpoint, executors
-from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, Cell, exp
 from gpurnn.config import TrainConfig
 from gpurnn.data import load_corpus
 from gpurnn.executors import on_chip
@@ -322,6 +322,46 @@ def test_a_row_s_nan_stays_in_its_row():
 
 
 LARGEST = ((RNN, "float32", 288), (RNN, "bfloat16", 320), (GRU_CELL, "bfloat16", 192), (LSTM_CELL, "float32", 136))
+
+
+def _dividing():
+    """Its backward makes NaN of nothing but zeros, as padding has them."""
+
+    def forward(x, r, state, params):
+        return (exp(0.1 * (x[0] + r[0])),), ()
+
+    def backward(dnext, saved, state, next_state, params):
+        da = 0.1 * dnext[0] * next_state[0] * next_state[0] / next_state[0]
+        return (da,), (da,), (0,), ()
+
+    return Cell("dividing", 1, 1, forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("tile", "blocks", "kind"),
+    [
+        (Ffma(2, 4, 2, 1), 1, "alone"),
+        (Ffma(2, 4, 2, 1), 2, "flagged"),
+        (Mma("bfloat16", 2, 1, 8, 0), 2, "clustered"),
+    ],
+    ids=str,
+)
+def test_padding_reaches_no_unit(tile, blocks, kind):
+    with forced(tile, blocks, kind):
+        compare(_dividing(), (3, 3, 2, 35), "persistent", kind_of(tile), inference=False)
+
+
+def test_an_infinite_initial_state_stays_where_it_is():
+    state = np.zeros((1, 3, 35), np.float32)
+    state[0, 1, 34] = np.inf
+    outputs = {}
+    for name, context in (("numpy", nullcontext()), ("resident", interpreted())):
+        with context, forced(Ffma(2, 4, 2, 1), 1, "alone"):
+            layer = gpurnn.RNN(2, 35, rng=1, executor=name)
+            outputs[name] = backend.to_numpy(
+                layer(backend.xp.ones((3, 3, 2), np.float32), backend.xp.asarray(state))[0]
+            )
+    np.testing.assert_allclose(outputs["resident"], outputs["numpy"], rtol=1e-5, atol=1e-6)
 
 
 def test_the_choice_and_its_limits():

@@ -16,6 +16,8 @@ from gpurnn.kernels.launch import Launcher
 KERNEL = build.Kernel(
     "gpurnn_tried", b"\x7fELF machine code", 3, threads=64, shared=0, static_shared=0, registers=40, spilled=0
 )
+WAITING = KERNEL._replace(cooperative=True)
+CLUSTERED = KERNEL._replace(cluster=4, shared=1 << 17)
 SMS = 132
 tools = pytest.mark.skipif(
     importlib.util.find_spec("numba_cuda") is None,
@@ -31,7 +33,7 @@ class Machine:
 
     def __init__(self):
         self.asked = []
-        self.blocks_per_sm, self.stream, self.code = 2, 0, "CUDA_SUCCESS"
+        self.blocks_per_sm, self.clusters, self.stream, self.code = 2, 30, 0, "CUDA_SUCCESS"
 
     def note(self, what, answer=None):
         def asked(*arguments, **named):
@@ -45,7 +47,9 @@ class Machine:
 
     def modules(self):
         find = self.note("occupancy", lambda threads, shared: self.blocks_per_sm)
-        entry = SimpleNamespace(occupancy=SimpleNamespace(max_active_blocks_per_multiprocessor=find), handle="handle")
+        count = self.note("clusters", lambda config, *, stream: self.clusters)
+        occupancy = SimpleNamespace(max_active_blocks_per_multiprocessor=find, max_active_clusters=count)
+        entry = SimpleNamespace(occupancy=occupancy, handle="handle")
         code = SimpleNamespace(get_kernel=self.note("kernel", entry))
         properties = SimpleNamespace(multiprocessor_count=SMS)
         device = SimpleNamespace(name="Imaginary GPU", properties=properties, set_current=self.note("current"))
@@ -127,8 +131,8 @@ def test_a_wrong_number_of_arguments_is_not_launched(machine, given):
 
 
 def test_a_cooperative_launch_of_too_many_blocks_raises_before_it(machine):
-    launcher = Launcher(KERNEL, cooperative=True)
-    assert launcher.resident_blocks == 2 * SMS
+    launcher = Launcher(WAITING)
+    assert launcher.resident_blocks == 2 * SMS and not machine.of("clusters")
     launcher(2 * SMS, 0, 0, 0)
     assert machine.of("launch")[0][1]["is_cooperative"] is True
     with pytest.raises(RuntimeError, match=f"gpurnn_tried: {2 * SMS + 1} blocks .* only {2 * SMS} run at once"):
@@ -138,12 +142,49 @@ def test_a_cooperative_launch_of_too_many_blocks_raises_before_it(machine):
     assert len(machine.of("launch")) == 2, "blocks that do not wait for each other may be as many as they like"
 
 
+def test_a_launch_of_clusters_counts_them_instead_of_blocks(machine):
+    launcher = Launcher(CLUSTERED)
+    launcher(12, 0, 0, 0)
+    (stream, config, *_), options = machine.of("launch")[0], {"block": 64, "shmem_size": 1 << 17, "cluster": 4}
+    assert config == {"grid": 3, **options}, "of clusters; CUDA refuses one that is cooperative as well"
+    assert stream == "stream 1" and len(machine.of("launch")) == 1
+
+
+def test_how_many_clusters_run_at_once_is_asked_of_the_device(machine):
+    machine.stream = 1 << 33
+    assert Launcher(CLUSTERED).resident_blocks == 4 * 30
+    (asked,) = machine.of("clusters")
+    assert asked == ({"grid": 1, "block": 64, "shmem_size": 1 << 17, "cluster": 4}, f"stream {1 << 33}")
+    assert [entry[0] for entry in machine.asked].index("attribute") < [entry[0] for entry in machine.asked].index(
+        "clusters"
+    )
+    assert not machine.of("occupancy"), "blocks for themselves may lie where no cluster can"
+
+
+def test_more_clusters_than_run_at_once_are_launched(machine):
+    """Blocks wait for their own cluster only, which runs as a whole or not at all."""
+    machine.clusters = 1
+    Launcher(CLUSTERED)(400, 0, 0, 0)
+    assert machine.of("launch")[0][1]["grid"] == 100
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 5, 11])
+def test_half_a_cluster_is_not_launched(machine, blocks):
+    launcher = Launcher(CLUSTERED)
+    with pytest.raises(RuntimeError, match=f"^gpurnn_tried: expected whole clusters of 4 blocks, got {blocks}$"):
+        launcher(blocks, 0, 0, 0)
+    assert not machine.of("launch")
+
+
 def test_a_kernel_of_which_no_block_fits_is_refused_with_its_numbers(machine):
     machine.blocks_per_sm = 0
     kernel = KERNEL._replace(threads=512, registers=200, shared=9000, static_shared=70)
-    message = "gpurnn_tried: no block fits an SM of Imaginary GPU: 512 threads of 200 registers and 9070 bytes of shared memory"
-    with pytest.raises(RuntimeError, match=message):
+    numbers = "512 threads of 200 registers and 9070 bytes of shared memory"
+    with pytest.raises(RuntimeError, match=f"^gpurnn_tried: no block fits Imaginary GPU: {numbers}$"):
         Launcher(kernel)
+    machine.clusters = 0
+    with pytest.raises(RuntimeError, match=f"^gpurnn_tried: no cluster of 8 blocks fits Imaginary GPU: {numbers}$"):
+        Launcher(kernel._replace(cluster=8))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +225,10 @@ def other(trace, *, factor):
     return scaling(trace, factor=factor)
 
 
+def waiting(trace, *, cluster, cooperative):
+    return scaling(trace, factor=2)._replace(cluster=cluster, cooperative=cooperative)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path
@@ -214,6 +259,32 @@ def test_a_kernel_is_compiled_once_and_then_read(folder, monkeypatch):
 
 
 @tools
+@pytest.mark.parametrize(("cluster", "cooperative"), [(1, False), (1, True), (4, False)])
+def test_how_a_kernel_is_launched_is_kept_with_its_code(folder, monkeypatch, cluster, cooperative):
+    recipe = build.recipe(waiting, cluster=cluster, cooperative=cooperative)
+    built = build.build(recipe, (9, 0), folder)
+    monkeypatch.setattr(build, "ptx", None)
+    for kernel in (built, build.build(recipe, (9, 0), folder)):
+        assert (kernel.cluster, kernel.cooperative) == (cluster, cooperative)
+
+
+@tools
+@pytest.mark.parametrize(
+    ("exchange", "blocks", "cluster", "cooperative"),
+    [("alone", 1, 1, False), ("flagged", 2, 1, True), ("counted", 3, 1, True), ("clustered", 4, 4, False)],
+)
+def test_blocks_that_wait_for_each_other_are_launched_together(exchange, blocks, cluster, cooperative):
+    from gpurnn.kernels import persistent
+    from gpurnn.kernels.tiles import Ffma
+
+    options = {"H": 20, "tile": Ffma(1, 4, 2, 1), "blocks": blocks, "exchange": exchange}
+    forward = persistent.forward(LSTM_CELL.trace, **options, training=True)
+    backward = persistent.backward(LSTM_CELL.trace, **options, clip=False)
+    for source in (forward, backward):
+        assert (source.cluster, source.cooperative) == (cluster, cooperative)
+
+
+@tools
 def test_whatever_decides_the_code_is_another_file(folder, compilations, monkeypatch):
     def build_all():
         for recipe, capability in (
@@ -231,11 +302,11 @@ def test_whatever_decides_the_code_is_another_file(folder, compilations, monkeyp
     assert len(list(folder.iterdir())) == len(compilations) == 7
     build_all()
     assert len(compilations) == 7
-    build._environment.cache_clear()
+    build.environment.cache_clear()
     monkeypatch.setattr(build, "_version", lambda tool: "another")
     build.build(build.recipe(scaling, factor=2), (9, 0), folder)
     monkeypatch.undo()
-    build._environment.cache_clear()
+    build.environment.cache_clear()
     assert len(list(folder.iterdir())) == 8, "a tool of another version writes other code"
 
 

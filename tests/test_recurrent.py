@@ -397,7 +397,7 @@ def test_layers_can_be_copied(make):
         ({"dtype": "bfloat16"}, "dtype: expected float32 or float64, got 'bfloat16'"),
         ({"dtype": complex}, "dtype: expected float32 or float64, got complex128"),
         ({"executor": "gpu"}, "executor: expected one of compiled, numpy on the numpy backend, got 'gpu'"),
-        ({"precision": "half"}, "precision: expected one of float32, bfloat16, got 'half'"),
+        ({"precision": "half"}, "precision: expected one of float32, tf32, bfloat16, float16, got 'half'"),
         ({"precision": "bfloat16", "dtype": "float64"}, "precision: expected float32 for a layer of float64"),
         ({"rng": -1}, "rng: expected a seed, a numpy.random.Generator or None, got -1"),
     ],

@@ -136,8 +136,9 @@ def ordered_weight_hh(cell: Cell, weights: Weights) -> Array:
 
 
 def with_unit_stride(dy: Array) -> Array:
-    """dy as kernels read it, unit by unit; steps and rows may stand anywhere."""
-    return dy if dy.strides[-1] == dy.itemsize else backend.xp.ascontiguousarray(dy)
+    """dy as kernels read it, unit by unit; steps and rows may stand anywhere, a step's rows within 2^31 values."""
+    near = dy.shape[1] * dy.strides[1] < dy.itemsize << 31
+    return dy if dy.strides[-1] == dy.itemsize and near else backend.xp.ascontiguousarray(dy)
 
 
 def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:

@@ -1,0 +1,199 @@
+"""Plants bugs in the CUDA kernels and runs a small training step on them: for `test_kernel_mutants`, `test_exchange_mutants`.
+
+A mutant is an edit of a kernel's source.  Its kernel takes the place of the library's in the executor that launches it,
+and the step goes through the PTX interpreter, which must refuse it or come out with wrong numbers.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import gpurnn.kernels
+from gpurnn.cells import Cell, sigmoid, tanh
+from gpurnn.executors import device, numpy_loop, on_chip, passes, step
+from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.kernels import plan, tiles
+from gpurnn.kernels.tiles import Tile
+from tests import fake_cupy
+from tests.interpreted import interpreted, reference
+
+I = 3
+CLIP = 0.5  # less than many of the gradients
+FOLDER = Path(gpurnn.kernels.__path__[0])
+TOLERANCES = {"float32": 2e-6, "tf32": 4e-3, "bfloat16": 4e-2}  # of every result, as a fraction of its largest value
+
+
+def cell_forward(x, r, state, params):
+    z = sigmoid(x[0] + r[0] + params[0] * state[1])
+    n = tanh(x[1] + z * r[1])
+    c = z * state[1] + (1 - z) * n
+    m = n * params[1] + 0.5 * state[2]
+    return (c + tanh(m), c, m), (z, n, r[1])
+
+
+def cell_backward(dnext, saved, state, next_state, params):
+    z, n, r = saved
+    tanh_m = tanh(next_state[2])
+    dm = dnext[2] + dnext[0] * (1 - tanh_m * tanh_m)
+    dc = dnext[1] + dnext[0]
+    dn = (dc * (1 - z) + dm * params[1]) * (1 - n * n)
+    dz = (dc * (state[1] - n) + dn * r) * z * (1 - z)
+    return (dz, dn), (dz, dn * z), (0, dc * z + dz * params[0], 0.5 * dm), (dz * state[1], dm * n)
+
+
+# One gate is split and one is not, states and parameters are several: every stride in a kernel matters.
+CELL = Cell("every_stride", 2, 3, cell_forward, cell_backward, params=("w_c", "w_m"))
+
+
+class Wrong(Exception):
+    """Nothing was refused, but a result is further from NumPy's than TOLERANCES allows."""
+
+
+class Case(NamedTuple):
+    """lengths: of the rows, longest first.  tiles: forward and back; None: the executor `step`.
+
+    training: if not, in pieces of two steps.  back: whether to go back as well; bugs of what both directions share are
+    planted in the last one.  running: blocks at once.  seed: of a random order of warps.
+    """
+
+    lengths: tuple[int, ...]
+    tiles: tuple[Tile, Tile] | None = None
+    blocks: int = 1
+    exchange: str = "alone"
+    reverse: bool = False
+    training: bool = True
+    back: bool = True
+    cell: Cell = CELL
+    H: int = 35
+    running: int = 132
+    seed: int | None = None
+
+    @property
+    def precision(self) -> str:
+        return getattr(self.tiles[0], "kind", "float32") if self.tiles else "float32"
+
+
+class Problem(NamedTuple):
+    """float32 arrays.  x is 0 and dy NaN behind each row's end; dy stands in rows of H + 3."""
+
+    x: np.ndarray
+    dy: np.ndarray
+    state: tuple[np.ndarray, ...]
+    dstate: tuple[np.ndarray, ...]
+    weights: Weights
+    rows: np.ndarray
+
+
+def problem(case) -> Problem:
+    rng, T, N, H = np.random.default_rng(7), case.lengths[0], len(case.lengths), case.H
+    G, S, P = case.cell.gates, case.cell.states, len(case.cell.params)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype("f4")
+
+    padding = np.arange(T)[:, None] >= np.array(case.lengths)
+    x, dy = draw(T, N, I), draw(T, N, H + 3)
+    x[padding], dy[padding] = 0, np.nan
+    scale = np.float32(H**-0.5)
+    weights = Weights(draw(G * H, I), draw(G * H, H) * scale, draw(G * H), draw(G * H), tuple(draw(P, H)))
+    return Problem(x, dy, tuple(draw(S, N, H)), tuple(draw(S, N, H)), weights, (~padding).sum(1))
+
+
+def training_step(engine, case, precision, put):
+    """Every result of a pass forward and a pass back, by name, in float64.  put: host array -> the engine's."""
+    given, T = problem(case), case.lengths[0]
+    *matrices, params = given.weights
+    weights = Weights(*map(put, matrices), tuple(map(put, params)))
+    state, dstate, dy = tuple(map(put, given.state)), tuple(map(put, given.dstate)), put(given.dy)[:, :, : case.H]
+    arguments = case.cell, put(given.x), weights, state, given.rows, case.reverse, case.training, precision
+    states, tape = engine.forward(*arguments)
+    found = {"y": (states.h[:T] if case.reverse else states.h[1:],), "final states": states.final}
+    if case.training and case.back:
+        grads = Weights(*(put(0 * part) for part in matrices), tuple(put(0 * part) for part in params))
+        dx, dinitial = engine.backward(tape, dy, dstate, grads, Backward(clip=CLIP))
+        found |= {"dx": (dx,), "dinitial states": dinitial, "dparams": grads.params}
+        found |= {f"d{name}": (getattr(grads, name),) for name in Weights._fields[:-1]}
+    return {name: np.stack([reference(part) for part in parts]) for name, parts in found.items() if parts}
+
+
+@functools.cache
+def expected(case):
+    return training_step(numpy_loop, case, "float32", lambda array: array.astype("f8"))
+
+
+def run(case, seed=None):
+    """`training_step` on the interpreted kernels.  seed: where the case has none.  Raises PtxError."""
+    seed = seed if case.seed is None else case.seed
+    with interpreted(seed=seed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.interpreted.RUNNING", case.running)
+        slots = case.cell.trace.slots * len(case.lengths) * case.H
+        patch.setattr(device, "INFERENCE_BYTES", 2 * 4 * slots)
+        patch.setattr(on_chip.OnChip, "choice", lambda *given: _choice(case, transposed=given[-1]))
+        passes._fitted.cache_clear()  # it remembers launchers, which know how many blocks run at once
+        return training_step(on_chip.PERSISTENT if case.tiles else step, case, case.precision, fake_cupy.asarray)
+
+
+def check(case, seed=None):
+    """Raises PtxError or Wrong."""
+    found = run(case, seed)
+    for name, want in expected(case).items():
+        error = np.abs(found[name] - want).max() / np.abs(want).max()
+        if not error <= TOLERANCES[case.precision]:  # nor is NaN
+            raise Wrong(f"{name}: off by {error:.1e}")
+
+
+def _choice(case, transposed):
+    return plan.Choice(case.tiles[transposed], case.blocks, case.exchange, plan.Cost(1.0, 1.0, 1.0, 1))
+
+
+def mutated(name, function, edits):
+    """kernels/`name`.py as a module of its own, edited within one top-level function, or anywhere where that is ""."""
+    path = FOLDER / f"{name}.py"
+    before, start, rest = path.read_text().partition(f"\ndef {function}(" if function else "\n")
+    body, end, after = rest.partition("\ndef ") if function else (rest, "", "")
+    for old, new in edits:
+        assert body.count(old) == 1, f"{name}.{function} has {body.count(old)} times {old!r}"
+        body = body.replace(old, new)
+    spec = importlib.util.spec_from_loader(f"gpurnn.kernels.{name}", None, origin=str(path))
+    module = importlib.util.module_from_spec(spec)
+    exec(compile(before + start + body + end + after, path, "exec"), vars(module))
+    return module
+
+
+def plant(patch, case, where, edits):
+    """Lets the executors launch kernels that have the edits; the others stay, and need not be compiled again."""
+    name, function = where.split(".")
+    module = mutated(name, function, edits)
+    if name == "packing":
+        patch.setattr(passes, "packing", module)
+        return
+    kernel = module
+    if name in ("products", "exchange", "tiles"):
+        kernel = mutated("persistent", "", ())
+    if name == "products":
+        kernel.product = module.product
+    if name == "exchange":
+        kernel.exchanges = module
+        patch.setattr(passes, "exchange", module)
+    if name == "tiles":  # in its place, as many have imported it
+        patch.setattr(getattr(tiles, function), "__code__", getattr(module, function).__code__)
+    if function not in ("forward", "backward"):
+        function = "backward" if case.back and case.training else "forward"
+    host = step if name == "step" else on_chip
+    called = "step" if name == "step" else "persistent"
+    kernels = SimpleNamespace(**vars(getattr(host, called)))
+    setattr(kernels, function, getattr(kernel, function))
+    patch.setattr(host, called, kernels)
+
+
+def catch(monkeypatch, cases, mutant):
+    """mutant: case, where, what shows, (old, new) of each edit."""
+    case, where, error, *edits = mutant
+    plant(monkeypatch, cases[case], where, edits)
+    with pytest.raises(error):
+        check(cases[case])

@@ -1,0 +1,322 @@
+"""Bugs planted in what lets several blocks share weight_hh: how a group is spread out, and how its blocks wait.
+
+See `test_kernel_mutants`.  A wait that is missing shows as a race where nothing else orders the two accesses.  Where both
+are strong it shows as wrong numbers, and only if warps run in an order in which somebody comes too early: such cases have
+a seed.  So have races with one of a word's readers that is not its last, the only one known to the interpreter in global
+memory.
+"""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+
+import gpurnn
+from gpurnn.cells import CELLS
+from gpurnn.kernels.tiles import Ffma, Mma
+from tests import mutants
+from tests.interpreted import interpreted
+from tests.mutants import Case, Wrong, catch, check, plant, run
+from tests.ptx.errors import BarrierMisuse, Deadlock, OutOfBounds, PeerExited, Race, Uninitialised
+
+SMALL = {"cell": CELLS["rnn_identity"], "H": 13, "back": False}
+# Two groups, the second with one row of two.  A row of the vector is 16 words, and as many of padding; of 8 lanes two
+# own a pair.
+FFMA = (Ffma(units=1, lanes=8, rows=2, kept=1),) * 2
+MMA = (Mma("bfloat16", groups=2, split=1, rows=8, kept=1),) * 2
+SPLIT = (Mma("bfloat16", groups=2, split=8, rows=8, kept=1),) * 2  # more warps than pairs to keep
+SHORT, WIDE = (5, 4, 2), (4, 4, 3, 3, 3, 3, 2, 2, 1)
+CASES = {
+    "flagged": Case((16, 15, 14), FFMA, 2, "flagged", **SMALL),
+    "flagged long": Case((38, 37, 36), FFMA, 2, "flagged", seed=1, **SMALL),
+    "flagged back": Case(SHORT, FFMA, 2, "flagged"),
+    "flagged back at random": Case(SHORT, FFMA, 2, "flagged", seed=1),
+    "flagged mma": Case(WIDE, MMA, 2, "flagged", **SMALL | {"H": 35}),
+    "flagged mma back": Case(WIDE, MMA, 2, "flagged"),
+    "flagged split": Case(WIDE, SPLIT, 2, "flagged", **SMALL | {"H": 20}),
+    "odd shares": Case((5, 4), (Ffma(units=1, lanes=2, rows=2, kept=1),) * 2, 2, "flagged", **SMALL | {"H": 10}),
+    "flagged in turns": Case(SHORT, FFMA, 2, "flagged", running=3, **SMALL),
+    "flagged at random": Case(SHORT, FFMA, 2, "flagged", back=False, seed=1),
+    "many pieces": Case(
+        (3,) * 15 + (2,), (Ffma(units=1, lanes=1, rows=16, kept=1),) * 2, 9, "flagged", **SMALL | {"H": 72}
+    ),
+    "counted": Case(SHORT, FFMA, 2, "counted", **SMALL),
+    "counted at random": Case((12, 11, 10), FFMA, 2, "counted", seed=1, **SMALL),
+    "clustered": Case(SHORT, FFMA, 2, "clustered", **SMALL),
+    "clustered at random": Case((12, 11, 10), FFMA, 2, "clustered", seed=1, **SMALL),
+    "clustered mma": Case(WIDE, MMA, 3, "clustered", **SMALL | {"H": 35}),
+}
+
+
+def with_instruction(line, name, text, results, operands):
+    """The edit that gives a factory, from its first line on, an instruction of its own."""
+    made = f"{name} = instruction({name!r}, {text!r}, {results}, {operands})"
+    return line, f"from .ptx import instruction\n    {made}\n    {line}"
+
+
+WITH_RELAXED_ADD = with_instruction(
+    "GRAIN, SLOT, BLOCKS =", "add_release", "red.relaxed.gpu.global.add.u32 [$0], $1;", "()", "(u64, u32)"
+)
+WITH_RELAXED_ARRIVAL = with_instruction(
+    "BLOCKS, BYTES =", "mbarrier_arrive", "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [$0];", "()", "(u32,)"
+)
+WITH_RELAXED_WAIT = with_instruction(
+    "BLOCKS, BYTES =",
+    "mbarrier_passed",
+    "{ .reg .pred p; mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }",
+    "(u32,)",
+    "(u32, u32)",
+)
+
+# As in `test_kernel_mutants`.  The second table is for `-m slow`.
+# fmt: off
+MUTANTS = {
+    "flagged: no fence": ("flagged", "exchange._flagged", Race, ("fence()", "pass")),
+    "flagged: emptied a step too early": ("flagged", "exchange._flagged", Race,
+        ("range(2 * PERIOD + 1, 3 * PERIOD + 1)", "range(2 * PERIOD, 3 * PERIOD)")),
+    "flagged: an empty word is taken": ("flagged long", "exchange._collect", Race,
+        ("missing |= words[k] == u32(EMPTY)", "pass")),
+    "flagged: no barrier behind the vector": ("flagged", "exchange._flagged", Race, ("cuda.syncthreads()", "pass")),
+    "flagged: one buffer, always": ("flagged", "exchange.buffers", Race,
+        ('"flagged": free_when_done', '"flagged": True')),
+    "counted: no barrier before the count": ("counted", "exchange._counted", Race,
+        ("cuda.syncthreads()  # what", "# what")),
+    "counted: relaxed count": ("counted", "exchange._counted", Race, WITH_RELAXED_ADD),
+    "counted: no fence": ("counted", "exchange._counted", Race, ("            fence()\n", "")),
+    "clustered: nobody says that the vector is free": ("clustered", "exchange._clustered", Race,
+        ("gate(vector, 0), u32(BLOCKS + 1)", "gate(vector, 0), u32(1)"),
+        ("gate(vector, 1), u32(BLOCKS + 1)", "gate(vector, 1), u32(1)"),
+        ("mbarrier_arrive(of_block(gate(vector, step), u32(cuda.threadIdx.x)))", "pass")),
+    "clustered: no barrier before arrivals": ("clustered", "exchange._clustered", Race,
+        ("cuda.syncthreads()  # nobody", "# nobody")),
+    "clustered: wrong parity": ("clustered", "exchange._clustered", Deadlock, ("u32(step >> 1 & 1)", "u32(step & 1)")),
+    "group: one mail for all": ("flagged", "persistent.forward", Race,
+        ("advance(mail, group * MAIL)", "advance(mail, 0)")),
+    "group: x of others' pairs loaded": ("flagged at random", "persistent.forward", Race,
+        ("if length[p] > 0:  # the slots", "if True:  # the slots")),
+}
+MORE_MUTANTS = {
+    "flagged: words sent by plain stores": ("flagged", "exchange._flagged", Race,
+        ("store_relaxed_u(address", "store_global_u(address")),
+    "flagged: polled by plain loads": ("flagged", "exchange._flagged", Race,
+        ("collect = _collect(shape, tile, load_relaxed_4u, True)",
+         "collect = _collect(shape, tile, load_global_4u, True)")),
+    "flagged: half of the fences": ("flagged", "exchange._flagged", Race,
+        ("if step % PERIOD == 0:\n            fence", "if step % (2 * PERIOD) == 0:\n            fence")),
+    "flagged: never emptied": ("flagged long", "exchange._flagged", Wrong, ("step >= 3 * PERIOD", "step < 0")),
+    "flagged: emptied a period too early": ("flagged", "exchange._flagged", Race,
+        ("range(2 * PERIOD + 1, 3 * PERIOD + 1)", "range(PERIOD + 1, 2 * PERIOD + 1)")),
+    "flagged: the first words are not emptied": ("flagged long", "exchange._flagged", Wrong,
+        ("step >= 3 * PERIOD", "step > 3 * PERIOD")),
+    "flagged: every other period is emptied": ("flagged long", "exchange._flagged", Wrong,
+        ("step % PERIOD == 0 and", "step % (2 * PERIOD) == 0 and")),
+    "flagged: three of four steps are emptied": ("flagged long", "exchange._flagged", Wrong,
+        ("range(2 * PERIOD + 1, 3 * PERIOD + 1)", "range(2 * PERIOD + 2, 3 * PERIOD + 1)")),
+    "flagged: one full word is enough": ("flagged long", "exchange._collect", Wrong, ("missing |=", "missing =")),
+    "flagged: half as many slots are written": ("flagged long", "exchange._flagged", Deadlock,
+        ("full = u32(NUMBERLESS)", "step = step & SLOTS // 2 - 1\n        full = u32(NUMBERLESS)")),
+    "flagged: a quarter of the slots": ("flagged", "exchange.", Race,
+        ("SLOTS, PERIOD = 32, 4", "SLOTS, PERIOD = 8, 4")),
+    "flagged: waits for the next slot": ("flagged", "exchange._flagged", Deadlock,
+        ("global_address(mail, 0) + u64((step & SLOTS - 1) * SLOT)\n        collect",
+         "global_address(mail, 0) + u64((step + 1 & SLOTS - 1) * SLOT)\n        collect")),
+    "flagged: collected into the buffer that is read": ("flagged mma", "exchange._flagged", Race,
+        ("(step + 1 & BUFFERS - 1)", "(step & BUFFERS - 1)")),
+    "flagged: one buffer for unsplit tensor cores": ("flagged mma", "products.mma", Race, ("SPLIT > 1)", "True)")),
+    "flagged: one buffer for exact products": ("flagged", "products.ffma", Race,
+        ("multiply, False)", "multiply, True)")),
+    "flagged: second buffer not zeroed": ("flagged", "persistent.forward", Uninitialised,
+        ("store_shared_u(u32(vector + k), u32(0))", "pass")),
+    "flagged: one slot of mail for a group": ("flagged", "exchange.mail_words", OutOfBounds,
+        ("SLOTS * words", "words")),
+    "flagged: mail begins as zeros": ("flagged long", "exchange.beginning", Race,
+        ('EMPTY if kind == "flagged" else 0', "0")),
+    "flagged: a row's words among another's": ("flagged", "exchange._in_global", Deadlock,
+        ("row * WORDS", "row * (WORDS - 1)")),
+    "flagged: half words counted as words": ("flagged mma", "exchange._in_global", Deadlock, ("k // GRAIN", "k")),
+    "flagged: a part's words elsewhere": ("flagged mma back", "exchange._flagged", Deadlock,
+        ("k // GRAIN * 4", "k * 4")),
+    "collect: rows without their padding": ("flagged", "exchange._collect", Wrong,
+        ("row * u32(ROW)", "row * u32(QUARTER * 16)")),
+    "collect: a piece too many is stored": ("flagged", "exchange._collect", OutOfBounds,
+        ("piece < u32(PIECES)", "piece <= u32(PIECES)")),
+    "collect: a piece too many is loaded": ("flagged", "exchange._collect", Deadlock,
+        ("u32(PIECES - 1)", "u32(PIECES)")),
+    "collect: only what is loaded at once": ("many pieces", "exchange._collect", Wrong,
+        ("range(0, PIECES, THREADS * AT_ONCE)", "range(0, 1, THREADS * AT_ONCE)")),
+    "counted: no barrier behind the wait": ("counted", "exchange._counted", Race,
+        ("cuda.syncthreads()\n        collect", "collect")),
+    "counted: no barrier behind the vector": ("counted", "exchange._counted", Race,
+        ("fault)\n        cuda.syncthreads()\n", "fault)\n")),
+    "counted: waits for one block less": ("counted at random", "exchange._counted", Race,
+        ("(step + 1) * BLOCKS", "(step + 1) * BLOCKS - 1")),
+    "counted: waits for one block more": ("counted", "exchange._counted", Deadlock,
+        ("(step + 1) * BLOCKS", "(step + 1) * BLOCKS + 1")),
+    "counted: waits for the step before": ("counted at random", "exchange._counted", Race,
+        ("(step + 1) * BLOCKS", "step * BLOCKS")),
+    "counted: every thread counts": ("counted at random", "exchange._counted", Race,
+        ("cuda.threadIdx.x == 0", "cuda.threadIdx.x >= 0")),
+    "counted: one slot": ("counted", "exchange._counted", Race, ("(step & 1) * SLOT + k", "k"),
+        ("(step & 1) * SLOT)", "0)")),
+    "counted: sent to the other slot": ("counted", "exchange._counted", Race,
+        ("(step & 1) * SLOT + k", "(step + 1 & 1) * SLOT + k")),
+    "counted: words where the counter is": ("counted", "exchange._counted", Race,
+        ("global_address(mail, LINE) + u64(spot)", "global_address(mail, 0) + u64(spot)"),
+        ("global_address(mail, LINE) + u64((step", "global_address(mail, 0) + u64((step")),
+    "counted: collected from the counter on": ("counted", "exchange._counted", Race,
+        ("global_address(mail, LINE) + u64((step", "global_address(mail, 0) + u64((step")),
+    "counted: no room for the counter": ("counted", "exchange.mail_words", Race, ("LINE + 2 * words", "2 * words")),
+    "counted: counter begins as all ones": ("counted", "exchange.beginning", Deadlock,
+        ('EMPTY if kind == "flagged" else 0', "EMPTY")),
+    "clustered: no clusters": ("clustered", "exchange.launched", OutOfBounds, ("(shape.blocks, False)", "(1, False)")),
+    "clustered: too few bytes expected": ("clustered", "exchange._clustered", Deadlock,
+        ("u32(BYTES)", "u32(BYTES - 4)")),
+    "clustered: too many bytes expected": ("clustered", "exchange._clustered", Deadlock,
+        ("u32(BYTES)", "u32(BYTES + 4)")),
+    "clustered: nobody arrives": ("clustered", "exchange._clustered", Deadlock,
+        ("mbarrier_arrive(of_block(gate(vector, step), u32(cuda.threadIdx.x)))", "pass")),
+    "clustered: arrivals not counted": ("clustered", "exchange._clustered", BarrierMisuse,
+        ("gate(vector, 0), u32(BLOCKS + 1)", "gate(vector, 0), u32(1)"),
+        ("gate(vector, 1), u32(BLOCKS + 1)", "gate(vector, 1), u32(1)")),
+    "clustered: relaxed arrivals": ("clustered", "exchange._clustered", Race, WITH_RELAXED_ARRIVAL),
+    "clustered: relaxed wait": ("clustered", "exchange._clustered", Race, WITH_RELAXED_WAIT),
+    "clustered: all arrive at the first block": ("clustered", "exchange._clustered", BarrierMisuse,
+        ("u32(cuda.threadIdx.x)))", "u32(0)))")),
+    "clustered: a thread too many arrives": ("clustered", "exchange._clustered", OutOfBounds,
+        ("cuda.threadIdx.x < BLOCKS", "cuda.threadIdx.x <= BLOCKS")),
+    "clustered: blocks do not wait for mbarriers": ("clustered", "exchange._clustered", Race,
+        ("fence_mbarrier_init()\n        cluster_arrive()\n        cluster_wait()", "fence_mbarrier_init()")),
+    "clustered: parity inverted": ("clustered", "exchange._clustered", Deadlock,
+        ("u32(step >> 1 & 1)", "u32(step >> 1 & 1 ^ 1)")),
+    "clustered: one mbarrier": ("clustered", "exchange._clustered", BarrierMisuse,
+        ("GATES + 8 * (step & 1)", "GATES + 8 * (step & 0)")),
+    "clustered: one buffer": ("clustered", "exchange.", Race, ("((step + 1 & 1) * BUFFER + k * SIZE)", "k * SIZE"),
+        ("Exchange(2, open, spot, send, wait, close)", "Exchange(1, open, spot, send, wait, close)")),
+    "clustered: sent to the buffer that is read": ("clustered", "exchange._local", Race,
+        ("(step + 1 & 1)", "(step & 1)")),
+    "clustered: sent to the block behind": ("clustered", "exchange._clustered", OutOfBounds,
+        ("of_block(here, u32(block))", "of_block(here, u32(block + 1))"),
+        ("of_block(counted, u32(block))", "of_block(counted, u32(block + 1))")),
+    "clustered: counted by another block": ("clustered", "exchange._clustered", BarrierMisuse,
+        ("of_block(here, u32(block))", "of_block(here, u32(block ^ 1))")),
+    "clustered: all sent to the first block": ("clustered", "exchange._clustered", Race,
+        ("of_block(here, u32(block))", "of_block(here, u32(0))"),
+        ("of_block(counted, u32(block))", "of_block(counted, u32(0))")),
+    "clustered: the last block gets nothing": ("clustered mma", "exchange._clustered", Deadlock,
+        ("range(BLOCKS)", "range(BLOCKS - 1)")),
+    "clustered: two threads make the mbarriers": ("clustered", "exchange._clustered", Race,
+        ("if cuda.threadIdx.x == 0:\n            mbarrier_init",
+         "if cuda.threadIdx.x < 2:\n            mbarrier_init")),
+    "clustered: room for one buffer": ("clustered", "exchange.buffers", OutOfBounds,
+        ('"clustered": False', '"clustered": True')),
+    "clustered: no room for mbarriers": ("clustered", "exchange.shared_bytes", OutOfBounds, ("16 if", "8 if")),
+    "clustered: no wait": ("clustered at random", "exchange._clustered", Race,
+        ("u32(0) and tries <= u32(TRIES)", "u32(2)")),
+    "group: blocks' units overlap": ("flagged", "persistent.forward", Race, ("member * UNITS", "member * (UNITS - 1)")),
+    "group: blocks of all groups dealt out in turn": ("clustered", "persistent.forward", Race,
+        ("i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS",
+         "i64(cuda.blockIdx.x) % BLOCKS, i64(cuda.blockIdx.x) // BLOCKS")),
+    "group: rows of earlier launches again": ("flagged in turns", "persistent.forward", Wrong,
+        ("row + group * ROWS", "group * ROWS")),
+    "group: the first block's weights for all": ("flagged", "persistent.forward", Wrong,
+        ("member * SHARE", "0 * SHARE")),
+    "group: a share for all blocks": ("flagged", "persistent.forward", OutOfBounds,
+        ("tiles.packed_words(shape, tile) // blocks", "tiles.packed_words(shape, tile)")),
+    "group: every block sends to the first one's place": ("flagged", "persistent.forward", Deadlock,
+        ("column(base + part)", "column(part)")),
+    "group: who has no pair sends too": ("flagged", "persistent.forward", Race, ("steps and owner:", "steps:")),
+    "group: sends behind the last step": ("clustered", "persistent.forward", PeerExited,
+        ("if i + 1 < steps and owner", "if owner")),
+    "group: waits behind the last step": ("flagged", "persistent.forward", Deadlock,
+        ("                wait(mail", "            wait(mail")),
+    "group: sends for the step before": ("flagged", "persistent.forward", Deadlock, ("0, i, word", "0, i - 1, word")),
+    "group: final states written over initial ones": ("flagged at random", "persistent.forward", Race,
+        ("final[s * N * H", "state[s * N * H")),
+    "initial: a row beyond the batch": ("flagged", "persistent._initial", OutOfBounds, ("if n < N and", "if")),
+    "initial: unit H": ("flagged", "persistent._initial", OutOfBounds, ("unit < H", "unit <= H")),
+    "group: the first x of others' pairs loaded": ("flagged at random", "persistent.forward", Race,
+        (" if length[p] > 0 else f32(0)\n        open", "\n        open")),
+    "group: the first loads of others' pairs": ("flagged back", "persistent.backward", Wrong,
+        ("if length[p] > 0:\n                load", "if steps > 0:\n                load")),
+    "group: loads of others' pairs": ("flagged back at random", "persistent.backward", Race,
+        ("i + 1 < steps and length[p] > 0", "i + 1 < steps")),
+    "group: gates without their padding": ("flagged back", "persistent.backward", Deadlock, ("g * WIDTH", "g * H")),
+    "group: backward, who has no pair sends too": ("flagged back", "persistent.backward", Wrong,
+        ("if owner:", "if steps > 0:")),
+    "group: backward, second buffer not zeroed": ("flagged back", "persistent.backward", Uninitialised,
+        ("BUFFERS * BUFFER, 4 * THREADS", "BUFFER, 4 * THREADS")),
+    "group: backward, one mail for all": ("flagged back", "persistent.backward", Wrong,
+        ("advance(mail, group * MAIL)", "advance(mail, 0)")),
+    "group: backward, the first block's weights for all": ("flagged back", "persistent.backward", Wrong,
+        ("member * SHARE", "0 * SHARE")),
+    "packing: the first block's units for all": ("flagged", "packing._ffma", Wrong, ("block * OWN + unit", "unit")),
+    "packing: a block's words counted once more": ("flagged", "packing._ffma", Wrong,
+        ("word // (4 * THREADS_OF * J * CHUNKS)", "word // (4 * THREADS_OF * J * CHUNKS) * 0")),
+    "packing, mma: the first block's units for all": ("flagged mma", "packing._mma", Wrong,
+        ("block * OWN + (warp", "(warp")),
+    "tiles: blocks' shares that are not whole 16 bytes": ("odd shares", "tiles.layout", Wrong,
+        ("max(tile.units, 4) if shape.blocks > 1 else tile.units", "tile.units")),
+    "split: warps without pairs gather behind the sums": ("flagged split", "products.mma", Race,
+        ("min(warp % SPLIT * OWN, PAIRS - OWN)", "warp % SPLIT * OWN")),
+    "split: no barrier before sums are gathered": ("flagged split", "products.mma", Race,
+        ("            cuda.syncthreads()\n            team", "            team")),
+}
+# fmt: on
+
+
+QUICK = {mutant[0] for mutant in MUTANTS.values()}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
+def test_the_kernels_as_they_are(case):
+    check(CASES[case], seed=0)
+    with interpreted():
+        gpurnn.synchronize()  # nobody gave up
+
+
+@pytest.mark.parametrize("name", [*MUTANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MUTANTS)])
+def test_planted_bugs_are_caught(monkeypatch, name):
+    catch(monkeypatch, CASES, (MUTANTS | MORE_MUTANTS)[name])
+
+
+NUMBERLESS = Case((6, 5, 2), FFMA, 2, "flagged", reverse=True, **SMALL)
+
+
+@pytest.fixture
+def all_ones(monkeypatch):
+    """The last row's initial state is NaN, with the bits of an empty word."""
+    given = mutants.problem(NUMBERLESS)
+    given.state[0][2] = np.uint32(0xFFFFFFFF).view("f4")
+    monkeypatch.setattr(mutants, "problem", lambda case: given)
+
+
+def test_a_nan_of_all_ones_is_not_an_empty_word(all_ones):
+    """A row that has not begun yet sends its initial state."""
+    y = run(NUMBERLESS)["y"][0]
+    assert np.isfinite(y[:, :2]).all() and np.isnan(y[:2, 2]).all()
+
+
+@pytest.mark.slow
+def test_a_nan_of_all_ones_that_is_sent_as_it_is(monkeypatch, all_ones):
+    plant(monkeypatch, NUMBERLESS, "exchange._flagged", [("if word == u32(EMPTY)", "if False")])
+    with pytest.raises(Deadlock):
+        run(NUMBERLESS)
+
+
+# Not of a cluster: there what has not come is read all the same, and the interpreter calls that a race.
+LOST = {
+    "flagged": ("if word == u32(EMPTY) else word", "if word == u32(EMPTY) else u32(EMPTY)"),
+    "counted": ("(step + 1) * BLOCKS", "(step + 1) * BLOCKS + 1"),
+}
+
+
+@pytest.mark.parametrize("kind", ["flagged", pytest.param("counted", marks=pytest.mark.slow)])
+def test_a_wait_in_vain_is_given_up_and_reported(monkeypatch, kind):
+    case = Case((2, 2, 1), FFMA, 2, kind, **SMALL)
+    plant(monkeypatch, case, "exchange.", [("TRIES = 1 << 24", "TRIES = 50"), LOST[kind]])
+    with interpreted():
+        run(case)
+        with pytest.raises(RuntimeError, match="a kernel gave up waiting for a block that did not run"):
+            gpurnn.synchronize()
