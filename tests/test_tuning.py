@@ -101,10 +101,13 @@ def test_a_measurement_runs_the_kernel_alone(monkeypatch):
             assert Interpreted.launches == before + 1 + tuning.REPEATS, "weights packed, and run"
 
 
-def test_bench_tune(on_a_gpu, capsys, monkeypatch):
+def test_bench_tune(on_a_gpu, capsys):
     assert main(["tune", "--case", "gaps/lstm/T512-N16-I512-H512-bfloat16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 2 * tuning.CANDIDATES and lines[2].endswith("| 1.00 |") and "counted" in lines[2]
+
+
+def test_bench_tune_away_from_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr("gpurnn.backend.name", "numpy")
     assert main(["tune"]) == 2
     assert "expected the cuda backend, got numpy" in capsys.readouterr().err
