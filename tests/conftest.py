@@ -17,6 +17,14 @@ def compile_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def same_backend():
+    """What a test puts in the backend's place it takes away again."""
+    before = backend.name, backend.xp
+    yield
+    assert (backend.name, backend.xp) == before
+
+
 def pytest_configure(config):
     config.user_cells = USER_CELLS  # for tests that want one of them by name
 
