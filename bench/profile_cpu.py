@@ -1,9 +1,9 @@
 """Where our compiled executor's time goes: its own functions under a clock, put there from outside.
 
-Each phase is charged with its own time on the calling thread, without that of phases within it, so the shares add up to
-the whole.  The time loop runs in several threads: it is charged with their mean, and what the caller waits beyond that
-is the threads' start and the imbalance between them.  Beside the phases that are matrix products stand the same products
-alone in NumPy, one call each and one call per time step, with the better of one and of all BLAS threads.
+The compiled functions run in several threads: a phase is charged with the mean of their time, and what the caller waits
+beyond that is the threads' start and the imbalance between them, so the shares add up to the whole.  Beside the phases
+that are matrix products stand the same products alone in NumPy, one call each and one call per time step, with the
+better of one and of all BLAS threads.
 """
 
 import time
@@ -25,79 +25,41 @@ from gpurnn.executors import compiled, threads
 from gpurnn.executors.loops import Loops
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
-PROJECTION, PACKING, LOOP, WAITING = "input projection", "packing W_hh", "time loop", "starting and awaiting threads"
-WEIGHTS, INPUT, ADDING = "dW_ih and dW_hh", "dx", "adding into grads"
-REST = "the rest: Python, allocation, copies, bias sums"
-ORDER = (PROJECTION, PACKING, LOOP, WAITING, WEIGHTS, INPUT, ADDING, REST)
+PACKING, LOOP, WAITING = "packing the weights", "time loop, with the inputs' product", "starting and awaiting threads"
+WEIGHTS, REST = "gradients of weights and biases", "the rest: Python, allocation, copies"
+ORDER = (PACKING, LOOP, WAITING, WEIGHTS, REST)
 FEWEST = 5  # runs of each table
 Times = dict[str, float]
 
 
-class Clock:
-    """Exclusive seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: Times = defaultdict(float)
-        self._open: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._charge()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._open.pop()
-
-    def around(self, name: str, function: Callable) -> Callable:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            with self.phase(name):
-                return function(*arguments, **options)
-
-        return timed
-
-    def _charge(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-
 @contextmanager
-def watched(clock: Clock) -> Iterator[None]:
-    """Within it the compiled executor's functions report to the clock."""
-    kernels: list[float] = []
+def watched(seconds: Times) -> Iterator[None]:
+    """Within it the compiled executor's functions add their time to `seconds`, by phase."""
+    calls: list[tuple[str, float]] = []
 
-    def kernel(function: Callable) -> Callable:
-        def timed(*arguments: Any) -> None:
+    def timed(phase: str, function: Callable) -> Callable:
+        def call(*arguments: Any) -> None:
             start = time.perf_counter()
             function(*arguments)
-            kernels.append(time.perf_counter() - start)
+            calls.append((phase, time.perf_counter() - start))
 
-        return timed
+        return call
 
     def run(work: Callable, parts: Sequence) -> None:
-        kernels.clear()
+        calls.clear()
         start = time.perf_counter()
-        with clock.phase(LOOP):
-            threads.run(work, parts)
-        idle = time.perf_counter() - start - sum(kernels) / max(1, len(kernels))
-        clock.seconds[LOOP] -= idle
-        clock.seconds[WAITING] += idle
+        threads.run(work, parts)
+        seconds[WAITING] += time.perf_counter() - start
+        for phase, spent in calls:
+            seconds[phase] += spent / len(parts)
+            seconds[WAITING] -= spent / len(parts)
 
-    def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        transposed = a.strides[0] < a.strides[1]  # a sum over time and batch
-        with clock.phase(PROJECTION if out is not None else WEIGHTS if transposed else INPUT):
-            return threads.matmul(a, b, out)
-
-    own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "add_ordered")}
+    own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "reduction")}
     under_clock = {
-        "threads": SimpleNamespace(**{**vars(threads), "run": run, "matmul": matmul}),
-        "loops": lambda *key: Loops(*map(kernel, own["loops"](*key))),
-        "packer": lambda dtype: clock.around(PACKING, own["packer"](dtype)),
-        "add_ordered": clock.around(ADDING, own["add_ordered"]),
+        "threads": SimpleNamespace(**{**vars(threads), "run": run}),
+        "loops": lambda *key: Loops(*(timed(LOOP, function) for function in own["loops"](*key))),
+        "packer": lambda *key: timed(PACKING, own["packer"](*key)),
+        "reduction": lambda *key: timed(WEIGHTS, own["reduction"](*key)),
     }
     try:
         for name, value in under_clock.items():
@@ -147,10 +109,12 @@ def _measured(layer: Any, problem: Problem, seconds: float) -> dict[str, Times]:
 
 
 def _clocked(work: Callable[[], Any]) -> tuple[Any, Times]:
-    clock = Clock()
-    with watched(clock), clock.phase(REST):
+    seconds: Times = defaultdict(float)
+    with watched(seconds):
+        start = time.perf_counter()
         result = work()
-    return result, clock.seconds
+        seconds[REST] = time.perf_counter() - start - sum(seconds.values())
+    return result, seconds
 
 
 def _typical(run: Callable[[], Times], seconds: float) -> Times:
@@ -176,20 +140,22 @@ def _products(case: Case, seconds: float) -> dict[str, Times]:
     steps = [slice(t * N, (t + 1) * N) for t in range(T)]
 
     def recur() -> None:
+        np.matmul(x, weight_ih.T, out=out)
         for step in steps:
             np.matmul(h[step], weight_hh.T, out=out[step])
 
     def recur_back() -> None:
         for step in steps:
             np.matmul(gates[step], weight_hh, out=back[step])
+        gates @ weight_ih
 
     def weights() -> None:
         gates.T @ x
         gates.T @ h
 
-    forward = {PROJECTION: lambda: np.matmul(x, weight_ih.T, out=out), LOOP: recur}
-    backward = {LOOP: recur_back, WEIGHTS: weights, INPUT: lambda: gates @ weight_ih}
-    best = {half: {name: _best(work, seconds / 5) for name, work in works.items()} for half, works in (
+    forward = {LOOP: recur}
+    backward = {LOOP: recur_back, WEIGHTS: weights}
+    best = {half: {name: _best(work, seconds / 3) for name, work in works.items()} for half, works in (
         ("forward", forward), ("backward", backward),
     )}  # fmt: skip
     return {"inference": best["forward"], "training, forward": best["forward"], "training, backward": best["backward"]}

@@ -16,8 +16,11 @@ from numba.extending import intrinsic
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.executors import choose, compiled, numpy_loop, threads
+from gpurnn.executors.gemm import reduction_sizes
+from gpurnn.executors.loops import packer, reduction
 from gpurnn.executors.numpy_loop import Backward, Weights
-from gpurnn.executors.simd import Emitter, vector_loop
+from gpurnn.executors.packing import packed_size, panel_columns
+from gpurnn.executors.simd import Emitter, host, vector_loop
 from gpurnn.sequence import prepare_lengths, run
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -206,12 +209,61 @@ def test_dy_of_any_strides():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_inference_in_chunks_of_time(monkeypatch, dtype):
-    """More than a chunk of slots, both ways, rows that end in each of the chunks."""
-    monkeypatch.setattr(compiled, "INFERENCE_BYTES", 4000)
+def test_chunks_of_time(monkeypatch, dtype):
+    """Several chunks of steps, both ways, rows that end in each of the chunks."""
+    monkeypatch.setattr(compiled, "PROJECTED_ROWS", 20)
     for reverse in (False, True):
         compare(LSTM_CELL, (11, 5, 3, 7), dtype, reverse=reverse)
         compare(GRU_CELL, (11, 5, 3, 7), dtype, reverse=reverse, lengths=[11, 2, 0, 7, 5])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40, 512, 513, 1100])
+def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
+    """Around the edges of a vector, a block of time and batch, a block of a gate's units."""
+    rng = np.random.default_rng(rows)
+    H, n, order = 200, 70, np.array([2, 0, 1])
+    d, b = rng.standard_normal((rows, 5 * H)).astype(dtype)[:, H : 4 * H], rng.standard_normal((rows, n)).astype(dtype)
+    sums, out = np.ones(3 * H, dtype), np.ones((3 * H, n), dtype)
+    for first, last in ((0, 17), (17, 433), (433, 3 * H)):
+        work = (np.full(size, np.nan, dtype) for size in reduction_sizes(n, np.dtype(dtype)))
+        reduction(np.dtype(dtype))(d, first, last, order, b, sums, out, *work)
+    wide = d.astype("float64")
+    product = (wide.T @ b).reshape(3, H, n)
+    expected = np.empty_like(product)
+    expected[order] = product
+    limit = 1e-5 if dtype == "float32" else 1e-13
+    np.testing.assert_allclose(out, 1 + expected.reshape(3 * H, n), atol=limit * np.abs(expected).max(), rtol=0)
+    np.testing.assert_allclose(sums, 1 + wide.sum(0), atol=limit * rows, rtol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (17, 33), (64, 64), (15, 130), (130, 15), (40, 200)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_packing(dtype, shape, transposed):
+    """Wide panels, then panels of one vector, each row-major, the last one filled up with zeros."""
+    dtype = np.dtype(dtype)
+    k, n = shape
+    matrix = np.arange(1, k * n + 1, dtype=dtype).reshape(k, n)
+    out = np.full(packed_size(k, n, dtype) + 5, np.nan, dtype)
+    packer(dtype, transposed)(np.ascontiguousarray(matrix.T) if transposed else matrix, out)
+    wide, width = panel_columns(dtype), host().width(dtype)
+    expected = []
+    while matrix.shape[1]:
+        columns = wide if matrix.shape[1] >= wide else width
+        panel, matrix = matrix[:, :columns], matrix[:, columns:]
+        expected.append(np.pad(panel, ((0, 0), (0, columns - panel.shape[1]))).ravel())
+    np.testing.assert_array_equal(out[:-5], np.concatenate(expected))
+    assert np.isnan(out[-5:]).all()
+
+
+def test_inputs_whose_strides_mean_nothing():
+    """A dimension of length 1 may have any stride, in an array that calls itself contiguous."""
+    p = problem(LSTM_CELL, 5, 1, 3, 20)
+    expected = results(p, "numpy")
+    p.x = np.lib.stride_tricks.as_strided(p.x, p.x.shape, (p.x.strides[0], 1 << 20, p.x.strides[2]))
+    assert p.x.flags.c_contiguous
+    assert_agree(results(p, "compiled"), expected, 1e-12)
 
 
 @pytest.mark.parametrize("cell", [LSTM_CELL, GRU_CELL, RNN_CELLS["tanh"]], ids=lambda cell: cell.name)
@@ -371,7 +423,12 @@ WIDTHS = ("16", "32")
 
 
 def test_narrower_vectors():
-    chosen = ("test_every_cell_agrees[lstm-float32]", "test_every_cell_agrees[gru-float64]", "test_tanh")
+    chosen = (
+        "test_every_cell_agrees[lstm-float32]",
+        "test_every_cell_agrees[gru-float64]",
+        "test_tanh",
+        "test_packing",
+    )
     nested(*(f"{Path(__file__)}::{test}" for test in chosen))
 
 

@@ -119,10 +119,6 @@ def test_matmul_in_parts(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((31, 17)), rng.standard_normal((17, 12))
     np.testing.assert_allclose(threads.matmul(a, b), a @ b, rtol=1e-13)
-    wide = np.full((31, 20), 7.0)
-    threads.matmul(a, b, out=wide[:, 3:15])
-    np.testing.assert_allclose(wide[:, 3:15], a @ b, rtol=1e-13)
-    assert (wide[:, :3] == 7).all() and (wide[:, 15:] == 7).all()
 
 
 @pytest.mark.parametrize("bad", [0, 2])
@@ -155,9 +151,9 @@ def test_blas_threads_come_back_after_an_exception(two_blas_threads, monkeypatch
         assert set(blas_threads()) == {1}
         raise ArithmeticError
 
-    monkeypatch.setattr(compiled.threads, "matmul", fails)
+    monkeypatch.setattr(threads, "matmul", fails)
     with pytest.raises(ArithmeticError):
-        training_step()
+        threads.product(np.ones((2, 2)), np.ones((2, 2)))
     assert blas_threads() == two_blas_threads
 
 

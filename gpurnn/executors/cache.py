@@ -20,7 +20,7 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite import binding
-from numba import njit
+from numba import njit, typeof, types
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 
@@ -48,7 +48,8 @@ def _user_cache() -> Path:
 
 def compiled(function: Callable, signature: Any, *key: Any) -> Callable:
     """`function` compiled for `signature`, from the disk if an earlier process compiled it under the same key."""
-    dispatcher = inner(function, *key)
+    _name_apart(function, key)
+    dispatcher: Any = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
     place = folder()
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
@@ -60,13 +61,38 @@ def compiled(function: Callable, signature: Any, *key: Any) -> Callable:
 
 
 def inner(function: Callable, *key: Any) -> Any:
-    """`function` for use in other compiled functions, under a name that is its own among closures of one definition.
+    """`function` of addresses and whole numbers, for use in other compiled functions.
+
+    It is compiled when one of those is, so not where they come from the disk, and for one signature: left to itself,
+    Numba would compile it again for every constant that a caller passes.
+    """
+    _name_apart(function, key)
+    return _Inner(function)
+
+
+class _Inner:
+    def __init__(self, function: Callable):
+        self._function = function
+
+    @functools.cached_property
+    def _dispatcher(self) -> Any:
+        signature = types.void(*[types.intp] * self._function.__code__.co_argcount)
+        options = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        return njit(signature, **options)(self._function)
+
+    @property
+    def _numba_type_(self) -> types.Dispatcher:
+        """What Numba asks of a value that compiled code uses."""
+        return typeof(self._dispatcher)
+
+
+def _name_apart(function: Callable, key: tuple) -> None:
+    """Gives `function` a name that is its own among closures of one definition.
 
     Numba names machine code after the qualified name, the argument types and a counter of the process.  Two closures
     compiled in two processes can so have one name, and a process that loads both would run one of them for both.
     """
     function.__qualname__ = f"{function.__name__}_{_digest(repr(key))}"
-    return njit(nogil=True)(function)
 
 
 def _digest(text: str) -> str:

@@ -1,8 +1,9 @@
-"""The CPU executor: the whole time loop in compiled code (`loops`), the large products as one GEMM each around it.
+"""The CPU executor: the whole time loop in compiled code (`loops`), the sums over time and batch behind it.
 
-Forward: one product projects all inputs into the slots, then the loop runs through time.  Backward: the loop turns the
-slots into gradients in place, then one product each gives dW_ih, dW_hh and dx.  Rows of a batch are independent, so
-threads take shares of the batch and never wait for each other.
+Forward, the loop walks through time in chunks of steps: one product projects a chunk's inputs into the slots, then come
+its steps.  Backward it turns the slots into gradients in place, and a chunk of them into dx.  Rows of a batch are
+independent, so threads take shares of the batch and never wait for each other; the weights' gradients are shared out by
+their own rows.  All products run on our own micro-kernels: weights are packed for them once per pass.
 """
 
 import itertools
@@ -13,13 +14,15 @@ import numpy as np
 from gpurnn.cells import Cell
 from gpurnn.environment import cpu_threads
 from gpurnn.executors import layout, threads
-from gpurnn.executors.gemm import packed_size
+from gpurnn.executors.gemm import reduction_sizes
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of, ordered
-from gpurnn.executors.loops import loops, packer
+from gpurnn.executors.loops import loops, packer, reduction
 from gpurnn.executors.numpy_loop import Backward, States, Weights
+from gpurnn.executors.packing import packed_size, panel_columns
 
 PARALLEL_STEP_FLOPS = 150_000  # below this a time step is shorter than what a second thread costs
-INFERENCE_BYTES = 2 << 20  # slots of a chunk of time steps that are still in cache when the loop reads them
+PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
+PARALLEL_PACKING = 250_000  # elements
 
 
 class Tape(NamedTuple):
@@ -57,25 +60,15 @@ def forward(
     for s, part in enumerate(state[1:]):
         rest[s, first, np.arange(N)] = part
     bias, params = layout.biases(cell, weights, H, np), layout.params(weights, H, np)
-    steps = T if training else max(1, min(T, INFERENCE_BYTES // max(1, N * cell.trace.slots * H * dtype.itemsize)))
-    slots = allocate((steps, N, cell.trace.slots * H), dtype)
+    chunk = _chunk(T, N)
+    slots = allocate((T if training else chunk, N, cell.trace.slots * H), dtype)
+    packed = _packed_for_forward(cell, weights, H)
     kernel = loops(cell, dtype).forward
-    with threads.one_blas_thread:
-        packed = _packed_for_forward(cell, weights.weight_hh)
-        weight_x = ordered(weights.weight_ih, cell.trace.x_order, H).T
-        chunks = range(0, T, max(1, steps))
-        for t0 in reversed(chunks) if reverse else chunks:
-            t1 = min(T, t0 + steps)
-            part = slots[: t1 - t0]
-            _project(cell, x[t0:t1], weight_x, part)
 
-            def loop(share: slice, t0=t0, t1=t1, part=part) -> None:
-                kernel(
-                    rows[t0:t1], reverse, share.start, share.stop, part, h[t0 : t1 + 1], rest[:, t0 : t1 + 1], bias,
-                    params, packed,
-                )  # fmt: skip
+    def loop(share: slice) -> None:
+        kernel(rows, reverse, share.start, share.stop, chunk, x, slots, h, rest, bias, params, *packed)
 
-            threads.run(loop, _shares(cell, rows, N, H))
+    threads.run(loop, _shares(cell, rows, N, H))
     end = np.zeros(N, np.int64) if reverse else lengths_of(rows, N)
     final = (h[end, np.arange(N)], *(part[end, np.arange(N)] for part in rest))
     visible = h
@@ -101,35 +94,49 @@ def backward(
     flow = np.zeros((len(shares), cell.states, T if options.flow is not None else 0))
     params = layout.params(weights, H, np)
     kernel = loops(cell, dtype).backward
-    with threads.one_blas_thread:
-        weight_hh = ordered(weights.weight_hh, trace.r_order, H)
-        packed = np.empty(packed_size(cell.gates * H, H, dtype), dtype)
-        packer(dtype)(weight_hh, packed)
+    packed_ih = _packed(ordered(weights.weight_ih, trace.x_order, H), transposed=False)
+    packed_hh = _packed(ordered(weights.weight_hh, trace.r_order, H), transposed=False)
+    chunk = _chunk(T, N)
+    gradient_x = (np.zeros if is_ragged(tape.rows, N) else np.empty)((T, N, I), dtype)
 
-        def loop(part: int) -> None:
-            kernel(
-                tape.rows, tape.reverse, shares[part].start, shares[part].stop, slots, tape.h, tape.rest, dy, passed,
-                params, dparams[part], packed, options.clip or 0.0, flow[part],
-            )  # fmt: skip
+    def loop(part: int) -> None:
+        kernel(
+            tape.rows, tape.reverse, shares[part].start, shares[part].stop, chunk, slots, tape.h, tape.rest, dy, passed,
+            gradient_x, params, dparams[part], packed_ih, packed_hh, options.clip or 0.0, flow[part],
+        )  # fmt: skip
 
-        threads.run(loop, range(len(shares)))
-        flat = slots.reshape(T * N, trace.slots * H)
-        dr = flat[:, : cell.gates * H]
-        dx = flat[:, trace.x_start * H : (trace.x_start + cell.gates) * H]
-        h_before = (tape.h[1:] if tape.reverse else tape.h[:T]).reshape(T * N, H)
-        add_ordered(grads.weight_hh, threads.matmul(dr.T, h_before), trace.r_order, H)
-        add_ordered(grads.weight_ih, threads.matmul(dx.T, tape.x.reshape(T * N, I)), trace.x_order, H)
-        ones = np.ones((1, T * N), dtype)  # a product sums columns faster than a reduction does
-        if grads.bias_ih is not None:
-            add_ordered(grads.bias_ih, (ones @ dx)[0], trace.x_order, H)
-        if grads.bias_hh is not None:
-            add_ordered(grads.bias_hh, (ones @ dr)[0], trace.r_order, H)
-        gradient_x = threads.matmul(dx, ordered(weights.weight_ih, trace.x_order, H)).reshape(T, N, I)
+    threads.run(loop, range(len(shares)))
+    h_before = tape.h[1:] if tape.reverse else tape.h[:T]
+    _add_weight_gradients(cell, slots.reshape(T * N, trace.slots * H), tape.x, h_before, grads)
     for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
         gradient += value
     if options.flow is not None:
         options.flow[...] += flow.sum(0)
     return gradient_x, tuple(passed)
+
+
+def _add_weight_gradients(cell: Cell, slots: np.ndarray, x: np.ndarray, h: np.ndarray, grads: Weights) -> None:
+    """Sums over time and batch, each thread for its share of the gates' rows."""
+    trace, dtype = cell.trace, slots.dtype
+    rows, H, I = len(slots), h.shape[2], x.shape[2]
+    wide = cell.gates * H
+    products = (
+        (slots[:, :wide], trace.r_order, h.reshape(rows, H), grads.bias_hh, grads.weight_hh),
+        (slots[:, trace.x_start * H :][:, :wide], trace.x_order, x.reshape(rows, I), grads.bias_ih, grads.weight_ih),
+    )
+    sums = np.zeros((len(products), wide), dtype)
+    kernel = reduction(dtype)
+
+    def reduce(share: slice) -> None:
+        for (d, order, b, _, weight), total in zip(products, sums, strict=True):
+            work = (np.empty(size, dtype) for size in reduction_sizes(b.shape[1], dtype))
+            kernel(d, share.start, share.stop, np.array(order), b, total, weight, *work)
+
+    flops = 2 * rows * wide * (H + I)
+    threads.run(reduce, threads.shares(wide, cpu_threads() if flops >= threads.PARALLEL_FLOPS else 1))
+    for (_, order, _, bias, _), total in zip(products, sums, strict=True):
+        if bias is not None:
+            add_ordered(bias, total, order, H)
 
 
 def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, training: bool) -> np.ndarray:
@@ -154,17 +161,28 @@ def _shares(cell: Cell, rows: np.ndarray, N: int, H: int) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
-def _packed_for_forward(cell: Cell, weight_hh: np.ndarray) -> np.ndarray:
-    H, dtype = weight_hh.shape[1], weight_hh.dtype
-    packed = np.empty((cell.gates, packed_size(H, H, dtype)), dtype)
-    for k, gate in enumerate(cell.trace.r_order):
-        packer(dtype)(weight_hh[gate * H : (gate + 1) * H].T, packed[k])
-    return packed
+def _chunk(T: int, N: int) -> int:
+    """Steps whose inputs, or gradients of inputs, are one product."""
+    return max(1, min(T, PROJECTED_ROWS // max(1, N)))
 
 
-def _project(cell: Cell, x: np.ndarray, weight_x: np.ndarray, slots: np.ndarray) -> None:
-    """x W_ih^T into the x slots."""
-    steps, N, I = x.shape
-    start = cell.trace.x_start * (slots.shape[2] // cell.trace.slots)
-    columns = slice(start, start + weight_x.shape[1])
-    threads.matmul(x.reshape(steps * N, I), weight_x, out=slots.reshape(steps * N, slots.shape[2])[:, columns])
+def _packed_for_forward(cell: Cell, weights: Weights, H: int) -> tuple[np.ndarray, ...]:
+    """The transposes of W_ih, of W_hh's split and of its joint gates, all in slot order."""
+    weight_hh, split = ordered(weights.weight_hh, cell.trace.r_order, H), len(cell.trace.split) * H
+    weight_ih = ordered(weights.weight_ih, cell.trace.x_order, H)
+    return tuple(_packed(w, transposed=True) for w in (weight_ih, weight_hh[:split], weight_hh[split:]))
+
+
+def _packed(weight: np.ndarray, transposed: bool) -> np.ndarray:
+    """The matrix, or its transpose, as the micro-kernels read it; each thread lays out a share of the panels."""
+    weight = np.ascontiguousarray(weight)
+    k, n = weight.shape[::-1] if transposed else weight.shape
+    dtype, wide = weight.dtype, panel_columns(weight.dtype)
+    out = np.empty(packed_size(k, n, dtype), dtype)
+
+    def pack(share: slice) -> None:
+        columns = slice(share.start * wide, share.stop * wide)
+        packer(dtype, transposed)(weight[columns] if transposed else weight[:, columns], out[k * columns.start :])
+
+    threads.run(pack, threads.shares(-(-n // wide), cpu_threads() if weight.size >= PARALLEL_PACKING else 1))
+    return out

@@ -6,6 +6,7 @@ stays in registers.  The micro-kernels are LLVM IR that Numba compiles; the loop
 """
 
 import functools
+import itertools
 
 import numpy as np
 from llvmlite import ir
@@ -13,21 +14,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, Emitter, host
+from gpurnn.executors.packing import make_pack, make_transpose, packed_size, panel_vectors
+from gpurnn.executors.simd import I64, Emitter, address, host, vector_loop
 
 TILE_ROWS = (6, 4, 2, 1)
+REDUCED_ROWS, REDUCED_COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
 PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle
-
-
-def panel_vectors() -> int:
-    """Vectors in a wide panel: with 6 rows, 24 accumulators fit 32 registers and 12 fit 16."""
-    return 4 if host().registers >= 32 else 2
-
-
-def packed_size(k: int, n: int, dtype: np.dtype) -> int:
-    """Elements of the packed form of a (k, n) matrix: columns padded to a whole vector."""
-    width = host().width(dtype)
-    return k * -(-n // width) * width
 
 
 def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
@@ -56,22 +48,20 @@ def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
             left = [emit.splat(scalar) for scalar in scalars]
             return [emit.fma(left[r], columns[v], sums[i]) for i, (r, v) in enumerate(tile)]
 
+        for place in c_at:  # C is wanted at the end, and may by then be on its way from memory
+            emit.prefetch_to_write(place)
         before = b.block
-        fetch, head, body = (b.append_basic_block(name) for name in ("fetch", "head", "body"))
-        rest_head, rest_body, done = (b.append_basic_block(name) for name in ("rest.head", "rest.body", "done"))
-        b.cbranch(b.icmp_signed("!=", accumulate, I64(0)), fetch, head)
-        b.position_at_end(fetch)
-        fetched = [emit.load(address, mask) for address in c_at]
+        head, body = (b.append_basic_block(name) for name in ("head", "body"))
+        rest_head, rest_body = (b.append_basic_block(name) for name in ("rest.head", "rest.body"))
+        total, fetch, done = (b.append_basic_block(name) for name in ("total", "fetch", "done"))
         b.branch(head)
 
         b.position_at_end(head)
         position = b.phi(I64)
         sums = [[b.phi(emit.type) for _ in tile] for _ in range(chains)]
-        for block, first in ((before, [zero] * len(tile)), (fetch, fetched)):
-            position.add_incoming(I64(0), block)
-            for chain, chain_sums in enumerate(sums):
-                for i, phi in enumerate(chain_sums):
-                    phi.add_incoming(zero if chain else first[i], block)
+        position.add_incoming(I64(0), before)
+        for phi in itertools.chain(*sums):
+            phi.add_incoming(zero, before)
         b.cbranch(b.icmp_signed("<=", b.add(position, I64(chains)), k), body, rest_head)
 
         b.position_at_end(body)
@@ -96,7 +86,7 @@ def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
         for phi, value in zip(totals, sums[0], strict=True):
             phi.add_incoming(value, head)
         b.position_at_end(rest_head)
-        b.cbranch(b.icmp_signed("<", rest_position, k), rest_body, done)
+        b.cbranch(b.icmp_signed("<", rest_position, k), rest_body, total)
         b.position_at_end(rest_body)
         new = step(rest_position, totals)
         rest_position.add_incoming(b.add(rest_position, I64(1)), rest_body)
@@ -104,9 +94,18 @@ def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
             phi.add_incoming(value, rest_body)
         b.branch(rest_head)
 
+        b.position_at_end(total)
+        b.cbranch(b.icmp_signed("!=", accumulate, I64(0)), fetch, done)
+        b.position_at_end(fetch)
+        added = [emit.add(value, emit.load(place, mask)) for place, value in zip(c_at, totals, strict=True)]
+        b.branch(done)
         b.position_at_end(done)
-        for address, value in zip(c_at, totals, strict=True):
-            emit.store(value, address, mask)
+        results = [b.phi(emit.type) for _ in tile]
+        for result, value, with_c in zip(results, totals, added, strict=True):
+            result.add_incoming(value, total)
+            result.add_incoming(with_c, fetch)
+        for place, result in zip(c_at, results, strict=True):
+            emit.store(result, place, mask)
 
     @intrinsic
     def kernel(typing, a, lda, w, k, c, ldc, count, accumulate):
@@ -145,46 +144,95 @@ def _tile(dtype: np.dtype, vectors: int, masked: bool):
 
 @functools.cache
 def make_gemm(dtype: np.dtype):
-    """gemm(a, lda, m, w, k, n, c, ldc, accumulate): addresses and strides in bytes, `w` as `pack` leaves it."""
+    """gemm(steps, a, a_step, lda, m, w, k, n, c, c_step, ldc, accumulate): at each of `steps`, m rows of C (+)= A B.
+
+    Addresses and distances are in bytes: lda from row to row, a_step from one step's rows to the next's.  `w` is B as
+    `pack` leaves it; a panel of it serves all steps before the next one is read.
+    """
     vectors, width, size = panel_vectors(), host().width(dtype), dtype.itemsize
     wide_tile = _tile(dtype, vectors, masked=False)
     narrow_tile = _tile(dtype, 1, masked=True)
     wide = vectors * width
 
-    def gemm(a, lda, m, w, k, n, c, ldc, accumulate):
+    def gemm(steps, a, a_step, lda, m, w, k, n, c, c_step, ldc, accumulate):
         column = 0
         while column < n:
+            at = c + column * size
             if n - column >= wide:
-                wide_tile(a, lda, m, w, k, c + column * size, ldc, wide, accumulate)
+                for step in range(steps):
+                    wide_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, wide, accumulate)
                 w += k * wide * size
                 column += wide
             else:
-                narrow_tile(a, lda, m, w, k, c + column * size, ldc, n - column, accumulate)
+                for step in range(steps):
+                    narrow_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, n - column, accumulate)
                 w += k * width * size
                 column += width
 
     return cache.inner(gemm, dtype.str)
 
 
-def make_pack(dtype: np.dtype):
-    """pack(b, out): writes the (k, n) matrix b, of any strides, to `out` in panels."""
-    width = host().width(dtype)
-    wide = panel_vectors() * width
+def _add_row(dtype: np.dtype):
+    """target += source, n elements."""
 
-    def pack(b, out):
-        k, n = b.shape
-        column, start = 0, 0
-        while column < n:
-            panel = wide if n - column >= wide else width
-            real = min(panel, n - column)
-            for k0 in range(0, k, 16):  # blocks of 16 rows: a transposed b is read along its cache lines
-                for lane in range(real):
-                    for i in range(k0, min(k, k0 + 16)):
-                        out[start + i * panel + lane] = b[i, column + lane]
-                for lane in range(real, panel):
-                    for i in range(k0, min(k, k0 + 16)):
-                        out[start + i * panel + lane] = 0
-            start += k * panel
-            column += panel
+    @intrinsic
+    def add_row(typing, n, source, target):
+        def codegen(context, builder, signature, args):
+            count, given, result = args
 
-    return pack
+            def body(emit, offset, mask):
+                at = builder.add(result, offset)
+                emit.store(emit.add(emit.load(at, mask), emit.load(builder.add(given, offset), mask)), at, mask)
+
+            vector_loop(builder, dtype, count, body)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), codegen
+
+    return add_row
+
+
+def reduction_sizes(n: int, dtype: np.dtype) -> tuple[int, int]:
+    """Elements of the two workspaces of a reduction: a block of d transposed, a block of b packed."""
+    return REDUCED_COLUMNS * REDUCED_ROWS, packed_size(REDUCED_ROWS, n, dtype)
+
+
+def make_reduction(dtype: np.dtype):
+    """reduce(d, first, last, order, b, sums, out, turned, packed): what columns [first, last) of d give a weight.
+
+    d       (K, G*H)  gradients with gates in slot order; K is time and batch
+    order   (G,)      the gate in each slot
+    b       (K, n)    what the weight was multiplied by, C-ordered
+    sums    (G*H,)    the column sums of d, a bias's gradient, are added to it, in the order of d
+    out     (G*H, n)  d^T b is added to it, gates in their own order
+    turned, packed    workspaces, see `reduction_sizes`
+    """
+    gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack(dtype, False), _add_row(dtype)
+    size, width = dtype.itemsize, host().width(dtype)
+
+    def reduce(d, first, last, order, b, sums, out, turned, packed):
+        K, n = b.shape
+        H = d.shape[1] // len(order)
+        stride = d.strides[0]
+        blocks = -(-K // REDUCED_ROWS)
+        for block in range(blocks):
+            begin, end = K * block // blocks, K * (block + 1) // blocks
+            k = end - begin
+            turned_stride = -(-k // width) * width * size
+            pack(address(b) + begin * b.strides[0], b.strides[0], k, n, address(packed))
+            column = first
+            while column < last:
+                gate = column // H
+                count = min(REDUCED_COLUMNS, last - column, (gate + 1) * H - column)
+                d_at = address(d) + begin * stride + column * size
+                for row in range(k):
+                    add_row(count, d_at + row * stride, address(sums) + column * size)
+                transpose(d_at, stride, k, count, address(turned), turned_stride)
+                to = address(out) + (order[gate] * H + column - gate * H) * out.strides[0]
+                gemm(
+                    1, address(turned), 0, turned_stride, count, address(packed), k, n,
+                    to, 0, out.strides[0], 1,
+                )  # fmt: skip
+                column += count
+
+    return reduce

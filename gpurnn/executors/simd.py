@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
+from numba import types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from gpurnn.cells.trace import Graph
 
@@ -89,6 +91,12 @@ class Emitter:
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         return self.builder.call(function, [pointer, I32(self.dtype.itemsize), mask, self.constant(0)])
 
+    def prefetch_to_write(self, address: ir.Value) -> None:
+        pointer = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [pointer, I32(1), I32(3), I32(1)])
+
     def store(self, value: ir.Value, address: ir.Value, mask: ir.Value | None = None) -> None:
         pointer = self.builder.inttoptr(address, self.type.as_pointer())
         if mask is None:
@@ -98,6 +106,21 @@ class Emitter:
         name = f"llvm.masked.store.{self.suffix}.p0"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         self.builder.call(function, [value, pointer, I32(self.dtype.itemsize), mask])
+
+    def transposed(self, rows: list[ir.Value]) -> list[ir.Value]:
+        """The transpose of a square block.  Each round shuffles pairs: row r, r + width/2 become rows 2r and 2r + 1."""
+        half = self.width // 2
+        low, high = (
+            ir.Constant(
+                ir.VectorType(I32, self.width),
+                [lane // 2 + start + lane % 2 * self.width for lane in range(self.width)],
+            )
+            for start in (0, half)
+        )
+        for _ in range(self.width.bit_length() - 1):
+            pairs = zip(rows[:half], rows[half:], strict=True)
+            rows = [self.builder.shuffle_vector(*pair, lanes) for pair in pairs for lanes in (low, high)]
+        return rows
 
     def add(self, a, b):
         return self.builder.fadd(a, b, flags=self.FLAGS)
@@ -222,6 +245,17 @@ TANH_F32_P = (
 TANH_F32_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 TANH_F64_P = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3)
 TANH_F64_Q = (1.0, 1.12811678491631932401e2, 2.23548839060100448583e3, 4.84406305325125486048e3)
+
+
+@intrinsic
+def address(typing, array):
+    """Where an array's elements begin.  `array.ctypes.data` is the same, and a second of compile time in a loop."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, I64)
+
+    return types.intp(array), codegen
 
 
 def evaluate(

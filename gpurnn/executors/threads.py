@@ -99,10 +99,9 @@ def shares(count: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a @ b for matrices, the rows of the result split over the pool where that pays.  Call inside `one_blas_thread`."""
-    if out is None:
-        out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+    out = np.empty((a.shape[0], b.shape[1]), a.dtype)
     if 2 * a.shape[0] * a.shape[1] * b.shape[1] < PARALLEL_FLOPS:
         np.matmul(a, b, out=out)
         return out

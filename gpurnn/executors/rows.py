@@ -1,0 +1,143 @@
+"""What stands between the products of a time step, for one batch row: the cell, fused and in SIMD, forward and backward.
+
+The code is emitted from the cell's traced graphs.  Memory layout: `gpurnn.cells.cell.Trace`.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from gpurnn.cells import Cell
+from gpurnn.executors.simd import I64, Emitter, evaluate, vector_loop
+
+
+def make_forward_row(cell: Cell, dtype: np.dtype):
+    """One batch row at one step: slots (x and r, without biases) -> next state, and in the slots what is kept."""
+    trace = cell.trace
+    slot_of_r = {g: k for k, g in enumerate(trace.r_order)}
+    slot_of_x = {g: trace.x_start + k for k, g in enumerate(trace.x_order)}
+
+    def emit_row(b: ir.IRBuilder, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
+        def at(base, number, step):
+            return b.add(base, b.mul(step, I64(number)))
+
+        def body(emit: Emitter, offset, mask):
+            def load(base, number=0, step=stride):
+                return emit.load(b.add(at(base, number, step), offset), mask)
+
+            def slot(number):
+                return emit.add(load(slots, number), load(bias, number))
+
+            given = {}
+            for gate in range(cell.gates):
+                x, r = trace.x[gate].index, trace.r[gate].index
+                if gate in trace.split:
+                    given[x], given[r] = slot(slot_of_x[gate]), slot(slot_of_r[gate])
+                else:
+                    total = slot(slot_of_r[gate])
+                    given |= {user: total for user in trace.forward.users(x)}
+            for s, symbol in enumerate(trace.state):
+                given[symbol.index] = load(rest, s - 1, rest_stride) if s else load(h)
+            for p, symbol in enumerate(trace.params):
+                given[symbol.index] = load(params, p)
+            values = evaluate(emit, trace.forward, trace.outputs, given.get)
+            for s, value in enumerate(values[: cell.states]):
+                place = at(rest_next, s - 1, rest_stride) if s else h_next
+                emit.store(value, b.add(place, offset), mask)
+            for k, value in enumerate(values[cell.states :]):
+                emit.store(value, b.add(at(slots, k, stride), offset), mask)
+
+        vector_loop(b, dtype, n, body)
+
+    @intrinsic
+    def row(typing, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
+        def codegen(context, builder, signature, args):
+            emit_row(builder, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 10), codegen
+
+    return row
+
+
+def make_backward_row(cell: Cell, dtype: np.dtype):
+    """One batch row at one step: dL/dnext_state -> in the slots dr and dx; dstate becomes its direct part.
+
+    Assigns slots and dstate; adds to dparams.
+    """
+    trace = cell.trace
+    graph = trace.backward
+    slot_of_saved = {index: k for k, index in enumerate(trace.kept)}
+    writes = {k: trace.dr[g].index for k, g in enumerate(trace.r_order)}
+    writes |= {trace.x_start + k: trace.dx[g].index for k, g in enumerate(trace.x_order)}
+
+    def emit_row(
+        b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride
+    ):
+        def at(base, number, step):
+            return b.add(base, b.mul(step, I64(number)))
+
+        def body(emit: Emitter, offset, mask):
+            def load(base, number=0, step=stride):
+                return emit.load(b.add(at(base, number, step), offset), mask)
+
+            def value_of(index):
+                node = graph.nodes[index]
+                if node.op != "input":
+                    return None
+                kind, number = node.value
+                if kind == "saved":
+                    return load(slots, slot_of_saved[number])
+                if kind == "dnext":
+                    direct = load(dstate, number, dstate_stride)
+                    return direct if number else emit.add(direct, load(dy))
+                if kind == "param":
+                    return load(params, number)
+                first, others = (h, rest) if kind == "state" else (h_next, rest_next)
+                return load(others, number - 1, rest_stride) if number else load(first)
+
+            outputs = [*writes.values(), *(s.index for s in (*trace.dstate, *trace.dparams))]
+            values = iter(evaluate(emit, graph, outputs, value_of))
+            for k in writes:
+                emit.store(next(values), b.add(at(slots, k, stride), offset), mask)
+            for s in range(cell.states):
+                emit.store(next(values), b.add(at(dstate, s, dstate_stride), offset), mask)
+            for p in range(len(cell.params)):
+                address = b.add(at(dparams, p, stride), offset)
+                emit.store(emit.add(emit.load(address, mask), next(values)), address, mask)
+
+        vector_loop(b, dtype, n, body)
+
+    @intrinsic
+    def row(
+        typing, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride
+    ):
+        def codegen(context, builder, signature, args):
+            emit_row(builder, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 13), codegen
+
+    return row
+
+
+def make_clamp_row(dtype: np.dtype):
+    """values within [-limit, limit], in place."""
+
+    @intrinsic
+    def clamp(typing, n, values, limit):
+        def codegen(context, builder, signature, args):
+            count, base, scalar = args
+
+            def body(emit, offset, mask):
+                address = builder.add(base, offset)
+                narrow = scalar if dtype.itemsize == 8 else builder.fptrunc(scalar, emit.scalar)
+                emit.store(emit.clamp(emit.load(address, mask), emit.splat(narrow)), address, mask)
+
+            vector_loop(builder, dtype, count, body)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.float64), codegen
+
+    return clamp
