@@ -58,8 +58,8 @@ def watched(seconds: Times) -> Iterator[None]:
     under_clock = {
         "threads": SimpleNamespace(**{**vars(threads), "run": run}),
         "loops": lambda *key: Loops(*(timed(LOOP, function) for function in own["loops"](*key))),
-        "packer": lambda *key: timed(PACKING, own["packer"](*key)),
-        "reduction": lambda *key: timed(WEIGHTS, own["reduction"](*key)),
+        "packer": lambda dtype: timed(PACKING, own["packer"](dtype)),
+        "reduction": lambda dtype: timed(WEIGHTS, own["reduction"](dtype)),
     }
     try:
         for name, value in under_clock.items():

@@ -211,6 +211,8 @@ def asarray(array: Any, dtype: Any, name: str) -> Array:
     Raises TypeError for anything but real numbers, for floats where integers are expected, and for tensors that are part
     of an autograd graph; ValueError for integers (given on the host) beyond the range of `dtype`.
     """
+    if type(array) is xp.ndarray and array.dtype == dtype and array.dtype.kind in "biuf":  # as in every training step
+        return array
     what = _described(array)
     if getattr(array, "requires_grad", False):
         raise TypeError(f"{name}: expected plain values, got {what} that requires grad: detach() it first")

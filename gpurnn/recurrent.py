@@ -170,7 +170,7 @@ class Recurrent(Layer):
                 mask = dropout_mask(self.rng, self.dropout, x.shape, self.dtype)
                 x = x * mask
             levels.append((backwards, mask))
-        out = self._packed(tuple(backend.xp.stack(parts) for parts in zip(*finals, strict=True)))
+        out = self._packed(tuple(_stacked(parts) for parts in zip(*finals, strict=True)))
         if not training:
             return x, out, None
         if backend.name == "numpy":  # y shares memory with what backward reads: a change to it must not go unseen
@@ -210,7 +210,7 @@ class Recurrent(Layer):
                     if flow is not None:
                         flow[at] = xp.sqrt(squares)
                 dy = dx
-            dstates = tuple(xp.stack(parts) for parts in zip(*dinitial, strict=True))
+            dstates = tuple(_stacked(parts) for parts in zip(*dinitial, strict=True))
             for name, part, was_given in zip(self.cell.state_names, dstates, given, strict=True):
                 if self.trainable_h0 and not was_given:
                     self.grads[f"{name}_0"][...] += part.sum(1)
@@ -335,6 +335,11 @@ def _precision(given: Any, dtype: np.dtype) -> str:
     if given != "float32" and dtype != np.float32:
         raise ValueError(f"precision: expected float32 for a layer of {dtype}, got {given!r}")
     return given
+
+
+def _stacked(parts: tuple[Array, ...]) -> Array:
+    """One array of all layers' and directions' states, (L*D, N, H); fresh where they are."""
+    return parts[0][None] if len(parts) == 1 else backend.xp.stack(parts)
 
 
 def _suffix(layer: int, direction: int) -> str:

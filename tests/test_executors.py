@@ -246,8 +246,10 @@ def test_packing(dtype, shape, transposed):
     k, n = shape
     matrix = np.arange(1, k * n + 1, dtype=dtype).reshape(k, n)
     out = np.full(packed_size(k, n, dtype) + 5, np.nan, dtype)
-    packer(dtype, transposed)(np.ascontiguousarray(matrix.T) if transposed else matrix, out)
     wide, width = panel_columns(dtype), host().width(dtype)
+    for first in range(0, n, wide):  # panel by panel, as threads share them
+        source = np.ascontiguousarray(matrix.T) if transposed else matrix
+        packer(dtype)(source, transposed, first, min(n, first + wide), out)
     expected = []
     while matrix.shape[1]:
         columns = wide if matrix.shape[1] >= wide else width

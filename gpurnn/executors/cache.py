@@ -23,8 +23,13 @@ from llvmlite import binding
 from numba import njit, typeof, types
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 
 DIGEST_BYTES = 32
+
+_called_by_name: list[
+    Any
+] = []  # Numba frees a function's code with its dispatcher, and would free it under its callers
 
 
 def folder() -> Path | None:
@@ -46,10 +51,10 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def compiled(function: Callable, signature: Any, *key: Any) -> Callable:
+def compiled(function: Callable, signature: Any, *key: Any, **options: bool) -> Callable:
     """`function` compiled for `signature`, from the disk if an earlier process compiled it under the same key."""
     _name_apart(function, key)
-    dispatcher: Any = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    dispatcher: Any = njit(**{"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True} | options)(function)
     place = folder()
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
@@ -58,6 +63,21 @@ def compiled(function: Callable, signature: Any, *key: Any) -> Callable:
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
+
+
+def external(function: Callable, *key: Any) -> types.ExternalFunction:
+    """`function` of addresses and whole numbers, compiled once and called by its name in other compiled functions.
+
+    Linked into them, as `inner` does, it would be optimised again in each: of what a cell's loops took to compile, the
+    products were half.
+    """
+    signature = types.void(*[types.intp] * function.__code__.co_argcount)
+    dispatcher: Any = compiled(function, signature, *key, no_cpython_wrapper=True, no_cfunc_wrapper=False)
+    result = dispatcher.overloads[signature.args]
+    name = f"gpurnn_{function.__qualname__}"
+    binding.add_symbol(name, result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
+    _called_by_name.append(dispatcher)
+    return types.ExternalFunction(name, signature)
 
 
 def inner(function: Callable, *key: Any) -> Any:
@@ -124,7 +144,6 @@ class _File(_Cache):
         return str(self.path.parent)
 
     def load_overload(self, sig, target_context):
-        target_context.refresh()
         try:
             entry = self.path.read_bytes()
         except OSError:
@@ -132,6 +151,8 @@ class _File(_Cache):
         digest, payload = entry[:DIGEST_BYTES], entry[DIGEST_BYTES:]
         if hashlib.sha256(payload).digest() != digest:
             return None
+        # Machine code needs Numba's run time.  What Numba would load beside it is for compiling, and takes 0.2 s.
+        rtsys.initialize(target_context)
         return CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def save_overload(self, sig, data):

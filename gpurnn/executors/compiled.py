@@ -55,10 +55,13 @@ def forward(
     allocate = np.zeros if ragged else np.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
-    first = lengths_of(rows, N) if reverse else np.zeros(N, np.int64)
-    h[first, np.arange(N)] = state[0]
-    for s, part in enumerate(state[1:]):
-        rest[s, first, np.arange(N)] = part
+    ends = (
+        (lengths_of(rows, N), np.arange(N)) if ragged else T
+    )  # where each row's last state stands, or in reverse its first
+    first, last = (ends, 0) if reverse else (0, ends)
+    h[first] = state[0]
+    for part, values in zip(rest, state[1:], strict=True):
+        part[first] = values
     bias, params = layout.biases(cell, weights, H, np), layout.params(weights, H, np)
     chunk = _chunk(T, N)
     slots = allocate((T if training else chunk, N, cell.trace.slots * H), dtype)
@@ -69,12 +72,11 @@ def forward(
         kernel(rows, reverse, share.start, share.stop, chunk, x, slots, h, rest, bias, params, *packed)
 
     threads.run(loop, _shares(cell, rows, N, H))
-    end = np.zeros(N, np.int64) if reverse else lengths_of(rows, N)
-    final = (h[end, np.arange(N)], *(part[end, np.arange(N)] for part in rest))
+    final = tuple(part[last].copy() for part in (h, *rest))
     visible = h
     if ragged and reverse:  # initial states stand in h behind each row's end
         visible = h.copy()
-        visible[first, np.arange(N)] = 0
+        visible[first] = 0
     return States(visible, final), Tape(cell, x, weights, reverse, rows, slots, h, rest) if training else None
 
 
@@ -144,8 +146,7 @@ def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, trainin
     if training:
         return allocate((count, T + 1, N, H), dtype)
     place = allocate((count, N, H), dtype)
-    strides = (place.strides[0], 0, *place.strides[1:])
-    return np.lib.stride_tricks.as_strided(place, (count, T + 1, N, H), strides)
+    return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))
 
 
 def _shares(cell: Cell, rows: np.ndarray, N: int, H: int) -> list[slice]:
@@ -179,10 +180,12 @@ def _packed(weight: np.ndarray, transposed: bool) -> np.ndarray:
     k, n = weight.shape[::-1] if transposed else weight.shape
     dtype, wide = weight.dtype, panel_columns(weight.dtype)
     out = np.empty(packed_size(k, n, dtype), dtype)
+    if weight.size < PARALLEL_PACKING:
+        packer(dtype)(weight, transposed, 0, n, out)
+        return out
 
     def pack(share: slice) -> None:
-        columns = slice(share.start * wide, share.stop * wide)
-        packer(dtype, transposed)(weight[columns] if transposed else weight[:, columns], out[k * columns.start :])
+        packer(dtype)(weight, transposed, share.start * wide, min(n, share.stop * wide), out)
 
-    threads.run(pack, threads.shares(-(-n // wide), cpu_threads() if weight.size >= PARALLEL_PACKING else 1))
+    threads.run(pack, threads.shares(-(-n // wide), cpu_threads()))
     return out

@@ -169,7 +169,7 @@ def make_gemm(dtype: np.dtype):
                 w += k * width * size
                 column += width
 
-    return cache.inner(gemm, dtype.str)
+    return cache.external(gemm, dtype.str, host())
 
 
 def _add_row(dtype: np.dtype):

@@ -31,6 +31,9 @@ def ordered(matrix: Array, order: tuple[int, ...], H: int) -> Array:
 
 def add_ordered(gradient: Array, value: Array, order: tuple[int, ...], H: int) -> None:
     """Adds to `gradient` what stands in `value` with its gates in `order`."""
+    if order == tuple(range(len(order))):
+        gradient += value
+        return
     for k, gate in enumerate(order):
         gradient[gate * H : (gate + 1) * H] += value[k * H : (k + 1) * H]
 

@@ -197,17 +197,25 @@ def loops(cell: Cell, dtype: np.dtype) -> Loops:
 
 
 @functools.cache
-def packer(dtype: np.dtype, transposed: bool) -> Callable:
-    """packer(matrix, out): a matrix whose rows are contiguous, or its transpose, in panels; see `packing.make_pack`."""
-    pack = make_pack(dtype, transposed)
+def packer(dtype: np.dtype) -> Callable:
+    """packer(matrix, transposed, first, last, out): columns [first, last) of a C-ordered matrix, or of its transpose,
+    to where they stand in the packed whole.  `first` begins a panel: see `packing.make_pack`.
+    """
+    as_it_is, turned, size = make_pack(dtype, False), make_pack(dtype, True), dtype.itemsize
 
-    def packer(matrix, out):
-        k, n = matrix.shape[::-1] if transposed else matrix.shape
-        pack(address(matrix), matrix.strides[0], k, n, address(out))
+    def packer(matrix, transposed, first, last, out):
+        stride = matrix.strides[0]
+        if transposed:
+            k = matrix.shape[1]
+            turned(address(matrix) + first * stride, stride, k, last - first, address(out) + k * first * size)
+        else:
+            k = matrix.shape[0]
+            as_it_is(address(matrix) + first * size, stride, k, last - first, address(out) + k * first * size)
 
     real = types.float32 if dtype.itemsize == 4 else types.float64
-    signature = types.void(types.Array(real, 2, "A", readonly=True), types.Array(real, 1, "C"))
-    return cache.compiled(packer, signature, dtype.str, transposed, host())
+    given = types.Array(real, 2, "C", readonly=True)
+    signature = types.void(given, types.boolean, types.int64, types.int64, types.Array(real, 1, "C"))
+    return cache.compiled(packer, signature, dtype.str, host())
 
 
 @functools.cache

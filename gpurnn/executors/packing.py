@@ -4,6 +4,8 @@ Both go block by block, a vector of rows at a time, and a block is transposed in
 five times as much, which for one pass over a large weight matrix is a tenth of the whole.
 """
 
+import functools
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -58,6 +60,7 @@ def _move_block(dtype: np.dtype, transposed: bool):
     return move
 
 
+@functools.cache
 def make_pack(dtype: np.dtype, transposed: bool):
     """pack(source, stride, k, n, out): the (k, n) matrix at `source`, or the transpose of the (n, k) one, in panels.
 
@@ -91,9 +94,10 @@ def make_pack(dtype: np.dtype, transposed: bool):
                 for column in range(0, n, width):
                     block(source, stride, k, n, row, column, out)
 
-    return cache.inner(pack, dtype.str, transposed)
+    return cache.external(pack, dtype.str, transposed, host())
 
 
+@functools.cache
 def make_transpose(dtype: np.dtype):
     """transpose(source, stride, rows, columns, out, out_stride): a (rows, columns) matrix to a (columns, rows) one.
 
@@ -109,4 +113,4 @@ def make_transpose(dtype: np.dtype):
                 count = min(width, rows - row), min(width, columns - column)
                 move(source + row * stride + column * size, stride, count[0], count[1], at, out_stride)
 
-    return cache.inner(transpose, dtype.str)
+    return cache.external(transpose, dtype.str, host())
