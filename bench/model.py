@@ -104,7 +104,7 @@ def directions(case: Case, gpu: Gpu) -> list[Prediction]:
 def _on_chip(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> Prediction | None:
     cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
     pair = registers(cell, transposed)
-    choice = plan.best(case.H, case.gates, transposed, case.N, case.dtype, pair, chip, alone)
+    choice = plan.best(plan.choices(case.H, case.gates, transposed, case.N, case.dtype, pair, chip, alone))
     if choice is None:
         return None
     shape = Shape(case.H, case.gates, transposed, choice.blocks)

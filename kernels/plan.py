@@ -7,7 +7,7 @@ what was measured.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from . import exchange, tiles
@@ -100,9 +100,9 @@ def choices(
                     yield Choice(fitted, blocks, kind, _cost(shape, fitted, kind, pair, N, chip))
 
 
-def best(*arguments: object, **options: object) -> Choice | None:
+def best(found: Iterable[Choice]) -> Choice | None:
     """The cheapest of `choices`; among equals the one with the fewest blocks."""
-    return min(choices(*arguments, **options), key=lambda choice: (choice.cost.cycles, choice.blocks), default=None)  # type: ignore[arg-type]
+    return min(found, key=lambda choice: (choice.cost.cycles, choice.blocks), default=None)
 
 
 def step_cycles(H: int, gates: int, N: int, precision: str, chip: Chip) -> float:

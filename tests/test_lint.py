@@ -252,7 +252,7 @@ def _pointer():
 
 def test_plan_never_asks_for_more_than_there_is():
     chip = chip_of((9, 0))
-    assert plan.best(512, 4, False, 64, "float32", 20, chip, True) is None
+    assert plan.best(plan.choices(512, 4, False, 64, "float32", 20, chip, True)) is None
     for G, H, N in ((1, 250, 64), (3, 77, 5), (4, 128, 1000), (4, 700, 33)):
         for transposed in (False, True):
             for precision in ("float32", "tf32", "bfloat16"):
