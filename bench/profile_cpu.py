@@ -45,10 +45,10 @@ def watched(seconds: Times) -> Iterator[None]:
 
         return call
 
-    def run(work: Callable, parts: Sequence) -> None:
+    def run(work: Callable, parts: Sequence, barrier: Any = None) -> None:
         calls.clear()
         start = time.perf_counter()
-        threads.run(work, parts)
+        threads.run(work, parts)  # to the end of every part: without the barrier it waits for their clocks
         seconds[WAITING] += time.perf_counter() - start
         for phase, spent in calls:
             seconds[phase] += spent / len(parts)

@@ -220,26 +220,33 @@ def test_chunks_of_time(monkeypatch, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 40, 512, 513, 1100])
 def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
-    """Around the edges of a vector, a block of time and batch, a block of a gate's units."""
+    """Around the edges of a vector, a block of time and batch, a block of a gate's units.
+
+    Slots as a cell of three gates has them whose gate 2 is split: r of it, 0 and 1 joint, x of it; and one slot more.
+    """
     rng = np.random.default_rng(rows)
-    H, n, order = 200, 70, np.array([2, 0, 1])
-    d, b = rng.standard_normal((rows, 5 * H)).astype(dtype)[:, H : 4 * H], rng.standard_normal((rows, n)).astype(dtype)
-    sums, out = np.ones(3 * H, dtype), np.ones((3 * H, n), dtype)
-    for first, last in ((0, 17), (17, 433), (433, 3 * H)):
-        work = (np.full(size, np.nan, dtype) for size in reduction_sizes(n, np.dtype(dtype)))
-        reduction(np.dtype(dtype))(d, first, last, order, b, sums, out, *work)
-    wide = d.astype("float64")
-    product = (wide.T @ b).reshape(3, H, n)
-    expected = np.empty_like(product)
-    expected[order] = product
+    H, I, r_order, x_order = 200, 70, np.array([2, 0, 1]), np.array([0, 1, 2])
+    slots, h, x = (rng.standard_normal((rows, n)).astype(dtype) for n in (5 * H, H, I))
+    sums, weight_hh, weight_ih = (np.ones(shape, dtype) for shape in (4 * H, (3 * H, H), (3 * H, I)))
+    for first, last in ((0, 17), (17, 433), (433, 4 * H)):
+        work = (np.full(size, np.nan, dtype) for size in reduction_sizes(H, I, np.dtype(dtype)))
+        reduction(np.dtype(dtype))(
+            first, last, 1, 0, slots, r_order, x_order, 1, h, x, sums, weight_hh, weight_ih, *work
+        )
     limit = 1e-5 if dtype == "float32" else 1e-13
-    np.testing.assert_allclose(out, 1 + expected.reshape(3 * H, n), atol=limit * np.abs(expected).max(), rtol=0)
-    np.testing.assert_allclose(sums, 1 + wide.sum(0), atol=limit * rows, rtol=0)
+    wide = slots.astype("float64").reshape(rows, 5, H)
+    for found, b, gates, order in ((weight_hh, h, wide[:, :3], r_order), (weight_ih, x, wide[:, 1:4], x_order)):
+        expected = np.empty((3, H, b.shape[1]))
+        expected[order] = np.einsum("kgj,kn->gjn", gates, b)
+        np.testing.assert_allclose(
+            found, 1 + expected.reshape(found.shape), atol=limit * np.abs(expected).max(), rtol=0
+        )
+    np.testing.assert_allclose(sums, 1 + wide[:, :4].sum(0).ravel(), atol=limit * rows, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (17, 33), (64, 64), (15, 130), (130, 15), (40, 200)])
-@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_packing(dtype, shape, transposed):
     """Wide panels, then panels of one vector, each row-major, the last one filled up with zeros."""
     dtype = np.dtype(dtype)
@@ -247,9 +254,7 @@ def test_packing(dtype, shape, transposed):
     matrix = np.arange(1, k * n + 1, dtype=dtype).reshape(k, n)
     out = np.full(packed_size(k, n, dtype) + 5, np.nan, dtype)
     wide, width = panel_columns(dtype), host().width(dtype)
-    for first in range(0, n, wide):  # panel by panel, as threads share them
-        source = np.ascontiguousarray(matrix.T) if transposed else matrix
-        packer(dtype)(source, transposed, first, min(n, first + wide), out)
+    packer(dtype)(np.ascontiguousarray(matrix.T) if transposed else matrix, transposed, out)
     expected = []
     while matrix.shape[1]:
         columns = wide if matrix.shape[1] >= wide else width

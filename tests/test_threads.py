@@ -14,8 +14,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from gpurnn import backend
-from gpurnn.cells import GRU_CELL, LSTM_CELL
-from gpurnn.executors import compiled, threads
+from gpurnn.executors import threads
 from gpurnn.recurrent import LSTM
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -87,26 +86,6 @@ def test_layers_in_several_python_threads_at_once(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda seed: digest(training_step(seed)), range(8)))
     assert together == alone
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("rows", [[9, 9, 9], [9, 5, 1, 0], [0, 0], [1, 1, 1, 1], [9, 1, 1, 1, 1, 1], []])
-def test_shares_cover_the_batch_once(monkeypatch, rows, count):
-    monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
-    for cell in (LSTM_CELL, GRU_CELL):
-        for batch in (9, 30):
-            shares = compiled._shares(cell, np.array(rows, np.int64), batch, 200)
-            assert len(shares) <= count
-            assert [n for share in shares for n in range(share.start, share.stop)] == list(range(batch))
-            assert all(share.stop > share.start for share in shares)
-
-
-def test_shares_of_ragged_batches_have_equal_work(monkeypatch):
-    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
-    lengths = np.array([100] + [10] * 10)  # longest first
-    rows = (lengths[None, :] > np.arange(100)[:, None]).sum(1)
-    first, second = compiled._shares(LSTM_CELL, rows, 11, 200)
-    assert (first, second) == (slice(0, 1), slice(1, 11))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])

@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
+from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.packing import make_pack, make_transpose, packed_size, panel_vectors
 from gpurnn.executors.simd import I64, Emitter, address, host, vector_loop
 
@@ -126,7 +127,7 @@ def _tile(dtype: np.dtype, vectors: int, masked: bool):
         row = 0
         while row < m:
             left = m - row
-            if left >= 6:
+            if left >= 6 and left != 8:
                 six(a + row * lda, lda, w, k, c + row * ldc, ldc, count, accumulate)
                 row += 6
             elif left >= 4:
@@ -144,30 +145,32 @@ def _tile(dtype: np.dtype, vectors: int, masked: bool):
 
 @functools.cache
 def make_gemm(dtype: np.dtype):
-    """gemm(steps, a, a_step, lda, m, w, k, n, c, c_step, ldc, accumulate): at each of `steps`, m rows of C (+)= A B.
+    """gemm(steps, a, a_step, lda, m, w, k, blocks, n, c, c_step, c_block, ldc, accumulate): at each of `steps`, and for each
+    of `blocks` matrices B of n columns, m rows of C (+)= A B.
 
-    Addresses and distances are in bytes: lda from row to row, a_step from one step's rows to the next's.  `w` is B as
-    `pack` leaves it; a panel of it serves all steps before the next one is read.
+    Addresses and distances are in bytes: lda from row to row, a_step from one step's rows to the next's, c_block from one
+    block's columns to the next's.  `w` is each B as `pack` leaves it; a panel serves all steps before the next is read.
     """
     vectors, width, size = panel_vectors(), host().width(dtype), dtype.itemsize
     wide_tile = _tile(dtype, vectors, masked=False)
     narrow_tile = _tile(dtype, 1, masked=True)
     wide = vectors * width
 
-    def gemm(steps, a, a_step, lda, m, w, k, n, c, c_step, ldc, accumulate):
-        column = 0
-        while column < n:
-            at = c + column * size
-            if n - column >= wide:
-                for step in range(steps):
-                    wide_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, wide, accumulate)
-                w += k * wide * size
-                column += wide
-            else:
-                for step in range(steps):
-                    narrow_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, n - column, accumulate)
-                w += k * width * size
-                column += width
+    def gemm(steps, a, a_step, lda, m, w, k, blocks, n, c, c_step, c_block, ldc, accumulate):
+        for block in range(blocks):
+            column = 0
+            while column < n:
+                at = c + block * c_block + column * size
+                if n - column >= wide:
+                    for step in range(steps):
+                        wide_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, wide, accumulate)
+                    w += k * wide * size
+                    column += wide
+                else:
+                    for step in range(steps):
+                        narrow_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, n - column, accumulate)
+                    w += k * width * size
+                    column += width
 
     return cache.external(gemm, dtype.str, host())
 
@@ -192,47 +195,54 @@ def _add_row(dtype: np.dtype):
     return add_row
 
 
-def reduction_sizes(n: int, dtype: np.dtype) -> tuple[int, int]:
-    """Elements of the two workspaces of a reduction: a block of d transposed, a block of b packed."""
-    return REDUCED_COLUMNS * REDUCED_ROWS, packed_size(REDUCED_ROWS, n, dtype)
+def reduction_sizes(H: int, I: int, dtype: np.dtype) -> tuple[int, int, int]:
+    """Elements of a reduction's workspaces: a block of d transposed, blocks of h and of x packed."""
+    return REDUCED_COLUMNS * REDUCED_ROWS, packed_size(REDUCED_ROWS, H, dtype), packed_size(REDUCED_ROWS, I, dtype)
 
 
 def make_reduction(dtype: np.dtype):
-    """reduce(d, first, last, order, b, sums, out, turned, packed): what columns [first, last) of d give a weight.
+    """reduce(...): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
 
-    d       (K, G*H)  gradients with gates in slot order; K is time and batch
-    order   (G,)      the gate in each slot
-    b       (K, n)    what the weight was multiplied by, C-ordered
-    sums    (G*H,)    the column sums of d, a bias's gradient, are added to it, in the order of d
-    out     (G*H, n)  d^T b is added to it, gates in their own order
-    turned, packed    workspaces, see `reduction_sizes`
+    parties                threads that meet at `barrier` at the end
+    slots   (K, slots*H)   gradients: of r in the first G slots, of x in G slots from x_start on; K is time and batch
+    r_order, x_order (G,)  whose gate they are
+    h (K, H), x (K, I)     what the weights were multiplied by, C-ordered
+    sums    ((x_start+G)*H,)   the column sums, gradients of the biases, are added to it
+    weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
+    turned, packed_h, packed_x   workspaces, see `reduction_sizes`
     """
     gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack(dtype, False), _add_row(dtype)
-    size, width = dtype.itemsize, host().width(dtype)
+    size, width, meet = dtype.itemsize, host().width(dtype), make_meet()
 
-    def reduce(d, first, last, order, b, sums, out, turned, packed):
-        K, n = b.shape
-        H = d.shape[1] // len(order)
-        stride = d.strides[0]
+    def reduce(
+        first, last, parties, barrier, slots, r_order, x_order, x_start, h, x, sums, weight_hh, weight_ih, turned,
+        packed_h, packed_x,
+    ):  # fmt: skip
+        K, stride = len(slots), slots.strides[0]
+        H, I, gates = h.shape[1], x.shape[1], len(r_order)
         blocks = -(-K // REDUCED_ROWS)
         for block in range(blocks):
             begin, end = K * block // blocks, K * (block + 1) // blocks
             k = end - begin
-            turned_stride = -(-k // width) * width * size
-            pack(address(b) + begin * b.strides[0], b.strides[0], k, n, address(packed))
+            d_stride = -(-k // width) * width * size
+            pack(address(h) + begin * H * size, H * size, k, H, address(packed_h))
+            pack(address(x) + begin * I * size, I * size, k, I, address(packed_x))
             column = first
             while column < last:
-                gate = column // H
-                count = min(REDUCED_COLUMNS, last - column, (gate + 1) * H - column)
-                d_at = address(d) + begin * stride + column * size
+                slot = column // H
+                unit = column - slot * H
+                count = min(REDUCED_COLUMNS, last - column, H - unit)
+                at, d = address(slots) + begin * stride + column * size, address(turned)
                 for row in range(k):
-                    add_row(count, d_at + row * stride, address(sums) + column * size)
-                transpose(d_at, stride, k, count, address(turned), turned_stride)
-                to = address(out) + (order[gate] * H + column - gate * H) * out.strides[0]
-                gemm(
-                    1, address(turned), 0, turned_stride, count, address(packed), k, n,
-                    to, 0, out.strides[0], 1,
-                )  # fmt: skip
+                    add_row(count, at + row * stride, address(sums) + column * size)
+                transpose(at, stride, k, count, d, d_stride)
+                if slot < gates:
+                    to = address(weight_hh) + (r_order[slot] * H + unit) * H * size
+                    gemm(1, d, 0, d_stride, count, address(packed_h), k, 1, H, to, 0, 0, H * size, 1)
+                if slot >= x_start:
+                    to = address(weight_ih) + (x_order[slot - x_start] * H + unit) * I * size
+                    gemm(1, d, 0, d_stride, count, address(packed_x), k, 1, I, to, 0, 0, I * size, 1)
                 column += count
+        meet(barrier, parties)
 
     return reduce

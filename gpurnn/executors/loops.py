@@ -1,7 +1,7 @@
 """The time loops of one cell, compiled: T steps of recurrent product and fused cell, forward and backward.
 
-One pair of loops is built per cell and element type, with the cell's traced graphs inside.  They work on addresses, on
-the rows [first, last) of the batch and so on any thread's share of it.  Memory layout: `gpurnn.cells.cell.Trace`.
+One pair of loops is built per cell and element type, with the cell's traced graphs inside.  They work on addresses, on a
+thread's share: the rows [first, last) of the batch, the units [unit, end_unit).  Memory layout: `gpurnn.cells.cell.Trace`.
 """
 
 import functools
@@ -13,6 +13,7 @@ from numba import njit, types
 
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
+from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.gemm import make_gemm, make_reduction
 from gpurnn.executors.packing import make_pack
 from gpurnn.executors.rows import make_backward_row, make_clamp_row, make_forward_row
@@ -27,37 +28,42 @@ class Loops(NamedTuple):
 
 
 def _forward_loop(cell: Cell, dtype: np.dtype):
-    row = make_forward_row(cell, dtype)
-    gemm = make_gemm(dtype)
+    row, gemm, meet = make_forward_row(cell, dtype), make_gemm(dtype), make_meet()
     gates, split, x_start, size = cell.gates, len(cell.trace.split), cell.trace.x_start, dtype.itemsize
 
     def forward(
-        rows, reverse, first, last, chunk, x, slots, h, rest, bias, params, packed_ih, packed_split, packed_joint
-    ):
+        rows, reverse, first, last, unit, end_unit, parties, barrier, chunk, x, slots, h, rest, bias, params, packed_ih,
+        packed_split, packed_joint,
+    ):  # fmt: skip
         """Fills h and rest with states, and slots with what backward needs.
 
         rows     (T,)             how many leading batch rows live at each step
+        parties                   threads that meet at `barrier`: after each step where they share the units, and at the end
         chunk                     so many steps' inputs are projected at once
         x        (T, N, I), C-ordered
         slots    (T, N, slots*H)  out: the kept values; or (chunk, N, slots*H), where nobody wants to see them
         h        (T+1, N, H)      at step t reads h[t] and writes h[t+1]; in reverse, reads h[t+1] and writes h[t]
         rest     (S-1, T+1, N, H) the states beyond h alike; of stride 0 in time they are updated in place
         bias     (slots, H)       what is added to each slot
-        packed_*                  the transposes of W_ih, of W_hh's split and of its joint gates, in slot order, packed
+        packed_*                  the transposes of W_ih, of W_hh's split and of its joint gates, in slot order, packed:
+                                  for all units in one, for some of them gate by gate
         """
         T, N, I = x.shape
         H = h.shape[2]
-        stride, rest_stride, next_row = H * size, rest.strides[0], slots.strides[1]
+        stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
+        units, met = end_unit - unit, 0
+        whole = units == H
         for done in range(0, T, chunk):
             begin = (T - 1) // chunk * chunk - done if reverse else done
             end = min(T, begin + chunk)
             steps, m = end - begin, min(rows[begin], last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
-            slots_at = address(slots) + begin % len(slots) * slots.strides[0] + first * next_row
+            slots_at = address(slots) + begin % len(slots) * slots.strides[0] + first * next_row + aside
+            blocks, n = (1, gates * H) if whole else (gates, units)
             gemm(
                 steps, address(x) + (begin * N + first) * I * size, N * I * size, I * size, m,
-                address(packed_ih), I, gates * H, slots_at + x_start * stride, slots.strides[0], next_row, 0,
+                address(packed_ih), I, blocks, n, slots_at + x_start * stride, slots.strides[0], stride, next_row, 0,
             )  # fmt: skip
             for step in range(begin, end):
                 t = begin + end - 1 - step if reverse else step
@@ -67,60 +73,52 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
                     continue
                 at = slots_at + (t - begin) * slots.strides[0]
                 h_t = address(h) + before * h.strides[0] + first * stride
-                h_next = address(h) + after * h.strides[0] + first * stride
-                rest_t = address(rest) + before * rest.strides[1] + first * stride
-                rest_next = address(rest) + after * rest.strides[1] + first * stride
-                gemm(1, h_t, 0, stride, m, address(packed_split), H, split * H, at, 0, next_row, 0)
-                joint, joint_at = (gates - split) * H, at + split * stride
-                gemm(1, h_t, 0, stride, m, address(packed_joint), H, joint, joint_at, 0, next_row, 1)
-                for n in range(m):
-                    i = n * stride
+                h_next = address(h) + after * h.strides[0] + first * stride + aside
+                rest_t = address(rest) + before * rest.strides[1] + first * stride + aside
+                rest_next = address(rest) + after * rest.strides[1] + first * stride + aside
+                blocks, n = (1, split * H) if whole else (split, units)
+                gemm(1, h_t, 0, stride, m, address(packed_split), H, blocks, n, at, 0, stride, next_row, 0)
+                blocks, n = (1, (gates - split) * H) if whole else (gates - split, units)
+                joint_at = at + split * stride
+                gemm(1, h_t, 0, stride, m, address(packed_joint), H, blocks, n, joint_at, 0, stride, next_row, 1)
+                for i in range(m):
+                    i_row = i * stride
                     row(
-                        H, at + n * next_row, address(bias), h_t + i, h_next + i, rest_t + i, rest_next + i,
-                        address(params), stride, rest_stride,
+                        units, at + i * next_row, address(bias) + aside, h_t + i_row + aside, h_next + i_row,
+                        rest_t + i_row, rest_next + i_row, address(params) + aside, stride, rest_stride,
                     )  # fmt: skip
+                if not whole:
+                    met += parties
+                    meet(barrier, met)
+        meet(barrier, met + parties)
 
     return forward
 
 
 def _backward_loop(cell: Cell, dtype: np.dtype):
-    row = make_backward_row(cell, dtype)
-    gemm, clamp = make_gemm(dtype), make_clamp_row(dtype)
+    row, gemm, meet = make_backward_row(cell, dtype), make_gemm(dtype), make_meet()
+    clamp = make_clamp_row(dtype)
     gates, states, x_start, size = cell.gates, cell.states, cell.trace.x_start, dtype.itemsize
 
     def backward(
-        rows,
-        reverse,
-        first,
-        last,
-        chunk,
-        slots,
-        h,
-        rest,
-        dy,
-        dstate,
-        dx,
-        params,
-        dparams,
-        packed_ih,
-        packed_hh,
-        clip,
-        flow,
-    ):
+        rows, reverse, first, last, unit, end_unit, column, end_column, parties, barrier, chunk, slots, h, rest, dy, dstate,
+        dx, params, dparams, packed_ih, packed_hh, clip, flow,
+    ):  # fmt: skip
         """Turns the kept values in slots into dr and dx, and carries dstate from the last step to the first.
 
         dy       (T, N, H)  dL/dy_t, of any stride in T and N
         dstate   (S, N, H)  dL/d(final state) on entry, dL/d(initial state) on return
-        dx       (T, N, I)  the gradient of the inputs, C-ordered, `chunk` steps at once
+        dx       (T, N, I)  the gradient of the inputs, C-ordered: columns [column, end_column), `chunk` steps at once
         dparams  (P, H)     is added to
-        packed_* W_ih and W_hh with their rows in slot order, packed
+        packed_* W_ih and W_hh with their rows in slot order, packed: those columns, and those of the units
         clip     the largest magnitude that dstate may carry from one step to the one before; 0: no limit
         flow     (S, T)     where not empty, the sums of squares of dL/dstate_t over rows and units are added to it
         """
         T, N, I = dx.shape
         H = h.shape[2]
-        stride, rest_stride, next_row = H * size, rest.strides[0], slots.strides[1]
-        passed = address(dstate) + first * stride
+        stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
+        units, met = end_unit - unit, 0
+        passed = address(dstate) + first * stride + aside
         for done in range(0, T, chunk):
             begin = done if reverse else (T - 1) // chunk * chunk - done
             end = min(T, begin + chunk)
@@ -132,41 +130,48 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
                 if m <= 0:
                     continue
                 at = slots_at + (t - begin) * slots.strides[0]
-                h_t = address(h) + before * h.strides[0] + first * stride
-                h_next = address(h) + after * h.strides[0] + first * stride
-                rest_t = address(rest) + before * rest.strides[1] + first * stride
-                rest_next = address(rest) + after * rest.strides[1] + first * stride
-                dy_t = address(dy) + t * dy.strides[0] + first * dy.strides[1]
+                h_t = address(h) + before * h.strides[0] + first * stride + aside
+                h_next = address(h) + after * h.strides[0] + first * stride + aside
+                rest_t = address(rest) + before * rest.strides[1] + first * stride + aside
+                rest_next = address(rest) + after * rest.strides[1] + first * stride + aside
+                dy_t = address(dy) + t * dy.strides[0] + first * dy.strides[1] + aside
                 if flow.size:
                     for s in range(states):
-                        flow[s, t] += sum_of_squares(dstate[s], dy[t], s == 0, first, first + m)
+                        flow[s, t] += sum_of_squares(dstate[s], dy[t], s == 0, first, first + m, unit, end_unit)
                 for n in range(m):
                     i = n * stride
                     row(
-                        H, at + n * next_row, h_t + i, h_next + i, rest_t + i, rest_next + i, dy_t + n * dy.strides[1],
-                        passed + i, address(params), address(dparams), stride, rest_stride, dstate.strides[0],
+                        units, at + n * next_row + aside, h_t + i, h_next + i, rest_t + i, rest_next + i,
+                        dy_t + n * dy.strides[1], passed + i, address(params) + aside, address(dparams) + aside,
+                        stride, rest_stride, dstate.strides[0],
                     )  # fmt: skip
-                gemm(1, at, 0, next_row, m, address(packed_hh), gates * H, H, passed, 0, stride, 1)
+                if units < H:
+                    met += parties
+                    meet(barrier, met)
+                gemm(1, at, 0, next_row, m, address(packed_hh), gates * H, 1, units, passed, 0, 0, stride, 1)
                 if clip > 0:
                     for s in range(states):
-                        clamp(H * m, passed + s * dstate.strides[0], clip)
+                        for n in range(m):
+                            clamp(units, passed + s * dstate.strides[0] + n * stride, clip)
             steps, m = end - begin, min(rows[begin], last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
             gemm(
-                steps, slots_at + x_start * stride, slots.strides[0], next_row, m, address(packed_ih), gates * H, I,
-                address(dx) + (begin * N + first) * I * size, N * I * size, I * size, 0,
+                steps, slots_at + x_start * stride, slots.strides[0], next_row, m,
+                address(packed_ih), gates * H, 1, end_column - column,
+                address(dx) + ((begin * N + first) * I + column) * size, N * I * size, 0, I * size, 0,
             )  # fmt: skip
+        meet(barrier, met + parties)
 
     return backward
 
 
 @njit(nogil=True)
-def sum_of_squares(dstate, dy, with_dy, first, last):
-    """Of dL/dstate at one step over the rows [first, last): what later steps passed back, and for h also dy."""
+def sum_of_squares(dstate, dy, with_dy, first, last, unit, end_unit):
+    """Of dL/dstate at one step over rows [first, last) and units: what later steps passed back, and for h also dy."""
     total = 0.0
     for n in range(first, last):
-        for j in range(dstate.shape[1]):
+        for j in range(unit, end_unit):
             value = float(dstate[n, j]) + (float(dy[n, j]) if with_dy else 0.0)
             total += value * value
     return total
@@ -180,14 +185,17 @@ def loops(cell: Cell, dtype: np.dtype) -> Loops:
     def array(dimensions, readonly=False):
         return types.Array(real, dimensions, "A", readonly=readonly)
 
-    head = (types.Array(types.int64, 1, "A", readonly=True), types.boolean, types.int64, types.int64, types.int64)
+    head = types.Array(types.int64, 1, "A", readonly=True), types.boolean
+    numbers = [types.int64] * 7, [types.int64] * 9
     given, packed = array(2, readonly=True), types.Array(real, 1, "C")
     ordered = types.Array(real, 3, "C", readonly=True)
-    forward = types.void(*head, ordered, array(3), array(3), array(4), given, given, packed, packed, packed)
+    forward = types.void(
+        *head, *numbers[0], ordered, array(3), array(3), array(4), given, given, packed, packed, packed
+    )
     options = types.float64, types.Array(types.float64, 2, "A")
     backward = types.void(
-        *head, array(3), array(3), array(4), array(3, readonly=True), array(3), array(3), given, array(2), packed, packed,
-        *options,
+        *head, *numbers[1], array(3), array(3), array(4), array(3, readonly=True), array(3), array(3), given, array(2),
+        packed, packed, *options,
     )  # fmt: skip
     key = (cell.trace.text, dtype.str, host())
     return Loops(
@@ -198,23 +206,18 @@ def loops(cell: Cell, dtype: np.dtype) -> Loops:
 
 @functools.cache
 def packer(dtype: np.dtype) -> Callable:
-    """packer(matrix, transposed, first, last, out): columns [first, last) of a C-ordered matrix, or of its transpose,
-    to where they stand in the packed whole.  `first` begins a panel: see `packing.make_pack`.
-    """
-    as_it_is, turned, size = make_pack(dtype, False), make_pack(dtype, True), dtype.itemsize
+    """packer(matrix, transposed, out): a matrix whose rows are contiguous, or its transpose, in panels (`make_pack`)."""
+    as_it_is, turned = make_pack(dtype, False), make_pack(dtype, True)
 
-    def packer(matrix, transposed, first, last, out):
-        stride = matrix.strides[0]
+    def packer(matrix, transposed, out):
+        rows, columns = matrix.shape
         if transposed:
-            k = matrix.shape[1]
-            turned(address(matrix) + first * stride, stride, k, last - first, address(out) + k * first * size)
+            turned(address(matrix), matrix.strides[0], columns, rows, address(out))
         else:
-            k = matrix.shape[0]
-            as_it_is(address(matrix) + first * size, stride, k, last - first, address(out) + k * first * size)
+            as_it_is(address(matrix), matrix.strides[0], rows, columns, address(out))
 
     real = types.float32 if dtype.itemsize == 4 else types.float64
-    given = types.Array(real, 2, "C", readonly=True)
-    signature = types.void(given, types.boolean, types.int64, types.int64, types.Array(real, 1, "C"))
+    signature = types.void(types.Array(real, 2, "A", readonly=True), types.boolean, types.Array(real, 1, "C"))
     return cache.compiled(packer, signature, dtype.str, host())
 
 
@@ -222,7 +225,9 @@ def packer(dtype: np.dtype) -> Callable:
 def reduction(dtype: np.dtype) -> Callable:
     """reduce(...) for an element type: see `gemm.make_reduction`."""
     real = types.float32 if dtype.itemsize == 4 else types.float64
-    matrix, given = types.Array(real, 2, "A"), types.Array(real, 2, "C", readonly=True)
     line, order = types.Array(real, 1, "C"), types.Array(types.int64, 1, "C", readonly=True)
-    signature = types.void(matrix, types.int64, types.int64, order, given, line, matrix, line, line)
+    slots, given, weight = (types.Array(real, 2, *kind) for kind in (("A",), ("C", True), ("C",)))
+    signature = types.void(
+        *[types.int64] * 4, slots, order, order, types.int64, given, given, line, weight, weight, line, line, line
+    )
     return cache.compiled(make_reduction(dtype), signature, dtype.str, host())

@@ -23,18 +23,54 @@ PARALLEL_FLOPS = 2_000_000  # a product below this is not worth waking another t
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=max(1, cpu_threads() - 1), thread_name_prefix="gpurnn")
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=size, thread_name_prefix="gpurnn")
 
 
-def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
-    """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised."""
-    others: list[Future] = [_pool().submit(work, part) for part in parts[1:]]
+class _Queue:
+    """Puts the parts of one call into the pool's queue with nobody else's between them.
+
+    The pool serves first who came first, and has as many threads as a call has parts.  So of calls whose parts wait for
+    each other, the earliest has all its parts served; in between those of others, two calls could wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._lock = threading.Lock()
+
+    def submit(self, work: Callable[[Any], None], parts: Sequence[Any]) -> list[Future]:
+        pool = _pool(max(1, cpu_threads() - 1, len(parts)))
+        with self._lock:
+            return [pool.submit(work, part) for part in parts]
+
+
+_queue = _Queue()
+
+
+def run(work: Callable[[Any], None], parts: Sequence[Any], barrier: Any = None) -> None:
+    """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised.
+
+    barrier: where the parts meet, the last time when their work is done: then nobody has to wait until threads have gone
+    to sleep and woken up.  What one of them raises opens it, so that the others come to an end.
+    """
+
+    def guarded(part: Any) -> None:
+        try:
+            work(part)
+        except BaseException:
+            barrier.open()
+            raise
+
+    one = work if barrier is None else guarded
+    others = _queue.submit(one, parts[1:]) if len(parts) > 1 else []
     try:
-        work(parts[0])
+        one(parts[0])
     finally:
-        for other in others:
-            other.result()
+        if barrier is None or barrier.is_open:
+            for other in others:
+                other.result()
 
 
 class _OneBlasThread:
@@ -70,6 +106,7 @@ one_blas_thread = _OneBlasThread()
 def _after_fork() -> None:
     """A forked child has none of its parent's threads."""
     _pool.cache_clear()
+    _queue.reset()
     one_blas_thread.reset()
 
 

@@ -1,0 +1,213 @@
+"""How threads share a layer: every share once, none empty, and the same results whichever way."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpurnn import backend
+from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
+from gpurnn.executors import compiled, sharing, threads
+from gpurnn.executors.barrier import Barrier, make_meet
+from gpurnn.recurrent import GRU, LSTM, RNN
+
+pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
+
+CELLS = (RNN_CELLS["tanh"], GRU_CELL, LSTM_CELL)
+FLOAT32 = np.dtype(np.float32)
+ROOT = Path(__file__).parents[1]
+
+
+def full(T, N):
+    return np.full(T, N)
+
+
+def points(cuts):
+    return [point for cut in cuts for point in range(cut.start, cut.stop)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("rows", [[9, 9, 9], [9, 5, 1, 0], [0, 0], [1, 1, 1, 1], [9, 1, 1, 1, 1, 1], []])
+@pytest.mark.parametrize("H", [1, 33, 200, 1000])
+def test_a_loop_is_shared_without_gaps(monkeypatch, rows, count, H):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
+    monkeypatch.setattr(sharing, "PARALLEL_FLOPS", 0)
+    seen = set()
+    for cell in CELLS:
+        for batch in (9, 30, 100):
+            for flops, enough in ((0.1, 10**9), (1e18, 4)):
+                monkeypatch.setattr(sharing, "UNITS_FLOPS", flops)
+                monkeypatch.setattr(sharing, "ENOUGH_ROWS", enough)
+                plan = sharing.plan_loop(cell, np.array(rows, np.int64), len(rows), batch, 7, H, FLOAT32)
+                assert len(plan.shares) <= count
+                parts, units, inputs = zip(*plan.shares, strict=True)
+                assert all(cut.stop > cut.start for cut in (*parts, *units))
+                if plan.by_units:
+                    assert points(units) == list(range(H))
+                    assert points(inputs) == list(range(7))
+                    assert set(map(repr, parts)) == {repr(slice(0, batch))}
+                else:
+                    assert points(parts) == list(range(batch))
+                    assert set(map(repr, (*units, *inputs))) == {repr(slice(0, H)), repr(slice(0, 7))}
+                assert plan.meeting[0] == len(plan.shares)
+                seen.add(plan.by_units)
+    assert seen == ({False} if count == 1 or H < 2 * 16 else {False, True})
+
+
+def test_ragged_batches_are_cut_into_equal_work(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
+    lengths = np.array([100] + [10] * 10)  # longest first
+    rows = (lengths[None, :] > np.arange(100)[:, None]).sum(1)
+    first, second = sharing.plan_loop(LSTM_CELL, rows, 100, 11, 200, 200, FLOAT32).shares
+    assert (first.rows, second.rows) == (slice(0, 1), slice(1, 11))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_a_sum_is_shared_without_gaps(monkeypatch, cell):
+    monkeypatch.setattr(sharing, "PARALLEL_SUM_FLOPS", 0)
+    for count in (1, 2, 3, 20):
+        monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
+        for I in (1, 500):
+            cuts = sharing.plan_reduction(cell, 50, I, 40).shares
+            assert points(cuts) == list(range((cell.trace.x_start + cell.gates) * 40))
+            assert len(cuts) == count
+
+
+def test_what_is_short_stays_with_one_thread_and_few_rows_share_units(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
+
+    def shared(T, N, I, H, cell=LSTM_CELL):
+        plan = sharing.plan_loop(cell, full(T, N), T, N, I, H, FLOAT32)
+        return "one" if len(plan.shares) == 1 else "units" if plan.by_units else "rows"
+
+    assert shared(64, 1, 32, 32) == "one"
+    assert shared(5000, 1, 1, 64) == "one"
+    assert shared(1, 16, 64, 64) == "one"
+    assert shared(1, 1, 512, 512) == shared(20, 1, 512, 512) == shared(64, 4, 256, 256) == "units"
+    assert shared(1000, 8, 64, 64) == shared(50, 64, 512, 512) == shared(1000, 4, 64, 64) == "rows"
+    assert shared(1000, 8, 64, 64, RNN_CELLS["tanh"]) == "rows"
+    assert shared(0, 8, 64, 64) == shared(8, 0, 64, 64) == "one"
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("lengths", [None, "ragged"])
+@pytest.mark.parametrize("T, N, I, H", [(7, 1, 5, 32), (9, 3, 64, 97), (40, 2, 33, 200), (5, 7, 1, 300)])
+@pytest.mark.parametrize("layer", [RNN, GRU, LSTM])
+@pytest.mark.parametrize("count", [2, 3])
+def test_shared_units_give_what_numpy_gives(monkeypatch, layer, T, N, I, H, lengths, clip, count):
+    """Both directions, training and inference, gradient flow included; weights are large enough to be packed by all."""
+    monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
+    for name in ("PARALLEL_FLOPS", "PARALLEL_SUM_FLOPS", "ENOUGH_ROWS"):
+        monkeypatch.setattr(sharing, name, 1e18 if name == "ENOUGH_ROWS" else 0)
+    monkeypatch.setattr(sharing, "UNITS_FLOPS", 1)
+    monkeypatch.setattr(compiled, "PARALLEL_PACKING", 0)
+    assert sharing.plan_loop(LSTM_CELL, full(T, N), T, N, I, H, FLOAT32).by_units
+    rng = np.random.default_rng(T)
+    x, dy = rng.standard_normal((T, N, I)), rng.standard_normal((T, N, 2 * H))
+    given = None if lengths is None else rng.integers(0, T + 1, N)
+    outcomes = []
+    for executor in ("numpy", "compiled"):
+        made = layer(I, H, executor=executor, dtype="float64", rng=1, bidirectional=True, clip_in_time=clip)
+        y, state, backward = made(x, lengths=given)
+        flow = np.zeros((2, made.cell.states, T))
+        dx, dstate = backward(dy, flow=flow)
+        inferred, _, _ = made(x, lengths=given, training=False)
+        states = (state, dstate) if layer is not LSTM else (*state, *dstate)
+        outcomes.append([y, inferred, dx, flow, *states, *made.grads.values()])
+    for ours, expected in zip(outcomes[1], outcomes[0], strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+
+
+def test_layers_that_share_units_in_several_python_threads_at_once(monkeypatch):
+    """Their parts wait for each other: two calls that held one of the pool's threads each would wait for ever."""
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "3")
+
+    def step(seed):
+        layer = LSTM(96, 320, executor="compiled", rng=seed)
+        y, _, backward = layer(np.random.default_rng(seed).standard_normal((20, 2, 96)))
+        return np.concatenate([part.ravel() for part in (y, backward(np.ones_like(y))[0], *layer.grads.values())])
+
+    assert sharing.plan_loop(LSTM_CELL, full(20, 2), 20, 2, 96, 320, FLOAT32).by_units
+    alone = [step(seed) for seed in range(4)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(step, list(range(4)) * 6))
+    for k, found in enumerate(together):
+        np.testing.assert_array_equal(found, alone[k % 4])
+
+
+def test_a_failing_part_sets_the_others_free():
+    """What a thread raises before it comes to the barrier is raised by the call, which does not hang."""
+    from numba import njit
+
+    meet = make_meet()
+
+    @njit(nogil=True)
+    def wait(barrier, arrivals):
+        meet(barrier, arrivals)
+
+    for bad in (0, 1, 2):
+        barrier, ended = Barrier(3), []
+
+        def work(part, barrier=barrier, ended=ended, bad=bad):
+            if part == bad:
+                raise MemoryError(f"part {part}")
+            wait(barrier.address, 3)
+            ended.append(part)
+
+        with pytest.raises(MemoryError, match=f"part {bad}"):
+            threads.run(work, range(3), barrier)
+        assert sorted(ended) == [part for part in range(3) if part != bad]
+
+
+def test_a_barrier_holds_until_all_have_come():
+    from numba import njit
+
+    meet = make_meet()
+
+    @njit(nogil=True)
+    def wait(barrier, arrivals):
+        meet(barrier, arrivals)
+
+    barrier, passed = Barrier(3), []
+    assert barrier.address % 128 == 0
+
+    def come(k):
+        for turn in range(1, 51):
+            wait(barrier.address, 3 * turn)
+            passed.append(turn)
+
+    others = [threading.Thread(target=come, args=(k,)) for k in range(2)]
+    for other in others:
+        other.start()
+    for turn in range(1, 51):
+        threading.Event().wait(0.001)
+        assert passed.count(turn) == 0  # the third has not come
+        wait(barrier.address, 3 * turn)
+    for other in others:
+        other.join(10)
+    assert [passed.count(turn) for turn in range(1, 51)] == [2] * 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_shares_units_too():
+    code = """
+        import os
+        import numpy as np
+        from gpurnn.recurrent import LSTM
+
+        layer, x = LSTM(96, 320, executor="compiled", rng=0), np.ones((20, 2, 96), np.float32)
+        before = layer(x)[0].sum()
+        child = os.fork()
+        same = layer(x)[0].sum() == before
+        if child == 0:
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0 and same
+    """
+    env = os.environ | {"PYTHONPATH": str(ROOT), "GPURNN_NUM_THREADS": "3"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, cwd=ROOT, check=True, timeout=120)
