@@ -115,7 +115,7 @@ def measure(device: str, dtypes: Sequence[str], quick: bool = False) -> Machine:
     if device == "cuda":
         return _measure_gpu(dtypes, 0.1 if quick else 0.4)
     seconds = 0.3 if quick else 1.0
-    flops = max(_numpy_flops(seconds), _torch_flops(seconds))
+    flops = max(_numpy_flops(seconds), _torch_flops(seconds), _own_flops(seconds))
     return Machine("cpu", {"float32": flops}, _copy_bandwidth(seconds), _cache_bytes())
 
 
@@ -143,6 +143,37 @@ def _torch_flops(seconds: float) -> float:
 
     torch.set_num_threads(cpu_threads())
     return torch_peaks.flops("cpu", ["float32"], PRODUCT, seconds)["float32"]
+
+
+def _own_flops(seconds: float) -> float:
+    """Of our micro-kernel, each thread on operands that stay in its cache: a floor that we pass would be none."""
+    from numba import types
+
+    from gpurnn.executors import cache, threads
+    from gpurnn.executors.gemm import make_gemm
+    from gpurnn.executors.packing import packed_size
+    from gpurnn.executors.simd import address
+
+    dtype, m, k, n, times = np.dtype(np.float32), 96, 256, 512, 20
+    gemm, size = make_gemm(dtype), np.dtype(np.float32).itemsize
+
+    def multiply(a, w, c):
+        for _ in range(times):
+            gemm(1, address(a), 0, k * size, m, address(w), k, 1, n, address(c), 0, 0, n * size, 0)
+
+    line = types.Array(types.float32, 1, "C")
+    kernel = cache.compiled(multiply, types.void(line, line, line), "peak", m, k, n, times)
+    sizes = m * k, packed_size(k, n, dtype), m * n
+    operands = [[np.ones(count, dtype) for count in sizes] for _ in range(cpu_threads())]
+    return (
+        2
+        * times
+        * m
+        * k
+        * n
+        * len(operands)
+        / fastest(lambda: threads.run(lambda own: kernel(*own), operands), seconds)
+    )
 
 
 def _copy_bandwidth(seconds: float) -> float:
