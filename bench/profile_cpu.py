@@ -45,14 +45,19 @@ def watched(seconds: Times) -> Iterator[None]:
 
         return call
 
-    def run(work: Callable, parts: Sequence, barrier: Any = None) -> None:
+    def charge(parts: int) -> float:
+        """The calls of so many threads at once, each phase with their mean; their sum."""
+        spent = [(phase, taken / parts) for phase, taken in calls]
         calls.clear()
+        for phase, taken in spent:
+            seconds[phase] += taken
+        return sum(taken for _, taken in spent)
+
+    def run(work: Callable, parts: Sequence, barrier: Any = None) -> None:
+        charge(1)  # what the calling thread did alone before
         start = time.perf_counter()
         threads.run(work, parts)  # to the end of every part: without the barrier it waits for their clocks
-        seconds[WAITING] += time.perf_counter() - start
-        for phase, spent in calls:
-            seconds[phase] += spent / len(parts)
-            seconds[WAITING] -= spent / len(parts)
+        seconds[WAITING] += time.perf_counter() - start - charge(len(parts))
 
     own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "reduction")}
     under_clock = {
@@ -65,6 +70,7 @@ def watched(seconds: Times) -> Iterator[None]:
         for name, value in under_clock.items():
             setattr(compiled, name, value)
         yield
+        charge(1)
     finally:
         for name, value in own.items():
             setattr(compiled, name, value)

@@ -68,19 +68,8 @@ def forward(
     def loop(share: Share) -> None:
         own = packed or _packed_gates(cell, weights, H, share.units)
         kernel(
-            rows,
-            reverse,
-            *_numbers(share.rows, share.units),
-            *plan.meeting,
-            chunk,
-            x,
-            slots,
-            h,
-            rest,
-            bias,
-            params,
-            *own,
-        )
+            rows, reverse, *_numbers(share.rows, share.units), *plan.meeting, chunk, x, slots, h, rest, bias, params, *own
+        )  # fmt: skip
 
     threads.run(loop, plan.shares, plan.barrier)
     final = tuple(part[last].copy() for part in (h, *rest))

@@ -76,8 +76,9 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
                 h_next = address(h) + after * h.strides[0] + first * stride + aside
                 rest_t = address(rest) + before * rest.strides[1] + first * stride + aside
                 rest_next = address(rest) + after * rest.strides[1] + first * stride + aside
-                blocks, n = (1, split * H) if whole else (split, units)
-                gemm(1, h_t, 0, stride, m, address(packed_split), H, blocks, n, at, 0, stride, next_row, 0)
+                if split:
+                    blocks, n = (1, split * H) if whole else (split, units)
+                    gemm(1, h_t, 0, stride, m, address(packed_split), H, blocks, n, at, 0, stride, next_row, 0)
                 blocks, n = (1, (gates - split) * H) if whole else (gates - split, units)
                 joint_at = at + split * stride
                 gemm(1, h_t, 0, stride, m, address(packed_joint), H, blocks, n, joint_at, 0, stride, next_row, 1)
