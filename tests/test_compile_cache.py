@@ -37,7 +37,7 @@ PROGRAM = """
     names = {{e.data["dispatcher"].py_func.__name__ for _, e in compilations.buffer if e.is_start}}
     print(sorted(names & {names}), float(np.abs(y).sum()), float(np.abs(dx).sum()))
 """
-ENTRIES = ["backward", "forward", "gemm", "pack", "pack", "packer", "reduce", "transpose"]
+ENTRIES = ["backward", "forward", "gemm", "meet", "pack", "pack", "packer", "reduce", "tile", "tile", "transpose"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 
@@ -145,6 +145,8 @@ def test_damaged_entries_are_compiled_again(filled, tmp_path):
             "forward": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
             "backward": whole[: len(whole) // 2],
             "gemm": b"not an entry of any kind",
+            "meet": whole[:31],
+            "tile": bytes(len(whole)),
             "pack": b"",
             "packer": whole + b"more",
             "transpose": whole[: len(whole) - 1],

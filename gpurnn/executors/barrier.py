@@ -4,6 +4,7 @@ A wait is far shorter than a thread's sleep and waking: it spins.  Where it last
 CPU, it offers its own CPU to whoever can run, again and again.
 """
 
+import functools
 import sys
 
 import numpy as np
@@ -78,6 +79,7 @@ def _pause(typing):
     return types.void(), codegen
 
 
+@functools.cache
 def make_meet():
     """meet(barrier, arrivals): waits until `arrivals` threads in all have come, its own coming being one; for 1, nothing."""
 
@@ -92,4 +94,4 @@ def make_meet():
             else:
                 _pause()
 
-    return cache.inner(meet)
+    return cache.external(meet, host())

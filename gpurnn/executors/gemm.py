@@ -140,7 +140,7 @@ def _tile(dtype: np.dtype, vectors: int, masked: bool):
                 one(a + row * lda, lda, w, k, c + row * ldc, ldc, count, accumulate)
                 row += 1
 
-    return cache.inner(tile, dtype.str, vectors, masked)
+    return cache.external(tile, dtype.str, vectors, masked, host())
 
 
 @functools.cache

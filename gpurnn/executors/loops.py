@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.gemm import make_gemm, make_reduction
 from gpurnn.executors.packing import make_pack
-from gpurnn.executors.rows import make_backward_row, make_clamp_row, make_forward_row
+from gpurnn.executors.rows import make_backward_row, make_clamp_row, make_forward_row, make_squares_row
 from gpurnn.executors.simd import address, host
 
 
@@ -98,7 +98,7 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
 
 def _backward_loop(cell: Cell, dtype: np.dtype):
     row, gemm, meet = make_backward_row(cell, dtype), make_gemm(dtype), make_meet()
-    clamp = make_clamp_row(dtype)
+    clamp, squares = make_clamp_row(dtype), make_squares_row(dtype)
     gates, states, x_start, size = cell.gates, cell.states, cell.trace.x_start, dtype.itemsize
 
     def backward(
@@ -137,8 +137,10 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
                 rest_next = address(rest) + after * rest.strides[1] + first * stride + aside
                 dy_t = address(dy) + t * dy.strides[0] + first * dy.strides[1] + aside
                 if flow.size:
-                    for s in range(states):
-                        flow[s, t] += sum_of_squares(dstate[s], dy[t], s == 0, first, first + m, unit, end_unit)
+                    for n in range(m):
+                        flow[0, t] += squares(units, passed + n * stride, dy_t + n * dy.strides[1])
+                        for s in range(1, states):
+                            flow[s, t] += squares(units, passed + s * dstate.strides[0] + n * stride, 0)
                 for n in range(m):
                     i = n * stride
                     row(
@@ -165,17 +167,6 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
         meet(barrier, met + parties)
 
     return backward
-
-
-@njit(nogil=True)
-def sum_of_squares(dstate, dy, with_dy, first, last, unit, end_unit):
-    """Of dL/dstate at one step over rows [first, last) and units: what later steps passed back, and for h also dy."""
-    total = 0.0
-    for n in range(first, last):
-        for j in range(unit, end_unit):
-            value = float(dstate[n, j]) + (float(dy[n, j]) if with_dy else 0.0)
-            total += value * value
-    return total
 
 
 @functools.cache

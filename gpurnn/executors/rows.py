@@ -3,13 +3,16 @@
 The code is emitted from the cell's traced graphs.  Memory layout: `gpurnn.cells.cell.Trace`.
 """
 
+import functools
+
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpurnn.cells import Cell
-from gpurnn.executors.simd import I64, Emitter, evaluate, vector_loop
+from gpurnn.executors.simd import I64, Emitter, evaluate, host, vector_loop
 
 
 def make_forward_row(cell: Cell, dtype: np.dtype):
@@ -120,6 +123,37 @@ def make_backward_row(cell: Cell, dtype: np.dtype):
         return types.void(*[types.intp] * 13), codegen
 
     return row
+
+
+def make_squares_row(dtype: np.dtype):
+    """squares(n, a, b): the sum of (a + b)^2 over n elements, in float64; of a^2 where the address b is 0."""
+
+    @intrinsic
+    def squares(typing, n, a, b):
+        def codegen(context, builder, signature, args):
+            count, first, second = args
+            width = Emitter(builder, dtype, host().width(dtype)).width
+            wide = ir.VectorType(ir.DoubleType(), width)
+            total = cgutils.alloca_once_value(builder, ir.Constant(wide, [0.0] * width))
+
+            def square(both, emit, offset, mask):
+                values = [emit.load(builder.add(address, offset), mask) for address in ((first, second)[: 1 + both])]
+                doubles = [builder.fpext(value, wide) if dtype.itemsize == 4 else value for value in values]
+                term = builder.fadd(*doubles) if both else doubles[0]
+                builder.store(builder.fadd(builder.load(total), builder.fmul(term, term)), total)
+
+            with builder.if_else(builder.icmp_signed("!=", second, I64(0))) as (with_second, without):
+                with with_second:
+                    vector_loop(builder, dtype, count, functools.partial(square, True))
+                with without:
+                    vector_loop(builder, dtype, count, functools.partial(square, False))
+            lanes = builder.load(total)
+            parts = [builder.extract_element(lanes, ir.Constant(ir.IntType(32), lane)) for lane in range(width)]
+            return functools.reduce(builder.fadd, parts)
+
+        return types.float64(types.intp, types.intp, types.intp), codegen
+
+    return squares
 
 
 def make_clamp_row(dtype: np.dtype):
