@@ -165,15 +165,8 @@ def _own_flops(seconds: float) -> float:
     kernel = cache.compiled(multiply, types.void(line, line, line), "peak", m, k, n, times)
     sizes = m * k, packed_size(k, n, dtype), m * n
     operands = [[np.ones(count, dtype) for count in sizes] for _ in range(cpu_threads())]
-    return (
-        2
-        * times
-        * m
-        * k
-        * n
-        * len(operands)
-        / fastest(lambda: threads.run(lambda own: kernel(*own), operands), seconds)
-    )
+    flops = 2 * times * m * k * n * len(operands)
+    return flops / fastest(lambda: threads.run(lambda own: kernel(*own), operands), seconds)
 
 
 def _copy_bandwidth(seconds: float) -> float:
