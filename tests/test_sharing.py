@@ -165,6 +165,23 @@ def test_a_failing_part_sets_the_others_free():
         assert sorted(ended) == [part for part in range(3) if part != bad]
 
 
+def test_settling_waits_for_threads_that_still_hold_arrays():
+    """The caller goes on when all have met; a thread may still be on its way out, with its arrays in hand."""
+    barrier, held, let_go = Barrier(2), threading.Event(), []
+
+    def work(part):
+        if part == 1:
+            held.wait(10)
+            let_go.append(part)
+
+    threads.run(work, range(2), barrier)
+    assert not let_go
+    threading.Timer(0.05, held.set).start()
+    threads.settle()
+    assert let_go == [1]
+    threads.settle()
+
+
 def test_a_barrier_holds_until_all_have_come():
     from numba import njit
 

@@ -51,6 +51,7 @@ def forward(
     T, N, I = x.shape
     H, dtype = weights.weight_hh.shape[1], x.dtype
     ragged = is_ragged(rows, N)
+    threads.settle()
     allocate = np.zeros if ragged else np.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)

@@ -47,13 +47,14 @@ class _Queue:
 
 
 _queue = _Queue()
+_leaving = threading.local()
 
 
 def run(work: Callable[[Any], None], parts: Sequence[Any], barrier: Any = None) -> None:
     """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised.
 
     barrier: where the parts meet, the last time when their work is done: then nobody has to wait until threads have gone
-    to sleep and woken up.  What one of them raises opens it, so that the others come to an end.
+    to sleep and woken up, see `settle`.  What one of them raises opens it, so that the others come to an end.
     """
 
     def guarded(part: Any) -> None:
@@ -71,6 +72,18 @@ def run(work: Callable[[Any], None], parts: Sequence[Any], barrier: Any = None) 
         if barrier is None or barrier.is_open:
             for other in others:
                 other.result()
+        else:
+            _leaving.futures = [*getattr(_leaving, "futures", ()), *others]
+
+
+def settle() -> None:
+    """Waits for threads of this one's earlier calls that have met and not yet let go of their arrays.
+
+    To be called before large arrays are made: else there could be one more of them than there need be.
+    """
+    for future in getattr(_leaving, "futures", ()):
+        future.result()
+    _leaving.futures = []
 
 
 class _OneBlasThread:
@@ -107,6 +120,7 @@ def _after_fork() -> None:
     """A forked child has none of its parent's threads."""
     _pool.cache_clear()
     _queue.reset()
+    _leaving.futures = []
     one_blas_thread.reset()
 
 
