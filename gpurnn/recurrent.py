@@ -338,8 +338,8 @@ def _precision(given: Any, dtype: np.dtype) -> str:
 
 
 def _stacked(parts: tuple[Array, ...]) -> Array:
-    """One array of all layers' and directions' states, (L*D, N, H); fresh where they are."""
-    return parts[0][None] if len(parts) == 1 else backend.xp.stack(parts)
+    """One array of all layers' and directions' states, (L*D, N, H), always a fresh one: `stack` is slow for one."""
+    return parts[0][None].copy() if len(parts) == 1 else backend.xp.stack(parts)
 
 
 def _suffix(layer: int, direction: int) -> str:

@@ -484,3 +484,20 @@ def test_bad_backward_calls(arguments, error, message):
     with pytest.raises(error, match=message):
         backward(**arguments)
     assert not layer.grads.flat.any()
+
+
+@pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
+@pytest.mark.parametrize("executor", ["numpy", "compiled"])
+@pytest.mark.parametrize("T", [0, 3])
+def test_states_are_the_callers_own(executor, T):
+    """A change to a state that was returned reaches neither the outputs, nor the tape, nor the state that was given."""
+    layer, given = RNN(2, 3, executor=executor), np.ones((1, 2, 3), np.float32)
+    y, final, backward = layer(np.ones((T, 2, 2), np.float32), given)
+    before = y.copy()
+    final[...] = np.nan
+    _, dgiven = backward(np.ones_like(y), dstate := np.ones_like(given))
+    dgiven[...] = np.nan
+    assert (given == 1).all()
+    assert (dstate == 1).all()
+    np.testing.assert_array_equal(y, before)
+    assert all(np.isfinite(grad).all() for grad in layer.grads.values())
