@@ -159,7 +159,7 @@ def _own_flops(seconds: float) -> float:
 
     def multiply(a, w, c):
         for _ in range(times):
-            gemm(1, address(a), 0, k * size, m, address(w), k, 1, n, address(c), 0, 0, n * size, 0)
+            gemm(1, address(a), 0, k * size, m, address(w), 0, k, 1, n, address(c), 0, 0, n * size, 0)
 
     line = types.Array(types.float32, 1, "C")
     kernel = cache.compiled(multiply, types.void(line, line, line), "peak", m, k, n, times)

@@ -59,11 +59,11 @@ def watched(seconds: Times) -> Iterator[None]:
         threads.run(work, parts)  # to the end of every part: without the barrier it waits for their clocks
         seconds[WAITING] += time.perf_counter() - start - charge(len(parts))
 
-    own = {name: getattr(compiled, name) for name in ("threads", "loops", "packer", "reduction")}
+    own = {name: getattr(compiled, name) for name in ("threads", "loops", "pack", "reduction")}
     under_clock = {
         "threads": SimpleNamespace(**{**vars(threads), "run": run}),
         "loops": lambda *key: Loops(*(timed(LOOP, function) for function in own["loops"](*key))),
-        "packer": lambda dtype: timed(PACKING, own["packer"](dtype)),
+        "pack": timed(PACKING, own["pack"]),
         "reduction": lambda dtype: timed(WEIGHTS, own["reduction"](dtype)),
     }
     try:

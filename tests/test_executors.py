@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from numba.extending import intrinsic
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import choose, compiled, numpy_loop, threads
-from gpurnn.executors.gemm import reduction_sizes
-from gpurnn.executors.loops import packer, reduction
+from gpurnn.executors import cache, choose, compiled, numpy_loop, operands, products, threads
+from gpurnn.executors.dot import dot
+from gpurnn.executors.gemm import make_gemm, may_lie, reduction_sizes
+from gpurnn.executors.loops import reduction
 from gpurnn.executors.numpy_loop import Backward, Weights
-from gpurnn.executors.packing import packed_size, panel_columns
+from gpurnn.executors.packing import pack, packed_size, panel_columns
 from gpurnn.executors.simd import Emitter, host, vector_loop
 from gpurnn.sequence import prepare_lengths, run
 
@@ -52,7 +54,7 @@ def unwritten_memory_shows(monkeypatch):
 
     numpy = SimpleNamespace(**{name: getattr(np, name) for name in dir(np) if not name.startswith("_")})
     numpy.empty = empty
-    for module in (compiled, threads):
+    for module in (compiled, operands, threads):
         monkeypatch.setattr(module, "np", numpy)
 
 
@@ -115,10 +117,13 @@ def assert_agree(got, expected, tolerance):
 
 
 def compare(cell, shape, dtype="float64", *, bias=True, seed=0, **options):
-    """The compiled executor in `dtype` against the oracle in float64."""
-    got = results(problem(cell, *shape, bias=bias, seed=seed, dtype=dtype), "compiled", **options)
-    assert all(value.dtype == dtype for name, value in got.items() if not name.startswith("flow"))
-    assert_agree(got, results(problem(cell, *shape, bias=bias, seed=seed), "numpy", **options), TOLERANCES[dtype])
+    """The compiled executor in `dtype`, with weights packed and as they lie, against the oracle in float64."""
+    expected = results(problem(cell, *shape, bias=bias, seed=seed), "numpy", **options)
+    for never_worth_it in (0, 10**9):
+        with mock.patch.object(products, "PACKING", never_worth_it):
+            got = results(problem(cell, *shape, bias=bias, seed=seed, dtype=dtype), "compiled", **options)
+        assert all(value.dtype == dtype for name, value in got.items() if not name.startswith("flow"))
+        assert_agree(got, expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -255,7 +260,7 @@ def test_packing(dtype, shape, transposed):
     matrix = np.arange(1, k * n + 1, dtype=dtype).reshape(k, n)
     out = np.full(packed_size(k, n, dtype) + 5, np.nan, dtype)
     wide, width = panel_columns(dtype), host().width(dtype)
-    packer(dtype)(np.ascontiguousarray(matrix.T) if transposed else matrix, transposed, out)
+    pack(np.ascontiguousarray(matrix.T) if transposed else matrix, transposed, out)
     expected = []
     while matrix.shape[1]:
         columns = wide if matrix.shape[1] >= wide else width
@@ -263,6 +268,37 @@ def test_packing(dtype, shape, transposed):
         expected.append(np.pad(panel, ((0, 0), (0, columns - panel.shape[1]))).ravel())
     np.testing.assert_array_equal(out[:-5], np.concatenate(expected))
     assert np.isnan(out[-5:]).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("n", [1, 3, 8, 15, 16, 33, 70])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13])
+def test_products_with_weights_as_they_lie(dtype, m, n):
+    """W by its rows (`dot`) and by its columns (`gemm`), in the middle of NaN: nothing beside them is read into a sum."""
+    dtype, rng = np.dtype(dtype), np.random.default_rng(m + n)
+    by_rows, by_columns = cache.from_python(dot(dtype)), cache.from_python(make_gemm(dtype))
+    for k in (1, 5, 16, 40):
+        for accumulate in (0, 1):
+            steps = 2
+            a = np.full((steps, m, k + 1), np.nan, dtype)
+            a[..., :k] = rng.standard_normal((steps, m, k))
+            rows, columns = (np.full((count + 2, width + 2), np.nan, dtype) for count, width in ((n, k), (k, n)))
+            rows[1:-1, 1:-1] = rng.standard_normal((n, k))
+            columns[1:-1, 1:-1] = rows[1:-1, 1:-1].T
+            given = rng.standard_normal((steps, m, n + 1)).astype(dtype)
+            expected = a[..., :k].astype(float) @ rows[1:-1, 1:-1].T + accumulate * given[..., :n].astype(float)
+            places = (steps, a.ctypes.data, a.strides[0], a.strides[1], m)
+            for name in ("rows", "columns") if may_lie(n, dtype) else ("rows",):
+                c = given.copy()
+                c_place = (c.ctypes.data, c.strides[0])
+                if name == "rows":
+                    w = rows[1:, 1:].ctypes.data, rows.strides[0]
+                    by_rows(*places, *w, k, n, *c_place, c.strides[1], accumulate)
+                else:
+                    w = columns[1:, 1:].ctypes.data, columns.strides[0]
+                    by_columns(*places, *w, k, 1, n, *c_place, 0, c.strides[1], accumulate)
+                np.testing.assert_array_equal(c[..., n], given[..., n])
+                np.testing.assert_allclose(c[..., :n], expected, atol=TOLERANCES[dtype.name] * 10)
 
 
 def test_inputs_whose_strides_mean_nothing():

@@ -13,7 +13,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import compiled, sharing, threads
+from gpurnn.executors import products, sharing, threads
 from gpurnn.executors.barrier import Barrier, make_meet
 from gpurnn.recurrent import GRU, LSTM, RNN
 
@@ -44,6 +44,7 @@ def test_a_loop_is_shared_without_gaps(monkeypatch, rows, count, H):
             for flops, enough in ((0.1, 10**9), (1e18, 4)):
                 monkeypatch.setattr(sharing, "UNITS_FLOPS", flops)
                 monkeypatch.setattr(sharing, "ENOUGH_ROWS", enough)
+                monkeypatch.setattr(sharing, "ENOUGH_ROWS_CACHED", enough)
                 plan = sharing.plan_loop(cell, np.array(rows, np.int64), len(rows), batch, 7, H, FLOAT32)
                 assert len(plan.shares) <= count
                 parts, units, inputs = zip(*plan.shares, strict=True)
@@ -74,7 +75,8 @@ def test_a_sum_is_shared_without_gaps(monkeypatch, cell):
     for count in (1, 2, 3, 20):
         monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
         for I in (1, 500):
-            cuts = sharing.plan_reduction(cell, 50, I, 40).shares
+            alone = sharing.Plan([None], None)
+            cuts = sharing.plan_reduction(cell, 50, I, 40, alone)
             assert points(cuts) == list(range((cell.trace.x_start + cell.gates) * 40))
             assert len(cuts) == count
 
@@ -89,25 +91,29 @@ def test_what_is_short_stays_with_one_thread_and_few_rows_share_units(monkeypatc
     assert shared(64, 1, 32, 32) == "one"
     assert shared(5000, 1, 1, 64) == "one"
     assert shared(1, 16, 64, 64) == "one"
-    assert shared(1, 1, 512, 512) == shared(20, 1, 512, 512) == shared(64, 4, 256, 256) == "units"
+    assert shared(1, 1, 512, 512) == "one"
+    assert shared(20, 1, 512, 512) == shared(64, 4, 256, 256) == shared(20, 5, 512, 512) == "units"
+    assert shared(100, 5, 128, 128) == "rows"
     assert shared(1000, 8, 64, 64) == shared(50, 64, 512, 512) == shared(1000, 4, 64, 64) == "rows"
     assert shared(1000, 8, 64, 64, RNN_CELLS["tanh"]) == "rows"
     assert shared(0, 8, 64, 64) == shared(8, 0, 64, 64) == "one"
 
 
-@pytest.mark.parametrize("clip", [None, 0.05])
-@pytest.mark.parametrize("lengths", [None, "ragged"])
+@pytest.mark.parametrize("by_units", [False, True])
+@pytest.mark.parametrize("clip, lengths", [(None, None), (0.05, None), (0.05, "ragged")])
 @pytest.mark.parametrize("T, N, I, H", [(7, 1, 5, 32), (9, 3, 64, 97), (40, 2, 33, 200), (5, 7, 1, 300)])
 @pytest.mark.parametrize("layer", [RNN, GRU, LSTM])
 @pytest.mark.parametrize("count", [2, 3])
-def test_shared_units_give_what_numpy_gives(monkeypatch, layer, T, N, I, H, lengths, clip, count):
-    """Both directions, training and inference, gradient flow included; weights are large enough to be packed by all."""
+@pytest.mark.parametrize("packing", [0, 10**9])
+def test_shared_work_gives_what_numpy_gives(monkeypatch, layer, T, N, I, H, lengths, clip, count, packing, by_units):
+    """Both directions, training and inference, gradient flow included, weights packed and as they lie."""
     monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
-    for name in ("PARALLEL_FLOPS", "PARALLEL_SUM_FLOPS", "ENOUGH_ROWS"):
-        monkeypatch.setattr(sharing, name, 1e18 if name == "ENOUGH_ROWS" else 0)
-    monkeypatch.setattr(sharing, "UNITS_FLOPS", 1)
-    monkeypatch.setattr(compiled, "PARALLEL_PACKING", 0)
-    assert sharing.plan_loop(LSTM_CELL, full(T, N), T, N, I, H, FLOAT32).by_units
+    for name in ("PARALLEL_FLOPS", "PARALLEL_SUM_FLOPS", "ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"):
+        monkeypatch.setattr(sharing, name, (1e18 if by_units else 1) if name.startswith("ENOUGH") else 0)
+    monkeypatch.setattr(sharing, "UNITS_FLOPS", 1 if by_units else 1e18)
+    monkeypatch.setattr(products, "PACKING", packing)
+    plan = sharing.plan_loop(LSTM_CELL, full(T, N), T, N, I, H, FLOAT32)
+    assert plan.by_units == by_units and len(plan.shares) == min(count, H // 16 if by_units else N)
     rng = np.random.default_rng(T)
     x, dy = rng.standard_normal((T, N, I)), rng.standard_normal((T, N, 2 * H))
     given = None if lengths is None else rng.integers(0, T + 1, N)
@@ -157,7 +163,7 @@ def test_a_failing_part_sets_the_others_free():
         def work(part, barrier=barrier, ended=ended, bad=bad):
             if part == bad:
                 raise MemoryError(f"part {part}")
-            wait(barrier.address, 3)
+            wait(barrier.addresses[0], 3)
             ended.append(part)
 
         with pytest.raises(MemoryError, match=f"part {bad}"):
@@ -192,11 +198,11 @@ def test_a_barrier_holds_until_all_have_come():
         meet(barrier, arrivals)
 
     barrier, passed = Barrier(3), []
-    assert barrier.address % 128 == 0
+    assert all(address % 128 == 0 for address in barrier.addresses) and len(set(barrier.addresses)) == 3
 
     def come(k):
         for turn in range(1, 51):
-            wait(barrier.address, 3 * turn)
+            wait(barrier.addresses[0], 3 * turn)
             passed.append(turn)
 
     others = [threading.Thread(target=come, args=(k,)) for k in range(2)]
@@ -205,7 +211,7 @@ def test_a_barrier_holds_until_all_have_come():
     for turn in range(1, 51):
         threading.Event().wait(0.001)
         assert passed.count(turn) == 0  # the third has not come
-        wait(barrier.address, 3 * turn)
+        wait(barrier.addresses[0], 3 * turn)
     for other in others:
         other.join(10)
     assert [passed.count(turn) for turn in range(1, 51)] == [2] * 50

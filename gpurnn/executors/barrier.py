@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from gpurnn.executors import cache
 from gpurnn.executors.simd import I64, host
 
+PLACES = 3
 CACHE_LINE = 128  # bytes: two of them, where processors fetch lines in pairs
 SPINS = 1000  # before the CPU is offered: some ten microseconds
 OPEN = 1 << 62  # more arrivals than there will ever be
@@ -24,17 +25,20 @@ _yield = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else
 
 
 class Barrier:
-    """For `parties` threads, any number of times.  `address` is what compiled code calls it by."""
+    """For `parties` threads that meet at three places, at each any number of times; compiled code finds it by its address."""
 
     def __init__(self, parties: int):
         self.parties = parties
-        words = np.zeros(2 * CACHE_LINE // 8, np.int64)
-        self._arrived = words[-words.ctypes.data % CACHE_LINE // 8 :][:1]  # alone in its cache lines
-        self.address = self._arrived.ctypes.data
+        line = CACHE_LINE // 8
+        words = np.zeros((PLACES + 1) * line, np.int64)
+        start = words.__array_interface__["data"][0]
+        first = -start % CACHE_LINE
+        self._arrived = words[first // 8 :: line][:PLACES]  # each alone in its cache lines
+        self.addresses = tuple(start + first + place * CACHE_LINE for place in range(PLACES))
 
     def open(self) -> None:
         """Lets all pass, now and later: a thread that has failed must not keep the others waiting."""
-        self._arrived[0] = OPEN
+        self._arrived[:] = OPEN
 
     @property
     def is_open(self) -> bool:

@@ -7,6 +7,7 @@ Entries are written to a temporary name and renamed, so processes may share the 
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -78,6 +79,17 @@ def external(function: Callable, *key: Any) -> types.ExternalFunction:
     binding.add_symbol(name, result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
     _called_by_name.append(dispatcher)
     return types.ExternalFunction(name, signature)
+
+
+def address_of(function: types.ExternalFunction) -> int:
+    """Where it begins, for compiled functions that are told whether to call it."""
+    return binding.address_of_symbol(function.symbol)
+
+
+def from_python(function: types.ExternalFunction) -> Callable:
+    """The same function for Python, of whole numbers.  While it runs others may run."""
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * len(function.sig.args))
+    return kind(address_of(function))
 
 
 def inner(function: Callable, *key: Any) -> Any:

@@ -1,4 +1,4 @@
-"""C (+)= A B for the few rows of one time step, with B packed once per pass.
+"""C (+)= A B for the few rows of one time step, with B packed once per pass, or read where it lies.
 
 BLAS packs B anew at every call, which at batch 16 costs as much as the product.  Here B is laid out once in panels of
 `panel` vectors of columns, then of one vector, each panel row-major in k: the micro-kernel streams it while a tile of C
@@ -18,30 +18,32 @@ from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.packing import make_pack, make_transpose, packed_size, panel_vectors
 from gpurnn.executors.simd import I64, Emitter, address, host, vector_loop
 
-TILE_ROWS = (6, 4, 2, 1)
+TILE_ROWS = (6, 4, 3, 2, 1)
 REDUCED_ROWS, REDUCED_COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
+FEW_SUMMED = 8
 PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle
 
 
 def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
-    """C[rows, vectors*width] = A[rows, k] B + (C if accumulate else 0); columns from `count` on are left alone."""
+    """C[rows, vectors*width] = A[rows, k] B + (C if accumulate else 0); if masked, columns from `count` on are left alone."""
     width = host().width(dtype)
     chains = 1
     while rows * vectors * chains < PARALLEL_CHAINS:
         chains *= 2
     size = dtype.itemsize
 
-    def emit_kernel(b: ir.IRBuilder, a, lda, w, k, c, ldc, count, accumulate):
+    def emit_kernel(b: ir.IRBuilder, a, lda, w, ldw, k, c, ldc, count, accumulate):
         emit = Emitter(b, dtype, width)
         tile = [(r, v) for r in range(rows) for v in range(vectors)]
         mask = emit.first_lanes(count) if masked else None
+        there = mask if host().masks else None  # where not, the rows of B are padded
         c_at = [b.add(c, b.add(b.mul(ldc, I64(r)), I64(v * width * size))) for r, v in tile]
         a_rows = [b.add(a, b.mul(lda, I64(r))) for r in range(rows)]
         zero = emit.constant(0)
 
         def step(position, sums):
-            row = b.add(w, b.mul(position, I64(vectors * width * size)))
-            columns = [emit.load(b.add(row, I64(v * width * size))) for v in range(vectors)]
+            row = b.add(w, b.mul(position, ldw))
+            columns = [emit.load(b.add(row, I64(v * width * size)), there) for v in range(vectors)]
             offset = b.mul(position, I64(size))
             scalars = [
                 b.load(b.inttoptr(b.add(a_row, offset), emit.scalar.as_pointer()), align=size) for a_row in a_rows
@@ -109,35 +111,38 @@ def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
             emit.store(result, place, mask)
 
     @intrinsic
-    def kernel(typing, a, lda, w, k, c, ldc, count, accumulate):
+    def kernel(typing, a, lda, w, ldw, k, c, ldc, count, accumulate):
         def codegen(context, builder, signature, args):
             emit_kernel(builder, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), codegen
+        return types.void(*[types.intp] * 9), codegen
 
     return kernel
 
 
 def _tile(dtype: np.dtype, vectors: int, masked: bool):
-    """Any number of rows as tiles of 6, 4, 2 and 1."""
-    six, four, two, one = (_micro_kernel(dtype, rows, vectors, masked) for rows in TILE_ROWS)
+    """Any number of rows as tiles of 6, 4 and 3, where there are enough: one of 2 or 1 takes as long as reading its panel."""
+    six, four, three, two, one = (_micro_kernel(dtype, rows, vectors, masked) for rows in TILE_ROWS)
 
-    def tile(a, lda, m, w, k, c, ldc, count, accumulate):
+    def tile(a, lda, m, w, ldw, k, c, ldc, count, accumulate):
         row = 0
         while row < m:
             left = m - row
-            if left >= 6 and left != 8:
-                six(a + row * lda, lda, w, k, c + row * ldc, ldc, count, accumulate)
+            if left >= 6 and left != 7 and left != 8:
+                six(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
                 row += 6
-            elif left >= 4:
-                four(a + row * lda, lda, w, k, c + row * ldc, ldc, count, accumulate)
+            elif left >= 6 or left == 4:
+                four(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
                 row += 4
-            elif left >= 2:
-                two(a + row * lda, lda, w, k, c + row * ldc, ldc, count, accumulate)
+            elif left >= 3:
+                three(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
+                row += 3
+            elif left == 2:
+                two(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
                 row += 2
             else:
-                one(a + row * lda, lda, w, k, c + row * ldc, ldc, count, accumulate)
+                one(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
                 row += 1
 
     return cache.external(tile, dtype.str, vectors, masked, host())
@@ -145,34 +150,42 @@ def _tile(dtype: np.dtype, vectors: int, masked: bool):
 
 @functools.cache
 def make_gemm(dtype: np.dtype):
-    """gemm(steps, a, a_step, lda, m, w, k, blocks, n, c, c_step, c_block, ldc, accumulate): at each of `steps`, and for each
-    of `blocks` matrices B of n columns, m rows of C (+)= A B.
+    """gemm(steps, a, a_step, lda, m, w, ldw, k, blocks, n, c, c_step, c_block, ldc, accumulate): at each of `steps`, and for
+    each of `blocks` matrices B of n columns, m rows of C (+)= A B.
 
     Addresses and distances are in bytes: lda from row to row, a_step from one step's rows to the next's, c_block from one
-    block's columns to the next's.  `w` is each B as `pack` leaves it; a panel serves all steps before the next is read.
+    block's columns to the next's.  `w` is each B as `pack` leaves it, and ldw 0; or one B as it lies, see `may_lie`, its
+    rows ldw apart.  A panel serves all steps before the next is read.
     """
     vectors, width, size = panel_vectors(), host().width(dtype), dtype.itemsize
     wide_tile = _tile(dtype, vectors, masked=False)
     narrow_tile = _tile(dtype, 1, masked=True)
     wide = vectors * width
 
-    def gemm(steps, a, a_step, lda, m, w, k, blocks, n, c, c_step, c_block, ldc, accumulate):
+    def gemm(steps, a, a_step, lda, m, w, ldw, k, blocks, n, c, c_step, c_block, ldc, accumulate):
         for block in range(blocks):
             column = 0
             while column < n:
                 at = c + block * c_block + column * size
-                if n - column >= wide:
+                is_wide = n - column >= wide
+                panel = wide if is_wide else width
+                apart = ldw or panel * size
+                if is_wide:
                     for step in range(steps):
-                        wide_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, wide, accumulate)
-                    w += k * wide * size
-                    column += wide
+                        wide_tile(a + step * a_step, lda, m, w, apart, k, at + step * c_step, ldc, wide, accumulate)
                 else:
+                    left = n - column
                     for step in range(steps):
-                        narrow_tile(a + step * a_step, lda, m, w, k, at + step * c_step, ldc, n - column, accumulate)
-                    w += k * width * size
-                    column += width
+                        narrow_tile(a + step * a_step, lda, m, w, apart, k, at + step * c_step, ldc, left, accumulate)
+                w += panel * size if ldw else k * panel * size
+                column += panel
 
     return cache.external(gemm, dtype.str, host())
+
+
+def may_lie(n: int, dtype: np.dtype) -> bool:
+    """Whether B of n columns can be read where it lies: not if a vector at its end would be read beyond it."""
+    return host().masks or n % host().width(dtype) == 0
 
 
 def _add_row(dtype: np.dtype):
@@ -211,7 +224,7 @@ def make_reduction(dtype: np.dtype):
     weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
     turned, packed_h, packed_x   workspaces, see `reduction_sizes`
     """
-    gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack(dtype, False), _add_row(dtype)
+    gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack(dtype), _add_row(dtype)
     size, width, meet = dtype.itemsize, host().width(dtype), make_meet()
 
     def reduce(
@@ -225,23 +238,26 @@ def make_reduction(dtype: np.dtype):
             begin, end = K * block // blocks, K * (block + 1) // blocks
             k = end - begin
             d_stride = -(-k // width) * width * size
-            pack(address(h) + begin * H * size, H * size, k, H, address(packed_h))
-            pack(address(x) + begin * I * size, I * size, k, I, address(packed_x))
+            pack(address(h) + begin * H * size, H * size, k, H, 0, address(packed_h))
+            pack(address(x) + begin * I * size, I * size, k, I, 0, address(packed_x))
+            most = (
+                REDUCED_COLUMNS if k > FEW_SUMMED else TILE_ROWS[0]
+            )  # of few terms: as long as a walk along the memory
             column = first
             while column < last:
                 slot = column // H
                 unit = column - slot * H
-                count = min(REDUCED_COLUMNS, last - column, H - unit)
+                count = min(most, last - column, H - unit)
                 at, d = address(slots) + begin * stride + column * size, address(turned)
                 for row in range(k):
                     add_row(count, at + row * stride, address(sums) + column * size)
                 transpose(at, stride, k, count, d, d_stride)
                 if slot < gates:
                     to = address(weight_hh) + (r_order[slot] * H + unit) * H * size
-                    gemm(1, d, 0, d_stride, count, address(packed_h), k, 1, H, to, 0, 0, H * size, 1)
+                    gemm(1, d, 0, d_stride, count, address(packed_h), 0, k, 1, H, to, 0, 0, H * size, 1)
                 if slot >= x_start:
                     to = address(weight_ih) + (x_order[slot - x_start] * H + unit) * I * size
-                    gemm(1, d, 0, d_stride, count, address(packed_x), k, 1, I, to, 0, 0, I * size, 1)
+                    gemm(1, d, 0, d_stride, count, address(packed_x), 0, k, 1, I, to, 0, 0, I * size, 1)
                 column += count
         meet(barrier, parties)
 

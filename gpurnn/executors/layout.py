@@ -21,9 +21,10 @@ def is_ragged(rows: np.ndarray, N: int) -> bool:
 
 
 def ordered(matrix: Array, order: tuple[int, ...], H: int) -> Array:
-    """The rows of each gate in another order of gates; the matrix itself where the order is the same."""
-    if order == tuple(range(len(order))):
-        return matrix
+    """The rows of the gates in `order`; a view of them where they follow one another."""
+    first, count = order[0] if order else 0, len(order)
+    if order == tuple(range(first, first + count)):
+        return matrix[first * H : (first + count) * H]
     return np.concatenate(
         [matrix[gate * H : (gate + 1) * H] for gate in order]
     )  # an index would be copied to the device

@@ -14,8 +14,8 @@ from numba import types
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
-from gpurnn.executors.gemm import make_gemm, make_reduction
-from gpurnn.executors.packing import make_pack
+from gpurnn.executors.gemm import make_reduction
+from gpurnn.executors.products import make_projection, make_return
 from gpurnn.executors.rows import make_backward_row, make_clamp_row, make_forward_row, make_squares_row
 from gpurnn.executors.simd import address, host
 
@@ -28,31 +28,35 @@ class Loops(NamedTuple):
 
 
 def _forward_loop(cell: Cell, dtype: np.dtype):
-    row, gemm, meet = make_forward_row(cell, dtype), make_gemm(dtype), make_meet()
-    gates, split, x_start, size = cell.gates, len(cell.trace.split), cell.trace.x_start, dtype.itemsize
+    trace, split = cell.trace, len(cell.trace.split)
+    row, meet = make_forward_row(cell, dtype), make_meet()
+    orders = trace.x_order, trace.r_order[:split], trace.r_order[split:]
+    project_x, project_split, project_joint = (make_projection(dtype, order) for order in orders)
+    joint, x_start, size = cell.gates - split, trace.x_start, dtype.itemsize
 
     def forward(
-        rows, reverse, first, last, unit, end_unit, parties, barrier, chunk, x, slots, h, rest, bias, params, packed_ih,
-        packed_split, packed_joint,
+        rows, reverse, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih, dot_hh, x, slots, h, rest, bias,
+        params, weight_ih, weight_split, weight_joint,
     ):  # fmt: skip
         """Fills h and rest with states, and slots with what backward needs.
 
         rows     (T,)             how many leading batch rows live at each step
-        parties                   threads that meet at `barrier`: after each step where they share the units, and at the end
+        parties                   threads that meet: first where it is `ready`, when the weights are packed; then at `barrier`,
+                                  after each step where they share the units, and at the end
         chunk                     so many steps' inputs are projected at once
         x        (T, N, I), C-ordered
         slots    (T, N, slots*H)  out: the kept values; or (chunk, N, slots*H), where nobody wants to see them
         h        (T+1, N, H)      at step t reads h[t] and writes h[t+1]; in reverse, reads h[t+1] and writes h[t]
         rest     (S-1, T+1, N, H) the states beyond h alike; of stride 0 in time they are updated in place
         bias     (slots, H)       what is added to each slot
-        packed_*                  the transposes of W_ih, of W_hh's split and of its joint gates, in slot order, packed:
-                                  for all units in one, for some of them gate by gate
+        weight_*                  W_ih, W_hh's split and its joint gates for `products`: packed, or where dot_* is not 0 all of
+                                  the matrix as it lies
         """
         T, N, I = x.shape
         H = h.shape[2]
         stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
         units, met = end_unit - unit, 0
-        whole = units == H
+        meet(ready, parties)
         for done in range(0, T, chunk):
             begin = (T - 1) // chunk * chunk - done if reverse else done
             end = min(T, begin + chunk)
@@ -60,10 +64,9 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
             slots_at = address(slots) + begin % len(slots) * slots.strides[0] + first * next_row + aside
-            blocks, n = (1, gates * H) if whole else (gates, units)
-            gemm(
-                steps, address(x) + (begin * N + first) * I * size, N * I * size, I * size, m,
-                address(packed_ih), I, blocks, n, slots_at + x_start * stride, slots.strides[0], stride, next_row, 0,
+            project_x(
+                dot_ih, steps, address(x) + (begin * N + first) * I * size, N * I * size, I * size, m,
+                address(weight_ih), I, H, unit, end_unit, slots_at + x_start * stride, slots.strides[0], next_row, 0,
             )  # fmt: skip
             for step in range(begin, end):
                 t = begin + end - 1 - step if reverse else step
@@ -77,18 +80,21 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
                 rest_t = address(rest) + before * rest.strides[1] + first * stride + aside
                 rest_next = address(rest) + after * rest.strides[1] + first * stride + aside
                 if split:
-                    blocks, n = (1, split * H) if whole else (split, units)
-                    gemm(1, h_t, 0, stride, m, address(packed_split), H, blocks, n, at, 0, stride, next_row, 0)
-                blocks, n = (1, (gates - split) * H) if whole else (gates - split, units)
-                joint_at = at + split * stride
-                gemm(1, h_t, 0, stride, m, address(packed_joint), H, blocks, n, joint_at, 0, stride, next_row, 1)
+                    project_split(
+                        dot_hh, 1, h_t, 0, stride, m, address(weight_split), H, H, unit, end_unit, at, 0, next_row, 0
+                    )  # fmt: skip
+                if joint:
+                    project_joint(
+                        dot_hh, 1, h_t, 0, stride, m, address(weight_joint), H, H, unit, end_unit, at + split * stride, 0,
+                        next_row, 1,
+                    )  # fmt: skip
                 for i in range(m):
                     i_row = i * stride
                     row(
                         units, at + i * next_row, address(bias) + aside, h_t + i_row + aside, h_next + i_row,
                         rest_t + i_row, rest_next + i_row, address(params) + aside, stride, rest_stride,
                     )  # fmt: skip
-                if not whole:
+                if units < H:
                     met += parties
                     meet(barrier, met)
         meet(barrier, met + parties)
@@ -97,13 +103,14 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
 
 
 def _backward_loop(cell: Cell, dtype: np.dtype):
-    row, gemm, meet = make_backward_row(cell, dtype), make_gemm(dtype), make_meet()
+    row, meet = make_backward_row(cell, dtype), make_meet()
+    give_h, give_x = make_return(dtype, cell.trace.r_order), make_return(dtype, cell.trace.x_order)
     clamp, squares = make_clamp_row(dtype), make_squares_row(dtype)
-    gates, states, x_start, size = cell.gates, cell.states, cell.trace.x_start, dtype.itemsize
+    states, x_start, size = cell.states, cell.trace.x_start, dtype.itemsize
 
     def backward(
-        rows, reverse, first, last, unit, end_unit, column, end_column, parties, barrier, chunk, slots, h, rest, dy, dstate,
-        dx, params, dparams, packed_ih, packed_hh, clip, flow,
+        rows, reverse, first, last, unit, end_unit, column, end_column, parties, ready, barrier, chunk, ldw_ih, ldw_hh,
+        slots, h, rest, dy, dstate, dx, params, dparams, weight_ih, weight_hh, clip, flow,
     ):  # fmt: skip
         """Turns the kept values in slots into dr and dx, and carries dstate from the last step to the first.
 
@@ -111,7 +118,8 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
         dstate   (S, N, H)  dL/d(final state) on entry, dL/d(initial state) on return
         dx       (T, N, I)  the gradient of the inputs, C-ordered: columns [column, end_column), `chunk` steps at once
         dparams  (P, H)     is added to
-        packed_* W_ih and W_hh with their rows in slot order, packed: those columns, and those of the units
+        weight_* W_ih and W_hh for `products`: those columns, and those of the units, their rows in slot order, packed; or
+                 where ldw_* is not 0 all of the matrix as it lies
         clip     the largest magnitude that dstate may carry from one step to the one before; 0: no limit
         flow     (S, T)     where not empty, the sums of squares of dL/dstate_t over rows and units are added to it
         """
@@ -119,7 +127,10 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
         H = h.shape[2]
         stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
         units, met = end_unit - unit, 0
+        meet(ready, parties)
         passed = address(dstate) + first * stride + aside
+        ih_at = address(weight_ih) + (column * size if ldw_ih else 0)
+        hh_at = address(weight_hh) + (aside if ldw_hh else 0)
         for done in range(0, T, chunk):
             begin = done if reverse else (T - 1) // chunk * chunk - done
             end = min(T, begin + chunk)
@@ -151,7 +162,7 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
                 if units < H:
                     met += parties
                     meet(barrier, met)
-                gemm(1, at, 0, next_row, m, address(packed_hh), gates * H, 1, units, passed, 0, 0, stride, 1)
+                give_h(ldw_hh, 1, at, 0, next_row, m, hh_at, H, units, passed, 0, stride, 1)
                 if clip > 0:
                     for s in range(states):
                         for n in range(m):
@@ -159,10 +170,9 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
             steps, m = end - begin, min(rows[begin], last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
-            gemm(
-                steps, slots_at + x_start * stride, slots.strides[0], next_row, m,
-                address(packed_ih), gates * H, 1, end_column - column,
-                address(dx) + ((begin * N + first) * I + column) * size, N * I * size, 0, I * size, 0,
+            give_x(
+                ldw_ih, steps, slots_at + x_start * stride, slots.strides[0], next_row, m, ih_at, H, end_column - column,
+                address(dx) + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
             )  # fmt: skip
         meet(barrier, met + parties)
 
@@ -178,39 +188,22 @@ def loops(cell: Cell, dtype: np.dtype) -> Loops:
         return types.Array(real, dimensions, "A", readonly=readonly)
 
     head = types.Array(types.int64, 1, "A", readonly=True), types.boolean
-    numbers = [types.int64] * 7, [types.int64] * 9
-    given, packed = array(2, readonly=True), types.Array(real, 1, "C")
+    numbers = [types.int64] * 10, [types.int64] * 12
+    given, weights = array(2, readonly=True), types.Array(real, 1, "C", readonly=True)
     ordered = types.Array(real, 3, "C", readonly=True)
     forward = types.void(
-        *head, *numbers[0], ordered, array(3), array(3), array(4), given, given, packed, packed, packed
+        *head, *numbers[0], ordered, array(3), array(3), array(4), given, given, weights, weights, weights
     )
     options = types.float64, types.Array(types.float64, 2, "A")
     backward = types.void(
         *head, *numbers[1], array(3), array(3), array(4), array(3, readonly=True), array(3), array(3), given, array(2),
-        packed, packed, *options,
+        weights, weights, *options,
     )  # fmt: skip
     key = (cell.trace.text, dtype.str, host())
     return Loops(
         forward=cache.compiled(_forward_loop(cell, dtype), forward, *key),
         backward=cache.compiled(_backward_loop(cell, dtype), backward, *key),
     )
-
-
-@functools.cache
-def packer(dtype: np.dtype) -> Callable:
-    """packer(matrix, transposed, out): a matrix whose rows are contiguous, or its transpose, in panels (`make_pack`)."""
-    as_it_is, turned = make_pack(dtype, False), make_pack(dtype, True)
-
-    def packer(matrix, transposed, out):
-        rows, columns = matrix.shape
-        if transposed:
-            turned(address(matrix), matrix.strides[0], columns, rows, address(out))
-        else:
-            as_it_is(address(matrix), matrix.strides[0], rows, columns, address(out))
-
-    real = types.float32 if dtype.itemsize == 4 else types.float64
-    signature = types.void(types.Array(real, 2, "A", readonly=True), types.boolean, types.Array(real, 1, "C"))
-    return cache.compiled(packer, signature, dtype.str, host())
 
 
 @functools.cache

@@ -6,7 +6,8 @@ rows are few.  The limits were measured, two threads against one, on layers of 3
 """
 
 import itertools
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,13 +16,17 @@ from gpurnn.environment import cpu_threads
 from gpurnn.executors.barrier import Barrier
 from gpurnn.executors.layout import is_ragged, lengths_of
 from gpurnn.executors.packing import panel_columns
+from gpurnn.executors.products import packing_pays
 from gpurnn.executors.simd import host
+from gpurnn.executors.threads import shares
 
 PARALLEL_FLOPS = 30_000_000  # of a pass through time; below it is shorter than what a second thread costs
 PARALLEL_SUM_FLOPS = 15_000_000
 PACKING_FLOPS = 25  # so many are done in the time in which one weight is packed
 UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more than a second thread gains
-ENOUGH_ROWS = 4  # for each thread: of fewer the products are slow
+ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
+ENOUGH_ROWS_CACHED = 2.5  # the same where the second-level cache of each thread has room for all of W_hh
+CACHED = 1 << 20  # bytes
 
 
 class Share(NamedTuple):
@@ -33,54 +38,68 @@ class Share(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """barrier: where the shares meet when they have ended, and those `by_units` after each step; None for one share."""
+    """barrier: where the shares meet, those `by_units` after each step; None for one share."""
 
-    shares: list[Any]
+    shares: list[Share]
     barrier: Barrier | None
     by_units: bool = False
 
     @property
-    def meeting(self) -> tuple[int, int]:
-        """For compiled code: how many meet, and where."""
-        return (self.barrier.parties, self.barrier.address) if self.barrier else (1, 0)
+    def meeting(self) -> tuple[int, int, int]:
+        """For compiled code: how many meet, where when they are ready, and where later."""
+        return (self.barrier.parties, *self.barrier.addresses[:2]) if self.barrier else (1, 0, 0)
+
+    def packing(self, part: int) -> tuple[int, int]:
+        """Which part of its weights a thread has to pack, of how many: with rows of their own, all threads read the same."""
+        return (0, 1) if self.by_units else (part, len(self.shares))
 
 
 def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
-    """Of `Share`s."""
+    """Who does what in a pass through time."""
     weights, most, whole = cell.gates * H * (H + I), cpu_threads(), Share(slice(0, N), slice(0, H), slice(0, I))
-    flops, by_rows = 2 * T * N * weights, min(most, N // ENOUGH_ROWS)
-    by_units = min(most, 2 * N * cell.gates * H * H // UNITS_FLOPS, H // host().width(dtype))
-    if by_rows < most and by_units > 1 and flops + PACKING_FLOPS * weights >= PARALLEL_FLOPS:
-        cuts = (_between_vectors(count, by_units, dtype) for count in (H, I))
-        return _plan([Share(whole.rows, *both) for both in zip(*cuts, strict=True)], by_units=True)
+    recurrent = cell.gates * H * H
+    enough = ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
+    flops, by_rows = 2 * T * N * weights, min(most, int(N / enough))
+    by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
+    with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N) else 0)
+    if by_rows < most and by_units > 1 and with_packing >= PARALLEL_FLOPS:
+        columns = (_between_vectors(count, by_units, dtype) for count in (H, I))
+        return _plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
     if by_rows < 2:  # slow products, but two threads for them
         by_rows, flops = min(most, N // 2), flops // 2
     if by_rows < 2 or flops < PARALLEL_FLOPS:
         return _plan([whole])
-    living = lengths_of(rows, N) if is_ragged(rows, N) else np.ones(N)
-    return _plan([whole._replace(rows=part) for part in _of_equal_work(living, by_rows)])
+    cuts = _of_equal_work(lengths_of(rows, N).tolist(), 1, by_rows) if is_ragged(rows, N) else shares(N, by_rows)
+    return _plan([whole._replace(rows=cut) for cut in cuts])
 
 
-def plan_reduction(cell: Cell, K: int, I: int, H: int) -> Plan:
-    """Of slices of the columns of those slots that hold gradients.  K: rows of all time steps."""
-    trace, parts = cell.trace, cpu_threads()
-    slots = trace.x_start + cell.gates
-    if parts < 2 or 2 * K * cell.gates * H * (H + I) < PARALLEL_SUM_FLOPS:
-        return _plan([slice(0, slots * H)])
-    work = [H * (slot < cell.gates) + I * (slot >= trace.x_start) for slot in range(slots)]
-    return _plan(_of_equal_work(np.repeat(work, H), parts))
+def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slice]:
+    """The columns, of those slots that hold gradients, for each thread that sums K rows: those awake from the loop, or more."""
+    slots, parts = cell.trace.x_start + cell.gates, len(after.shares)
+    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= PARALLEL_SUM_FLOPS:
+        parts = cpu_threads()
+    work = [H * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
+    return _of_equal_work(work, H, parts)
 
 
-def _plan(shares: list[Any], by_units: bool = False) -> Plan:
-    return Plan(shares, Barrier(len(shares)) if len(shares) > 1 else None, by_units)
+def barrier_for(parts: list) -> Barrier | None:
+    return Barrier(len(parts)) if len(parts) > 1 else None
 
 
-def _of_equal_work(work: np.ndarray, parts: int) -> list[slice]:
-    """Items cut into at most `parts` slices of about equal work, none of them empty."""
-    done = np.cumsum(work)
-    edges = np.searchsorted(done, done[-1] * np.arange(1, parts) / parts, side="left") + 1
-    edges = np.unique(np.concatenate([[0], np.minimum(edges, len(work)), [len(work)]]))
-    return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+def _plan(shares: list[Share], by_units: bool = False) -> Plan:
+    return Plan(shares, barrier_for(shares), by_units)
+
+
+def _of_equal_work(work: list[int], each: int, parts: int) -> list[slice]:
+    """Items, `each` of any amount of work, cut into at most `parts` slices of about equal work, none of them empty."""
+    total, count = each * sum(work), each * len(work)
+    edges, place, before = {0, count}, 0, 0
+    for part in range(1, parts if total else 1):
+        wanted = total * part / parts - before
+        while wanted > work[place] * each:
+            wanted, before, place = wanted - work[place] * each, before + work[place] * each, place + 1
+        edges.add(min(count, place * each + math.ceil(wanted / work[place])))
+    return [slice(a, b) for a, b in itertools.pairwise(sorted(edges))]
 
 
 def _between_vectors(count: int, parts: int, dtype: np.dtype) -> list[slice]:

@@ -30,6 +30,11 @@ class Target(NamedTuple):
     def width(self, dtype: np.dtype) -> int:
         return self.register_bytes // dtype.itemsize
 
+    @property
+    def masks(self) -> bool:
+        """Whether some lanes of a vector are loaded as fast as all; else it is one lane after another, with branches."""
+        return self.register_bytes > 16
+
 
 @functools.cache
 def host() -> Target:

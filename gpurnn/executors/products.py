@@ -1,0 +1,74 @@
+"""Products of the rows of a few time steps with a layer's weights, whose gates are rows (G*H, K) in any order.
+
+The weights are packed, gates in the order asked for; or they lie as they are, where so few rows meet them that packing
+would take longer than it saves.
+"""
+
+import functools
+
+import numpy as np
+
+from gpurnn.executors import cache
+from gpurnn.executors.dot import call_dot
+from gpurnn.executors.gemm import make_gemm, may_lie
+
+# What a product with weights as they lie loses against packed ones, in a unit of which packing takes PACKING: for each step,
+# and for each row of a step.  Measured on batches of 1 to 64 and on 64 to 1024 units.
+STEP, ROW, PACKING = 13, 1, 160
+LONG_ROW, LONG = 4096, 8  # rows of so many bytes, and what a panel of a few of their columns costs more
+
+
+def packing_pays(steps: int, rows: int) -> bool:
+    """Whether weights should be packed that `rows` rows meet in each of `steps` steps."""
+    return steps * (STEP + rows * ROW) >= PACKING
+
+
+def packing_pays_backwards(steps: int, rows: int, columns: int, dtype: np.dtype) -> bool:
+    """The same where the weights' columns are the result's, and not their rows."""
+    far = columns * dtype.itemsize >= LONG_ROW
+    return not may_lie(columns, dtype) or packing_pays(steps * (LONG if far else 1), rows)
+
+
+@functools.cache
+def make_projection(dtype: np.dtype, order: tuple[int, ...]):
+    """project(dot, steps, a, a_step, lda, m, weights, k, H, unit, end_unit, c, c_step, ldc, accumulate): gates from a state.
+
+    At each of `steps`, m rows of C (+)= A W^T for the units [unit, end_unit) of the gates in `order`, which stand in C H
+    columns apart.  weights: W packed by `pack`, all units in one or else gate by gate; or as it lies, where `dot` is not 0
+    but the address of `dot.dot`.  Distances are in bytes, as in `gemm`.
+    """
+    gemm, size, gates = make_gemm(dtype), dtype.itemsize, len(order)
+
+    def project(dot, steps, a, a_step, lda, m, weights, k, H, unit, end_unit, c, c_step, ldc, accumulate):
+        units, stride, row = end_unit - unit, H * size, k * size
+        if dot:
+            for place in range(gates):
+                w, to = weights + (order[place] * H + unit) * row, c + place * stride
+                call_dot(dot, steps, a, a_step, lda, m, w, row, k, units, to, c_step, ldc, accumulate)
+        else:
+            blocks, n = (1, gates * H) if units == H else (gates, units)
+            gemm(steps, a, a_step, lda, m, weights, 0, k, blocks, n, c, c_step, stride, ldc, accumulate)
+
+    return cache.inner(project, dtype.str, order)
+
+
+@functools.cache
+def make_return(dtype: np.dtype, order: tuple[int, ...]):
+    """give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, c, c_step, ldc, accumulate): what gates' gradients D mean for a
+    state, or for x.
+
+    At each of `steps`, m rows of C (+)= D W, n columns of W with the gates of its rows in `order`.  weights: those columns
+    packed, and ldw 0; or where they begin in W as it lies, its rows ldw bytes apart.
+    """
+    gemm, size, gates = make_gemm(dtype), dtype.itemsize, len(order)
+
+    def give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, c, c_step, ldc, accumulate):
+        if ldw:
+            for place in range(gates):
+                at, w = d + place * H * size, weights + order[place] * H * ldw
+                added = 1 if place else accumulate
+                gemm(steps, at, d_step, ldd, m, w, ldw, H, 1, n, c, c_step, 0, ldc, added)
+        else:
+            gemm(steps, d, d_step, ldd, m, weights, 0, gates * H, 1, n, c, c_step, 0, ldc, accumulate)
+
+    return cache.inner(give_back, dtype.str, order)
