@@ -18,7 +18,7 @@ from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.executors import cache, choose, compiled, numpy_loop, operands, products, threads
 from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import make_gemm, may_lie, reduction_sizes
+from gpurnn.executors.gemm import make_gemm, may_lie, reduction_size
 from gpurnn.executors.loops import reduction
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.executors.packing import pack, packed_size, panel_columns
@@ -224,7 +224,7 @@ def test_chunks_of_time(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40, 512, 513, 1100])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17, 40, 512, 513, 1100])
 def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     """Around the edges of a vector, a block of time and batch, a block of a gate's units.
 
@@ -235,9 +235,9 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     slots, h, x = (rng.standard_normal((rows, n)).astype(dtype) for n in (5 * H, H, I))
     sums, weight_hh, weight_ih = (np.ones(shape, dtype) for shape in (4 * H, (3 * H, H), (3 * H, I)))
     for first, last in ((0, 17), (17, 433), (433, 4 * H)):
-        work = (np.full(size, np.nan, dtype) for size in reduction_sizes(H, I, np.dtype(dtype)))
+        work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
         reduction(np.dtype(dtype))(
-            first, last, 1, 0, slots, r_order, x_order, 1, h, x, sums, weight_hh, weight_ih, *work
+            first, last, 1, 0, slots, r_order, x_order, 1, h, x, sums, weight_hh, weight_ih, work
         )
     limit = 1e-5 if dtype == "float32" else 1e-13
     wide = slots.astype("float64").reshape(rows, 5, H)

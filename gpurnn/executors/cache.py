@@ -20,11 +20,13 @@ from typing import Any
 
 import llvmlite
 import numba
-from llvmlite import binding
+from llvmlite import binding, ir
 from numba import njit, typeof, types
+from numba.core import cgutils
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.runtime import rtsys
+from numba.extending import intrinsic
 
 DIGEST_BYTES = 32
 
@@ -84,6 +86,20 @@ def external(function: Callable, *key: Any) -> types.ExternalFunction:
 def address_of(function: types.ExternalFunction) -> int:
     """Where it begins, for compiled functions that are told whether to call it."""
     return binding.address_of_symbol(function.symbol)
+
+
+@intrinsic
+def call(typing, function, *numbers):
+    """call(address, ...): in compiled code, calls what `address_of` tells where it begins."""
+    signature = types.void(types.intp, types.StarArgTuple([types.intp] * len(numbers)))
+
+    def codegen(context, builder, signature, args):
+        numbers = cgutils.unpack_tuple(builder, args[1])
+        kind = ir.FunctionType(ir.VoidType(), [number.type for number in numbers])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), numbers)
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 def from_python(function: types.ExternalFunction) -> Callable:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.executors import layout, operands, sharing, threads
+from gpurnn.executors import layout, operands, rows, sharing, threads
 from gpurnn.executors.cache import address_of
 from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import reduction_sizes
+from gpurnn.executors.gemm import reduction_size
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
 from gpurnn.executors.loops import loops, reduction
 from gpurnn.executors.numpy_loop import Backward, States, Weights
@@ -100,6 +100,9 @@ def backward(
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
+    clamp = address_of(rows.clamp(dtype)) if options.clip is not None else 0
+    squares = address_of(rows.squares(dtype)) if options.flow is not None else 0
+    limit = np.array([options.clip or 0.0])
     params = layout.params(weights, H, np)
     kernel = loops(cell, dtype).backward
     lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
@@ -114,7 +117,8 @@ def backward(
         pack(own, *plan.packing(part))
         kernel(
             tape.rows, tape.reverse, *_numbers(*share), *plan.meeting, chunk, *apart, slots, tape.h, tape.rest, dy, passed,
-            gradient_x, params, dparams[part], *(operand.array for operand in own), options.clip or 0.0, flow[part],
+            gradient_x, params, dparams[part], *(operand.array for operand in own), clamp, limit,
+            squares, flow[part],
         )  # fmt: skip
 
     columns = sharing.plan_reduction(cell, T * N, I, H, plan)
@@ -125,11 +129,11 @@ def backward(
 
     def reduce(part: int) -> None:
         if part < len(columns):
-            work = (np.empty(size, dtype) for size in reduction_sizes(H, I, dtype))
+            work = np.empty(reduction_size(T * N, H, I, dtype), dtype)
             reduction(dtype)(
                 columns[part].start, columns[part].stop, len(columns), barrier.addresses[2] if barrier else 0,
                 slots.reshape(T * N, trace.slots * H), *orders, trace.x_start, h_before.reshape(T * N, H),
-                tape.x.reshape(T * N, I), sums, grads.weight_hh, grads.weight_ih, *work,
+                tape.x.reshape(T * N, I), sums, grads.weight_hh, grads.weight_ih, work,
             )  # fmt: skip
 
     def both(part: int) -> None:

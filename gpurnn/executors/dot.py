@@ -16,7 +16,6 @@ from gpurnn.executors import cache
 from gpurnn.executors.simd import I32, I64, Emitter, host
 
 COLUMNS = 8  # rows of W that are read side by side
-ARGUMENTS = 13
 
 
 def _lane_sums(emit: Emitter, parts: list[ir.Value]) -> ir.Value:
@@ -143,15 +142,3 @@ def dot(dtype: np.dtype) -> types.ExternalFunction:
                     row, from_row, to = row + done, from_row + done * lda, to + done * ldc
 
     return cache.external(dot, dtype.str, host())
-
-
-@intrinsic
-def call_dot(typing, function, steps, a, a_step, lda, m, w, ldw, k, n, c, c_step, ldc, accumulate):
-    """Calls `dot` by its address."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [I64] * ARGUMENTS)
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * (ARGUMENTS + 1)), codegen

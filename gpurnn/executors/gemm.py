@@ -20,7 +20,7 @@ from gpurnn.executors.simd import I64, Emitter, address, host, vector_loop
 
 TILE_ROWS = (6, 4, 3, 2, 1)
 REDUCED_ROWS, REDUCED_COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
-FEW_SUMMED = 8
+FEW_SUMMED = 8  # rows: of so few a sum takes as long as its gradients' memory, and is walked through along that
 PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle
 
 
@@ -208,9 +208,10 @@ def _add_row(dtype: np.dtype):
     return add_row
 
 
-def reduction_sizes(H: int, I: int, dtype: np.dtype) -> tuple[int, int, int]:
-    """Elements of a reduction's workspaces: a block of d transposed, blocks of h and of x packed."""
-    return REDUCED_COLUMNS * REDUCED_ROWS, packed_size(REDUCED_ROWS, H, dtype), packed_size(REDUCED_ROWS, I, dtype)
+def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
+    """Elements of a reduction's workspace: for a block of d transposed, of h and of x packed."""
+    rows = min(K, REDUCED_ROWS)
+    return REDUCED_COLUMNS * REDUCED_ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
 
 
 def make_reduction(dtype: np.dtype):
@@ -222,42 +223,42 @@ def make_reduction(dtype: np.dtype):
     h (K, H), x (K, I)     what the weights were multiplied by, C-ordered
     sums    ((x_start+G)*H,)   the column sums, gradients of the biases, are added to it
     weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
-    turned, packed_h, packed_x   workspaces, see `reduction_sizes`
+    work                   of `reduction_size`
     """
     gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack(dtype), _add_row(dtype)
     size, width, meet = dtype.itemsize, host().width(dtype), make_meet()
 
     def reduce(
-        first, last, parties, barrier, slots, r_order, x_order, x_start, h, x, sums, weight_hh, weight_ih, turned,
-        packed_h, packed_x,
+        first, last, parties, barrier, slots, r_order, x_order, x_start, h, x, sums, weight_hh, weight_ih, work
     ):  # fmt: skip
         K, stride = len(slots), slots.strides[0]
         H, I, gates = h.shape[1], x.shape[1], len(r_order)
         blocks = -(-K // REDUCED_ROWS)
+        turned = address(work)
+        packed_h = turned + REDUCED_COLUMNS * REDUCED_ROWS * size
+        packed_x = packed_h + min(K, REDUCED_ROWS) * -(-H // width) * width * size
         for block in range(blocks):
             begin, end = K * block // blocks, K * (block + 1) // blocks
             k = end - begin
             d_stride = -(-k // width) * width * size
-            pack(address(h) + begin * H * size, H * size, k, H, 0, address(packed_h))
-            pack(address(x) + begin * I * size, I * size, k, I, 0, address(packed_x))
-            most = (
-                REDUCED_COLUMNS if k > FEW_SUMMED else TILE_ROWS[0]
-            )  # of few terms: as long as a walk along the memory
+            pack(address(h) + begin * H * size, H * size, k, H, 0, packed_h)
+            pack(address(x) + begin * I * size, I * size, k, I, 0, packed_x)
+            most = REDUCED_COLUMNS if k > FEW_SUMMED else TILE_ROWS[0]
             column = first
             while column < last:
                 slot = column // H
                 unit = column - slot * H
                 count = min(most, last - column, H - unit)
-                at, d = address(slots) + begin * stride + column * size, address(turned)
+                d = address(slots) + begin * stride + column * size
                 for row in range(k):
-                    add_row(count, at + row * stride, address(sums) + column * size)
-                transpose(at, stride, k, count, d, d_stride)
+                    add_row(count, d + row * stride, address(sums) + column * size)
+                transpose(d, stride, k, count, turned, d_stride)
                 if slot < gates:
                     to = address(weight_hh) + (r_order[slot] * H + unit) * H * size
-                    gemm(1, d, 0, d_stride, count, address(packed_h), 0, k, 1, H, to, 0, 0, H * size, 1)
+                    gemm(1, turned, 0, d_stride, count, packed_h, 0, k, 1, H, to, 0, 0, H * size, 1)
                 if slot >= x_start:
                     to = address(weight_ih) + (x_order[slot - x_start] * H + unit) * I * size
-                    gemm(1, d, 0, d_stride, count, address(packed_x), 0, k, 1, I, to, 0, 0, I * size, 1)
+                    gemm(1, turned, 0, d_stride, count, packed_x, 0, k, 1, I, to, 0, 0, I * size, 1)
                 column += count
         meet(barrier, parties)
 

@@ -14,9 +14,10 @@ from numba import types
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
+from gpurnn.executors.cache import call
 from gpurnn.executors.gemm import make_reduction
 from gpurnn.executors.products import make_projection, make_return
-from gpurnn.executors.rows import make_backward_row, make_clamp_row, make_forward_row, make_squares_row
+from gpurnn.executors.rows import make_backward_row, make_forward_row
 from gpurnn.executors.simd import address, host
 
 
@@ -55,6 +56,7 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
         T, N, I = x.shape
         H = h.shape[2]
         stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
+        slots_step, h_step, rest_step = slots.strides[0], h.strides[0], rest.strides[1]
         units, met = end_unit - unit, 0
         meet(ready, parties)
         for done in range(0, T, chunk):
@@ -63,10 +65,10 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
             steps, m = end - begin, min(rows[begin], last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
-            slots_at = address(slots) + begin % len(slots) * slots.strides[0] + first * next_row + aside
+            slots_at = address(slots) + begin % len(slots) * slots_step + first * next_row + aside
             project_x(
                 dot_ih, steps, address(x) + (begin * N + first) * I * size, N * I * size, I * size, m,
-                address(weight_ih), I, H, unit, end_unit, slots_at + x_start * stride, slots.strides[0], next_row, 0,
+                address(weight_ih), I, H, unit, end_unit, slots_at + x_start * stride, slots_step, next_row, 0,
             )  # fmt: skip
             for step in range(begin, end):
                 t = begin + end - 1 - step if reverse else step
@@ -74,11 +76,11 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
                 m = min(rows[t], last) - first
                 if m <= 0:
                     continue
-                at = slots_at + (t - begin) * slots.strides[0]
-                h_t = address(h) + before * h.strides[0] + first * stride
-                h_next = address(h) + after * h.strides[0] + first * stride + aside
-                rest_t = address(rest) + before * rest.strides[1] + first * stride + aside
-                rest_next = address(rest) + after * rest.strides[1] + first * stride + aside
+                at = slots_at + (t - begin) * slots_step
+                h_t = address(h) + before * h_step + first * stride
+                h_next = address(h) + after * h_step + first * stride + aside
+                rest_t = address(rest) + before * rest_step + first * stride + aside
+                rest_next = address(rest) + after * rest_step + first * stride + aside
                 if split:
                     project_split(
                         dot_hh, 1, h_t, 0, stride, m, address(weight_split), H, H, unit, end_unit, at, 0, next_row, 0
@@ -105,12 +107,12 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
 def _backward_loop(cell: Cell, dtype: np.dtype):
     row, meet = make_backward_row(cell, dtype), make_meet()
     give_h, give_x = make_return(dtype, cell.trace.r_order), make_return(dtype, cell.trace.x_order)
-    clamp, squares = make_clamp_row(dtype), make_squares_row(dtype)
     states, x_start, size = cell.states, cell.trace.x_start, dtype.itemsize
 
     def backward(
         rows, reverse, first, last, unit, end_unit, column, end_column, parties, ready, barrier, chunk, ldw_ih, ldw_hh,
-        slots, h, rest, dy, dstate, dx, params, dparams, weight_ih, weight_hh, clip, flow,
+        slots, h, rest, dy, dstate, dx, params, dparams, weight_ih, weight_hh, clamp, limit, squares,
+        flow,
     ):  # fmt: skip
         """Turns the kept values in slots into dr and dx, and carries dstate from the last step to the first.
 
@@ -120,12 +122,17 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
         dparams  (P, H)     is added to
         weight_* W_ih and W_hh for `products`: those columns, and those of the units, their rows in slot order, packed; or
                  where ldw_* is not 0 all of the matrix as it lies
-        clip     the largest magnitude that dstate may carry from one step to the one before; 0: no limit
-        flow     (S, T)     where not empty, the sums of squares of dL/dstate_t over rows and units are added to it
+        clamp    0, or the address of `rows.clamp`: for the largest magnitude that dstate may carry from one step to the one before
+        limit    (1,), that magnitude
+        squares  0, or the address of `rows.squares`: the sums of squares of dL/dstate_t over rows and units are added to flow
+        flow     (S, T)
         """
         T, N, I = dx.shape
         H = h.shape[2]
         stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
+        slots_step, h_step, rest_step, dy_step, dy_row, dstate_stride = (
+            slots.strides[0], h.strides[0], rest.strides[1], dy.strides[0], dy.strides[1], dstate.strides[0],
+        )  # fmt: skip
         units, met = end_unit - unit, 0
         meet(ready, parties)
         passed = address(dstate) + first * stride + aside
@@ -134,44 +141,45 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
         for done in range(0, T, chunk):
             begin = done if reverse else (T - 1) // chunk * chunk - done
             end = min(T, begin + chunk)
-            slots_at = address(slots) + begin * slots.strides[0] + first * next_row
+            slots_at = address(slots) + begin * slots_step + first * next_row
             for step in range(begin, end):
                 t = step if reverse else begin + end - 1 - step
                 before, after = (t + 1, t) if reverse else (t, t + 1)
                 m = min(rows[t], last) - first
                 if m <= 0:
                     continue
-                at = slots_at + (t - begin) * slots.strides[0]
-                h_t = address(h) + before * h.strides[0] + first * stride + aside
-                h_next = address(h) + after * h.strides[0] + first * stride + aside
-                rest_t = address(rest) + before * rest.strides[1] + first * stride + aside
-                rest_next = address(rest) + after * rest.strides[1] + first * stride + aside
-                dy_t = address(dy) + t * dy.strides[0] + first * dy.strides[1] + aside
-                if flow.size:
+                at = slots_at + (t - begin) * slots_step
+                h_t = address(h) + before * h_step + first * stride + aside
+                h_next = address(h) + after * h_step + first * stride + aside
+                rest_t = address(rest) + before * rest_step + first * stride + aside
+                rest_next = address(rest) + after * rest_step + first * stride + aside
+                dy_t = address(dy) + t * dy_step + first * dy_row + aside
+                if squares:
                     for n in range(m):
-                        flow[0, t] += squares(units, passed + n * stride, dy_t + n * dy.strides[1])
-                        for s in range(1, states):
-                            flow[s, t] += squares(units, passed + s * dstate.strides[0] + n * stride, 0)
+                        for s in range(states):
+                            direct = 0 if s else dy_t + n * dy_row
+                            place = address(flow) + s * flow.strides[0] + t * flow.strides[1]
+                            call(squares, units, passed + s * dstate_stride + n * stride, direct, place)
                 for n in range(m):
                     i = n * stride
                     row(
                         units, at + n * next_row + aside, h_t + i, h_next + i, rest_t + i, rest_next + i,
-                        dy_t + n * dy.strides[1], passed + i, address(params) + aside, address(dparams) + aside,
-                        stride, rest_stride, dstate.strides[0],
+                        dy_t + n * dy_row, passed + i, address(params) + aside, address(dparams) + aside,
+                        stride, rest_stride, dstate_stride,
                     )  # fmt: skip
                 if units < H:
                     met += parties
                     meet(barrier, met)
                 give_h(ldw_hh, 1, at, 0, next_row, m, hh_at, H, units, passed, 0, stride, 1)
-                if clip > 0:
+                if clamp:
                     for s in range(states):
                         for n in range(m):
-                            clamp(units, passed + s * dstate.strides[0] + n * stride, clip)
+                            call(clamp, units, passed + s * dstate_stride + n * stride, address(limit))
             steps, m = end - begin, min(rows[begin], last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
             give_x(
-                ldw_ih, steps, slots_at + x_start * stride, slots.strides[0], next_row, m, ih_at, H, end_column - column,
+                ldw_ih, steps, slots_at + x_start * stride, slots_step, next_row, m, ih_at, H, end_column - column,
                 address(dx) + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
             )  # fmt: skip
         meet(barrier, met + parties)
@@ -194,10 +202,10 @@ def loops(cell: Cell, dtype: np.dtype) -> Loops:
     forward = types.void(
         *head, *numbers[0], ordered, array(3), array(3), array(4), given, given, weights, weights, weights
     )
-    options = types.float64, types.Array(types.float64, 2, "A")
+    limit, flow = types.Array(types.float64, 1, "C"), types.Array(types.float64, 2, "C")
     backward = types.void(
         *head, *numbers[1], array(3), array(3), array(4), array(3, readonly=True), array(3), array(3), given, array(2),
-        weights, weights, *options,
+        weights, weights, types.int64, limit, types.int64, flow,
     )  # fmt: skip
     key = (cell.trace.text, dtype.str, host())
     return Loops(
@@ -213,6 +221,6 @@ def reduction(dtype: np.dtype) -> Callable:
     line, order = types.Array(real, 1, "C"), types.Array(types.int64, 1, "C", readonly=True)
     slots, given, weight = (types.Array(real, 2, *kind) for kind in (("A",), ("C", True), ("C",)))
     signature = types.void(
-        *[types.int64] * 4, slots, order, order, types.int64, given, given, line, weight, weight, line, line, line
+        *[types.int64] * 4, slots, order, order, types.int64, given, given, line, weight, weight, line
     )
     return cache.compiled(make_reduction(dtype), signature, dtype.str, host())

@@ -71,29 +71,21 @@ def make_pack(dtype: np.dtype):
     wide = panel_columns(dtype)
     as_it_is, turned = _move_block(dtype, transposed=False), _move_block(dtype, transposed=True)
 
-    def place(source, stride, k, n, transposed, row, column, out):
-        start = column - column % wide
-        panel = wide
-        if n - start < wide:
-            start, panel = column, width
-        rows, columns = min(width, k - row), min(width, n - column)
-        at = out + (start * k + row * panel + column - start) * size
-        if transposed:
-            turned(source + column * stride + row * size, stride, columns, rows, at, panel * size)
-        else:
-            as_it_is(source + row * stride + column * size, stride, rows, columns, at, panel * size)
-
-    block = cache.inner(place, dtype.str)
-
     def pack(source, stride, k, n, transposed, out):
-        if transposed:  # either way along the rows of the source
-            for column in range(0, n, width):
-                for row in range(0, k, width):
-                    block(source, stride, k, n, 1, row, column, out)
-        else:
-            for row in range(0, k, width):
-                for column in range(0, n, width):
-                    block(source, stride, k, n, 0, row, column, out)
+        lines, length = (n, k) if transposed else (k, n)  # of the source: its rows, whichever way they go
+        for line in range(0, lines, width):
+            for place in range(0, length, width):
+                row, column = (place, line) if transposed else (line, place)
+                start = column - column % wide
+                panel = wide
+                if n - start < wide:
+                    start, panel = column, width
+                rows, columns = min(width, k - row), min(width, n - column)
+                at, to = source + line * stride + place * size, out + (start * k + row * panel + column - start) * size
+                if transposed:
+                    turned(at, stride, columns, rows, to, panel * size)
+                else:
+                    as_it_is(at, stride, rows, columns, to, panel * size)
 
     return cache.external(pack, dtype.str, host())
 

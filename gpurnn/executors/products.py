@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 from gpurnn.executors import cache
-from gpurnn.executors.dot import call_dot
+from gpurnn.executors.cache import call
 from gpurnn.executors.gemm import make_gemm, may_lie
 
 # What a product with weights as they lie loses against packed ones, in a unit of which packing takes PACKING: for each step,
@@ -44,7 +44,7 @@ def make_projection(dtype: np.dtype, order: tuple[int, ...]):
         if dot:
             for place in range(gates):
                 w, to = weights + (order[place] * H + unit) * row, c + place * stride
-                call_dot(dot, steps, a, a_step, lda, m, w, row, k, units, to, c_step, ldc, accumulate)
+                call(dot, steps, a, a_step, lda, m, w, row, k, units, to, c_step, ldc, accumulate)
         else:
             blocks, n = (1, gates * H) if units == H else (gates, units)
             gemm(steps, a, a_step, lda, m, weights, 0, k, blocks, n, c, c_step, stride, ldc, accumulate)

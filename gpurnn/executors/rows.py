@@ -12,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpurnn.cells import Cell
+from gpurnn.executors import cache
 from gpurnn.executors.simd import I64, Emitter, evaluate, host, vector_loop
 
 
@@ -125,44 +126,52 @@ def make_backward_row(cell: Cell, dtype: np.dtype):
     return row
 
 
-def make_squares_row(dtype: np.dtype):
-    """squares(n, a, b): the sum of (a + b)^2 over n elements, in float64; of a^2 where the address b is 0."""
+@functools.cache
+def squares(dtype: np.dtype) -> types.ExternalFunction:
+    """squares(n, a, b, total): adds the sum of (a + b)^2 over n elements to the float64 at `total`; of a^2 where b is 0."""
 
     @intrinsic
-    def squares(typing, n, a, b):
+    def row(typing, n, a, b, total):
         def codegen(context, builder, signature, args):
-            count, first, second = args
-            width = Emitter(builder, dtype, host().width(dtype)).width
+            count, first, second, at = args
+            width = host().width(dtype)
             wide = ir.VectorType(ir.DoubleType(), width)
-            total = cgutils.alloca_once_value(builder, ir.Constant(wide, [0.0] * width))
+            lanes = cgutils.alloca_once_value(builder, ir.Constant(wide, [0.0] * width))
 
             def square(both, emit, offset, mask):
                 values = [emit.load(builder.add(address, offset), mask) for address in ((first, second)[: 1 + both])]
                 doubles = [builder.fpext(value, wide) if dtype.itemsize == 4 else value for value in values]
                 term = builder.fadd(*doubles) if both else doubles[0]
-                builder.store(builder.fadd(builder.load(total), builder.fmul(term, term)), total)
+                builder.store(builder.fadd(builder.load(lanes), builder.fmul(term, term)), lanes)
 
             with builder.if_else(builder.icmp_signed("!=", second, I64(0))) as (with_second, without):
                 with with_second:
                     vector_loop(builder, dtype, count, functools.partial(square, True))
                 with without:
                     vector_loop(builder, dtype, count, functools.partial(square, False))
-            lanes = builder.load(total)
-            parts = [builder.extract_element(lanes, ir.Constant(ir.IntType(32), lane)) for lane in range(width)]
-            return functools.reduce(builder.fadd, parts)
+            sums = builder.load(lanes)
+            parts = [builder.extract_element(sums, ir.Constant(ir.IntType(32), lane)) for lane in range(width)]
+            place = builder.inttoptr(at, ir.DoubleType().as_pointer())
+            builder.store(builder.fadd(builder.load(place), functools.reduce(builder.fadd, parts)), place)
+            return context.get_dummy_value()
 
-        return types.float64(types.intp, types.intp, types.intp), codegen
+        return types.void(*[types.intp] * 4), codegen
 
-    return squares
+    def squares(n, a, b, total):
+        row(n, a, b, total)
+
+    return cache.external(squares, dtype.str, host())
 
 
-def make_clamp_row(dtype: np.dtype):
-    """values within [-limit, limit], in place."""
+@functools.cache
+def clamp(dtype: np.dtype) -> types.ExternalFunction:
+    """clamp(n, values, limit): n values brought within plus and minus the float64 at `limit`, in place."""
 
     @intrinsic
-    def clamp(typing, n, values, limit):
+    def row(typing, n, values, limit):
         def codegen(context, builder, signature, args):
-            count, base, scalar = args
+            count, base, at = args
+            scalar = builder.load(builder.inttoptr(at, ir.DoubleType().as_pointer()))
 
             def body(emit, offset, mask):
                 address = builder.add(base, offset)
@@ -172,6 +181,9 @@ def make_clamp_row(dtype: np.dtype):
             vector_loop(builder, dtype, count, body)
             return context.get_dummy_value()
 
-        return types.void(types.intp, types.intp, types.float64), codegen
+        return types.void(*[types.intp] * 3), codegen
 
-    return clamp
+    def clamp(n, values, limit):
+        row(n, values, limit)
+
+    return cache.external(clamp, dtype.str, host())
