@@ -25,9 +25,9 @@ from gpurnn.executors import compiled, threads
 from gpurnn.executors.loops import Loops
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
-PACKING, LOOP, WAITING = "packing the weights", "time loop, with the inputs' product", "starting and awaiting threads"
+LOOP, WAITING = "packing, time loop, the inputs' product", "starting and awaiting threads"
 WEIGHTS, REST = "gradients of weights and biases", "the rest: Python, allocation, copies"
-ORDER = (PACKING, LOOP, WAITING, WEIGHTS, REST)
+ORDER = (LOOP, WAITING, WEIGHTS, REST)
 FEWEST = 5  # runs of each table
 Times = dict[str, float]
 
@@ -59,11 +59,10 @@ def watched(seconds: Times) -> Iterator[None]:
         threads.run(work, parts)  # to the end of every part: without the barrier it waits for their clocks
         seconds[WAITING] += time.perf_counter() - start - charge(len(parts))
 
-    own = {name: getattr(compiled, name) for name in ("threads", "loops", "pack", "reduction")}
+    own = {name: getattr(compiled, name) for name in ("threads", "loops", "reduction")}
     under_clock = {
         "threads": SimpleNamespace(**{**vars(threads), "run": run}),
         "loops": lambda *key: Loops(*(timed(LOOP, function) for function in own["loops"](*key))),
-        "pack": timed(PACKING, own["pack"]),
         "reduction": lambda dtype: timed(WEIGHTS, own["reduction"](dtype)),
     }
     try:

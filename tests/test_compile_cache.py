@@ -37,7 +37,7 @@ PROGRAM = """
     names = {{e.data["dispatcher"].py_func.__name__ for _, e in compilations.buffer if e.is_start}}
     print(sorted(names & {names}), float(np.abs(y).sum()), float(np.abs(dx).sum()))
 """
-ENTRIES = ["backward", "dot", "forward", "gemm", "meet", "pack", "reduce", "tile", "tile", "transpose"]
+ENTRIES = ["backward", "dot", "forward", "gemm", "meet", "pack", "pack_share", "reduce", "tile", "tile", "transpose"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 
@@ -148,6 +148,7 @@ def test_damaged_entries_are_compiled_again(filled, tmp_path):
             "meet": whole[:31],
             "tile": bytes(len(whole)),
             "pack": b"",
+            "pack_share": whole[:33],
             "dot": whole + b"more",
             "transpose": whole[: len(whole) - 1],
             "reduce": whole[:40],

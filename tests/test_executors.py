@@ -1,5 +1,6 @@
 """The compiled executor against the NumPy oracle: every cell, every result, odd sizes, special values, vector widths."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import make_gemm, may_lie, reduction_size
 from gpurnn.executors.loops import reduction
 from gpurnn.executors.numpy_loop import Backward, Weights
-from gpurnn.executors.packing import pack, packed_size, panel_columns
+from gpurnn.executors.packing import JOB, make_pack_share, packed_size, panel_columns
 from gpurnn.executors.simd import Emitter, host, vector_loop
 from gpurnn.sequence import prepare_lengths, run
 
@@ -253,14 +254,19 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (17, 33), (64, 64), (15, 130), (130, 15), (40, 200)])
-def test_packing(dtype, shape, transposed):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_packing(dtype, shape, transposed, parts):
     """Wide panels, then panels of one vector, each row-major, the last one filled up with zeros."""
     dtype = np.dtype(dtype)
     k, n = shape
     matrix = np.arange(1, k * n + 1, dtype=dtype).reshape(k, n)
     out = np.full(packed_size(k, n, dtype) + 5, np.nan, dtype)
     wide, width = panel_columns(dtype), host().width(dtype)
-    pack(np.ascontiguousarray(matrix.T) if transposed else matrix, transposed, out)
+    source = np.ascontiguousarray(matrix.T) if transposed else matrix
+    job = np.array([source.ctypes.data, source.strides[0], k, n, transposed, out.ctypes.data])
+    assert len(job) == JOB
+    for part in range(parts):
+        from_python(make_pack_share(dtype))(job.ctypes.data, 1, part, parts)
     expected = []
     while matrix.shape[1]:
         columns = wide if matrix.shape[1] >= wide else width
@@ -270,13 +276,19 @@ def test_packing(dtype, shape, transposed):
     assert np.isnan(out[-5:]).all()
 
 
+def from_python(function):
+    """A compiled function of addresses and whole numbers, which other compiled functions call."""
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * len(function.sig.args))
+    return kind(cache.address_of(function))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("n", [1, 3, 8, 15, 16, 33, 70])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13])
 def test_products_with_weights_as_they_lie(dtype, m, n):
     """W by its rows (`dot`) and by its columns (`gemm`), in the middle of NaN: nothing beside them is read into a sum."""
     dtype, rng = np.dtype(dtype), np.random.default_rng(m + n)
-    by_rows, by_columns = cache.from_python(dot(dtype)), cache.from_python(make_gemm(dtype))
+    by_rows, by_columns = from_python(dot(dtype)), from_python(make_gemm(dtype))
     for k in (1, 5, 16, 40):
         for accumulate in (0, 1):
             steps = 2

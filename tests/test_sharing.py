@@ -181,11 +181,12 @@ def test_settling_waits_for_threads_that_still_hold_arrays():
             let_go.append(part)
 
     threads.run(work, range(2), barrier)
+    threads.settle(threads.LARGE - 1)  # for small ones it is not worth a wait
     assert not let_go
     threading.Timer(0.05, held.set).start()
-    threads.settle()
+    threads.settle(threads.LARGE)
     assert let_go == [1]
-    threads.settle()
+    threads.settle(threads.LARGE)
 
 
 def test_a_barrier_holds_until_all_have_come():

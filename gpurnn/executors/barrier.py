@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, host
+from gpurnn.executors.simd import I64, begin, host
 
 PLACES = 3
 CACHE_LINE = 128  # bytes: two of them, where processors fetch lines in pairs
@@ -29,20 +29,18 @@ class Barrier:
 
     def __init__(self, parties: int):
         self.parties = parties
-        line = CACHE_LINE // 8
-        words = np.zeros((PLACES + 1) * line, np.int64)
-        start = words.__array_interface__["data"][0]
-        first = -start % CACHE_LINE
-        self._arrived = words[first // 8 :: line][:PLACES]  # each alone in its cache lines
-        self.addresses = tuple(start + first + place * CACHE_LINE for place in range(PLACES))
+        self._words = np.zeros((PLACES + 1) * CACHE_LINE // 8, np.int64)  # each place alone in its cache lines
+        start = begin(self._words)
+        first = start + -start % CACHE_LINE
+        self.addresses = (first, first + CACHE_LINE, first + 2 * CACHE_LINE)
 
     def open(self) -> None:
         """Lets all pass, now and later: a thread that has failed must not keep the others waiting."""
-        self._arrived[:] = OPEN
+        self._words[:] = OPEN
 
     @property
     def is_open(self) -> bool:
-        return self._arrived[0] >= OPEN
+        return bool((self._words >= OPEN).any())
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:

@@ -7,7 +7,6 @@ Entries are written to a temporary name and renamed, so processes may share the 
 """
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import os
@@ -30,9 +29,8 @@ from numba.extending import intrinsic
 
 DIGEST_BYTES = 32
 
-_called_by_name: list[
-    Any
-] = []  # Numba frees a function's code with its dispatcher, and would free it under its callers
+_called_by_name: list[Any] = []  # Numba frees code with its dispatcher, and would free it under its callers
+_addresses: dict[str, int] = {}
 
 
 def folder() -> Path | None:
@@ -78,14 +76,16 @@ def external(function: Callable, *key: Any) -> types.ExternalFunction:
     dispatcher: Any = compiled(function, signature, *key, no_cpython_wrapper=True, no_cfunc_wrapper=False)
     result = dispatcher.overloads[signature.args]
     name = f"gpurnn_{function.__qualname__}"
-    binding.add_symbol(name, result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
+    address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+    binding.add_symbol(name, address)
     _called_by_name.append(dispatcher)
+    _addresses[name] = address
     return types.ExternalFunction(name, signature)
 
 
 def address_of(function: types.ExternalFunction) -> int:
     """Where it begins, for compiled functions that are told whether to call it."""
-    return binding.address_of_symbol(function.symbol)
+    return _addresses[function.symbol]
 
 
 @intrinsic
@@ -100,12 +100,6 @@ def call(typing, function, *numbers):
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def from_python(function: types.ExternalFunction) -> Callable:
-    """The same function for Python, of whole numbers.  While it runs others may run."""
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * len(function.sig.args))
-    return kind(address_of(function))
 
 
 def inner(function: Callable, *key: Any) -> Any:

@@ -18,7 +18,6 @@ from gpurnn.executors.gemm import reduction_size
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
 from gpurnn.executors.loops import loops, reduction
 from gpurnn.executors.numpy_loop import Backward, States, Weights
-from gpurnn.executors.operands import pack
 from gpurnn.executors.products import packing_pays, packing_pays_backwards
 
 PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
@@ -51,7 +50,7 @@ def forward(
     T, N, I = x.shape
     H, dtype = weights.weight_hh.shape[1], x.dtype
     ragged = is_ragged(rows, N)
-    threads.settle()
+    threads.settle((T if training else 1) * N * cell.trace.slots * H * dtype.itemsize)
     allocate = np.zeros if ragged else np.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
@@ -71,10 +70,9 @@ def forward(
     def loop(part: int) -> None:
         share = plan.shares[part]
         own = shared or operands.for_forward(cell, weights, lies, share.units)
-        pack(own, *plan.packing(part))
         kernel(
-            rows, reverse, *_numbers(share.rows, share.units), *plan.meeting, chunk, *dots, x, slots, h, rest, bias, params,
-            *(operand.array for operand in own),
+            rows, reverse, own.jobs, *plan.packing(part), *_numbers(share.rows, share.units), *plan.meeting, chunk, *dots, x, slots, h, rest, bias, params,
+            *own.arrays,
         )  # fmt: skip
 
     threads.run(loop, range(len(plan.shares)), plan.barrier)
@@ -114,10 +112,9 @@ def backward(
     def loop(part: int) -> None:
         share = plan.shares[part]
         own = shared or operands.for_backward(cell, weights, lies, share.inputs, share.units)
-        pack(own, *plan.packing(part))
         kernel(
-            tape.rows, tape.reverse, *_numbers(*share), *plan.meeting, chunk, *apart, slots, tape.h, tape.rest, dy, passed,
-            gradient_x, params, dparams[part], *(operand.array for operand in own), clamp, limit,
+            tape.rows, tape.reverse, own.jobs, *plan.packing(part), *_numbers(*share), *plan.meeting, chunk, *apart, slots, tape.h, tape.rest, dy, passed,
+            gradient_x, params, dparams[part], *own.arrays, clamp, limit,
             squares, flow[part],
         )  # fmt: skip
 

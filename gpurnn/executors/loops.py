@@ -16,6 +16,7 @@ from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.cache import call
 from gpurnn.executors.gemm import make_reduction
+from gpurnn.executors.packing import make_pack_share
 from gpurnn.executors.products import make_projection, make_return
 from gpurnn.executors.rows import make_backward_row, make_forward_row
 from gpurnn.executors.simd import address, host
@@ -30,18 +31,19 @@ class Loops(NamedTuple):
 
 def _forward_loop(cell: Cell, dtype: np.dtype):
     trace, split = cell.trace, len(cell.trace.split)
-    row, meet = make_forward_row(cell, dtype), make_meet()
+    row, meet, pack_share = make_forward_row(cell, dtype), make_meet(), make_pack_share(dtype)
     orders = trace.x_order, trace.r_order[:split], trace.r_order[split:]
     project_x, project_split, project_joint = (make_projection(dtype, order) for order in orders)
     joint, x_start, size = cell.gates - split, trace.x_start, dtype.itemsize
 
     def forward(
-        rows, reverse, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih, dot_hh, x, slots, h, rest, bias,
+        rows, reverse, jobs, part, parts, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih, dot_hh, x, slots, h, rest, bias,
         params, weight_ih, weight_split, weight_joint,
     ):  # fmt: skip
         """Fills h and rest with states, and slots with what backward needs.
 
         rows     (T,)             how many leading batch rows live at each step
+        jobs                      of packing weights, see `operands.jobs`: this thread does a part of so many
         parties                   threads that meet: first where it is `ready`, when the weights are packed; then at `barrier`,
                                   after each step where they share the units, and at the end
         chunk                     so many steps' inputs are projected at once
@@ -58,6 +60,7 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
         stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
         slots_step, h_step, rest_step = slots.strides[0], h.strides[0], rest.strides[1]
         units, met = end_unit - unit, 0
+        pack_share(address(jobs), len(jobs), part, parts)
         meet(ready, parties)
         for done in range(0, T, chunk):
             begin = (T - 1) // chunk * chunk - done if reverse else done
@@ -105,12 +108,12 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
 
 
 def _backward_loop(cell: Cell, dtype: np.dtype):
-    row, meet = make_backward_row(cell, dtype), make_meet()
+    row, meet, pack_share = make_backward_row(cell, dtype), make_meet(), make_pack_share(dtype)
     give_h, give_x = make_return(dtype, cell.trace.r_order), make_return(dtype, cell.trace.x_order)
     states, x_start, size = cell.states, cell.trace.x_start, dtype.itemsize
 
     def backward(
-        rows, reverse, first, last, unit, end_unit, column, end_column, parties, ready, barrier, chunk, ldw_ih, ldw_hh,
+        rows, reverse, jobs, part, parts, first, last, unit, end_unit, column, end_column, parties, ready, barrier, chunk, ldw_ih, ldw_hh,
         slots, h, rest, dy, dstate, dx, params, dparams, weight_ih, weight_hh, clamp, limit, squares,
         flow,
     ):  # fmt: skip
@@ -134,6 +137,7 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
             slots.strides[0], h.strides[0], rest.strides[1], dy.strides[0], dy.strides[1], dstate.strides[0],
         )  # fmt: skip
         units, met = end_unit - unit, 0
+        pack_share(address(jobs), len(jobs), part, parts)
         meet(ready, parties)
         passed = address(dstate) + first * stride + aside
         ih_at = address(weight_ih) + (column * size if ldw_ih else 0)
@@ -195,8 +199,9 @@ def loops(cell: Cell, dtype: np.dtype) -> Loops:
     def array(dimensions, readonly=False):
         return types.Array(real, dimensions, "A", readonly=readonly)
 
-    head = types.Array(types.int64, 1, "A", readonly=True), types.boolean
-    numbers = [types.int64] * 10, [types.int64] * 12
+    jobs = types.Array(types.int64, 2, "C")
+    head = types.Array(types.int64, 1, "A", readonly=True), types.boolean, jobs
+    numbers = [types.int64] * 12, [types.int64] * 14
     given, weights = array(2, readonly=True), types.Array(real, 1, "C", readonly=True)
     ordered = types.Array(real, 3, "C", readonly=True)
     forward = types.void(

@@ -5,7 +5,6 @@ five times as much, which for one pass over a large weight matrix is a tenth of 
 """
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
@@ -13,7 +12,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, Emitter, host
+from gpurnn.executors.simd import I64, Emitter, host, word
+
+JOB = 6  # whole numbers that say what to pack
 
 
 def panel_vectors() -> int:
@@ -90,20 +91,27 @@ def make_pack(dtype: np.dtype):
     return cache.external(pack, dtype.str, host())
 
 
-def pack(matrix: np.ndarray, transposed: bool, out: np.ndarray) -> None:
-    """A matrix whose rows are contiguous, or its transpose, in panels at the beginning of `out`."""
-    k, n = matrix.shape[::-1] if transposed else matrix.shape
-    _packer(matrix.dtype)(_data(matrix), matrix.strides[0], k, n, transposed, _data(out))
-
-
 @functools.cache
-def _packer(dtype: np.dtype) -> Callable:
-    return cache.from_python(make_pack(dtype))
+def make_pack_share(dtype: np.dtype):
+    """pack_share(jobs, count, part, parts): one thread's panels of `count` matrices, each dealt out to `parts` threads.
 
+    jobs: the address of JOB int64 for each, `source, stride, k, n, transposed, out` of `pack`.
+    """
+    pack, wide, size = make_pack(dtype), panel_columns(dtype), dtype.itemsize
 
-def _data(array: np.ndarray) -> int:
-    """`array.ctypes.data` in a third of its time."""
-    return array.__array_interface__["data"][0]
+    def pack_share(jobs, count, part, parts):
+        for job in range(count):
+            at = jobs + job * JOB * 8
+            source, stride, k, n, transposed, out = (
+                word(at), word(at + 8), word(at + 16), word(at + 24), word(at + 32), word(at + 40),
+            )  # fmt: skip
+            panels = -(-n // wide)
+            first, end = panels * part // parts * wide, min(n, panels * (part + 1) // parts * wide)
+            if end > first:
+                begin = source + first * (stride if transposed else size)
+                pack(begin, stride, k, end - first, transposed, out + k * first * size)
+
+    return cache.external(pack_share, dtype.str, host())
 
 
 @functools.cache

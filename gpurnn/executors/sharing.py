@@ -56,13 +56,16 @@ class Plan(NamedTuple):
 
 def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
     """Who does what in a pass through time."""
-    weights, most, whole = cell.gates * H * (H + I), cpu_threads(), Share(slice(0, N), slice(0, H), slice(0, I))
-    recurrent = cell.gates * H * H
-    enough = ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
-    flops, by_rows = 2 * T * N * weights, min(most, int(N / enough))
-    by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
+    whole, recurrent = Share(slice(0, N), slice(0, H), slice(0, I)), cell.gates * H * H
+    weights = recurrent + cell.gates * H * I
+    flops = 2 * T * N * weights
     with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N) else 0)
-    if by_rows < most and by_units > 1 and with_packing >= PARALLEL_FLOPS:
+    if with_packing < PARALLEL_FLOPS:
+        return _plan([whole])
+    most, enough = cpu_threads(), ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
+    by_rows = min(most, int(N / enough))
+    by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
+    if by_rows < most and by_units > 1:
         columns = (_between_vectors(count, by_units, dtype) for count in (H, I))
         return _plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
     if by_rows < 2:  # slow products, but two threads for them

@@ -263,6 +263,21 @@ def address(typing, array):
     return types.intp(array), codegen
 
 
+def begin(array: np.ndarray) -> int:
+    """The same in Python: `array.ctypes.data` in a third of its time."""
+    return array.__array_interface__["data"][0]
+
+
+@intrinsic
+def word(typing, address):
+    """The int64 that stands there."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[0], I64.as_pointer()))
+
+    return types.int64(types.intp), codegen
+
+
 def evaluate(
     emit: Emitter, graph: Graph, outputs: list[int], inputs: Callable[[int], ir.Value | None]
 ) -> list[ir.Value]:

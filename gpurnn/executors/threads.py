@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 from gpurnn import backend
 from gpurnn.environment import cpu_threads
 
+LARGE = 1 << 22  # bytes
 PARALLEL_FLOPS = 2_000_000  # a product below this is not worth waking another thread for
 
 
@@ -76,14 +77,18 @@ def run(work: Callable[[Any], None], parts: Sequence[Any], barrier: Any = None) 
             _leaving.futures = [*getattr(_leaving, "futures", ()), *others]
 
 
-def settle() -> None:
+def settle(size: int) -> None:
     """Waits for threads of this one's earlier calls that have met and not yet let go of their arrays.
 
-    To be called before large arrays are made: else there could be one more of them than there need be.
+    To be called before arrays of `size` bytes in all are made: if they are large, there could be one more of them than
+    there need be.
     """
-    for future in getattr(_leaving, "futures", ()):
-        future.result()
-    _leaving.futures = []
+    left = [future for future in getattr(_leaving, "futures", ()) if not future.done()]
+    if size >= LARGE:
+        for future in left:
+            future.result()
+        left = []
+    _leaving.futures = left
 
 
 class _OneBlasThread:
