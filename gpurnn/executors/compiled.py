@@ -63,7 +63,7 @@ def forward(
     chunk = _chunk(T, N)
     slots = allocate((T if training else chunk, N, cell.trace.slots * H), dtype)
     kernel, plan = loops(cell, dtype).forward, sharing.plan_loop(cell, rows, T, N, I, H, dtype)
-    lies = not packing_pays(1, T * N), not packing_pays(T, N)
+    lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
     dots = [address_of(dot(dtype)) if as_it_lies else 0 for as_it_lies in lies]
     shared = None if plan.by_units else operands.for_forward(cell, weights, lies, slice(0, H))
 

@@ -12,21 +12,22 @@ from gpurnn.executors import cache
 from gpurnn.executors.cache import call
 from gpurnn.executors.gemm import make_gemm, may_lie
 
-# What a product with weights as they lie loses against packed ones, in a unit of which packing takes PACKING: for each step,
-# and for each row of a step.  Measured on batches of 1 to 64 and on 64 to 1024 units.
-STEP, ROW, PACKING = 13, 1, 160
-LONG_ROW, LONG = 4096, 8  # rows of so many bytes, and what a panel of a few of their columns costs more
+# Whether packing pays: a product with weights as they lie loses STEP + its rows in each step, packing takes PACKING.  Both
+# are in units of whole passes measured, RNN and LSTM of 64 to 512 units, batches of 1 to 64, 2 to 70 steps.
+STEP, PACKING = 3, 300
+SHORT = 48  # terms of a dot product whose time is that of adding up the lanes
+LONG_ROW = 1024  # bytes; a panel of a few columns of longer rows is read the slower, the further apart they lie
 
 
-def packing_pays(steps: int, rows: int) -> bool:
-    """Whether weights should be packed that `rows` rows meet in each of `steps` steps."""
-    return steps * (STEP + rows * ROW) >= PACKING
+def packing_pays(steps: int, rows: int, k: int) -> bool:
+    """Whether weights (n, k) should be packed that `rows` rows meet in each of `steps` steps, for `dot` else."""
+    return steps * (STEP + rows) * (k + SHORT) >= PACKING * k
 
 
-def packing_pays_backwards(steps: int, rows: int, columns: int, dtype: np.dtype) -> bool:
-    """The same where the weights' columns are the result's, and not their rows."""
-    far = columns * dtype.itemsize >= LONG_ROW
-    return not may_lie(columns, dtype) or packing_pays(steps * (LONG if far else 1), rows)
+def packing_pays_backwards(steps: int, rows: int, n: int, dtype: np.dtype) -> bool:
+    """The same for weights (k, n), whose rows `gemm` reads as they lie."""
+    apart = max(1.0, n * dtype.itemsize / LONG_ROW)
+    return not may_lie(n, dtype) or steps * (STEP + rows) * apart**2 >= PACKING
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtyp
     whole, recurrent = Share(slice(0, N), slice(0, H), slice(0, I)), cell.gates * H * H
     weights = recurrent + cell.gates * H * I
     flops = 2 * T * N * weights
-    with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N) else 0)
+    with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
     if with_packing < PARALLEL_FLOPS:
         return _plan([whole])
     most, enough = cpu_threads(), ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
