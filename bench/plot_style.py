@@ -31,7 +31,7 @@ def log_ticks(axis: Any, values: Sequence[float]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     narrow = max(values, default=1.0) < 100 * min(values, default=1.0)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if narrow else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 

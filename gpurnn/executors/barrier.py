@@ -25,7 +25,7 @@ _yield = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else
 
 
 class Barrier:
-    """For `parties` threads that meet at three places, at each any number of times; compiled code finds it by its address."""
+    """For `parties` threads that meet at PLACES, any number of times at each: compiled code knows them by `addresses`."""
 
     def __init__(self, parties: int):
         self.parties = parties

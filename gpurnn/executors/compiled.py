@@ -6,12 +6,14 @@ batch, or of the units (`sharing`); the weights' gradients are shared out by the
 micro-kernels: weights are packed for them once per pass, by the threads together, where a pass is long enough for that.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from gpurnn.cells import Cell
 from gpurnn.executors import layout, operands, rows, sharing, threads
+from gpurnn.executors.barrier import Barrier
 from gpurnn.executors.cache import address_of
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import reduction_size
@@ -71,8 +73,8 @@ def forward(
         share = plan.shares[part]
         own = shared or operands.for_forward(cell, weights, lies, share.units)
         kernel(
-            rows, reverse, own.jobs, *plan.packing(part), *_numbers(share.rows, share.units), *plan.meeting, chunk, *dots, x, slots, h, rest, bias, params,
-            *own.arrays,
+            rows, reverse, own.jobs, *plan.packing(part), *_numbers(share.rows, share.units), *plan.meeting, chunk, *dots,
+            x, slots, h, rest, bias, params, *own.arrays,
         )  # fmt: skip
 
     threads.run(loop, range(len(plan.shares)), plan.barrier)
@@ -88,11 +90,12 @@ def backward(
     tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...], grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """See `numpy_loop.backward`."""
-    cell, trace, weights = tape.cell, tape.cell.trace, tape.weights
+    cell, weights = tape.cell, tape.weights
     T, N, I = tape.x.shape
     H, dtype = weights.weight_hh.shape[1], tape.x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
+    threads.settle(tape.slots.nbytes)
     slots = tape.slots.copy() if options.keep else tape.slots
     passed = np.stack(dstate).astype(dtype, copy=False)
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
@@ -113,43 +116,56 @@ def backward(
         share = plan.shares[part]
         own = shared or operands.for_backward(cell, weights, lies, share.inputs, share.units)
         kernel(
-            tape.rows, tape.reverse, own.jobs, *plan.packing(part), *_numbers(*share), *plan.meeting, chunk, *apart, slots, tape.h, tape.rest, dy, passed,
-            gradient_x, params, dparams[part], *own.arrays, clamp, limit,
-            squares, flow[part],
+            tape.rows, tape.reverse, own.jobs, *plan.packing(part), *_numbers(*share), *plan.meeting, chunk, *apart,
+            slots, tape.h, tape.rest, dy, passed, gradient_x, params, dparams[part], *own.arrays,
+            clamp, limit, squares, flow[part],
         )  # fmt: skip
 
     columns = sharing.plan_reduction(cell, T * N, I, H, plan)
     barrier = plan.barrier or sharing.barrier_for(columns)
-    h_before = tape.h[1:] if tape.reverse else tape.h[:T]
-    sums = np.zeros((trace.x_start + cell.gates) * H, dtype)
-    orders = np.array(trace.r_order), np.array(trace.x_order)
-
-    def reduce(part: int) -> None:
-        if part < len(columns):
-            work = np.empty(reduction_size(T * N, H, I, dtype), dtype)
-            reduction(dtype)(
-                columns[part].start, columns[part].stop, len(columns), barrier.addresses[2] if barrier else 0,
-                slots.reshape(T * N, trace.slots * H), *orders, trace.x_start, h_before.reshape(T * N, H),
-                tape.x.reshape(T * N, I), sums, grads.weight_hh, grads.weight_ih, work,
-            )  # fmt: skip
+    add_sums = _weight_gradients(tape, slots, grads, columns, barrier)
 
     def both(part: int) -> None:
         loop(part)
-        reduce(part)
+        add_sums(part)
 
     if plan.barrier:  # in one go: nobody goes to sleep in between
         threads.run(both, range(len(plan.shares)), barrier)
     else:
         loop(0)
-        threads.run(reduce, range(len(columns)), barrier)
-    if grads.bias_hh is not None and grads.bias_ih is not None:
-        add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
-        add_ordered(grads.bias_ih, sums[trace.x_start * H :], trace.x_order, H)
+        threads.run(add_sums, range(len(columns)), barrier)
     for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
         gradient += value
     if options.flow is not None:
         options.flow[...] += flow.sum(0)
     return gradient_x, tuple(passed)
+
+
+def _weight_gradients(
+    tape: Tape, slots: np.ndarray, grads: Weights, columns: list[slice], barrier: Barrier | None
+) -> Callable[[int], None]:
+    """For each of the threads that share `columns`: its part of the sums over time and batch; the first adds the biases'."""
+    cell, trace, x = tape.cell, tape.cell.trace, tape.x
+    (T, N, I), H, dtype = x.shape, tape.h.shape[2], x.dtype
+    h_before = tape.h[1:] if tape.reverse else tape.h[:T]
+    operands = slots.reshape(T * N, trace.slots * H), h_before.reshape(T * N, H), x.reshape(T * N, I)
+    sums = np.zeros((trace.x_start + cell.gates) * H, dtype)
+    orders = np.array(trace.r_order), np.array(trace.x_order)
+
+    def add_sums(part: int) -> None:
+        if part >= len(columns):
+            return
+        slots, h, x = operands
+        reduction(dtype)(
+            columns[part].start, columns[part].stop, len(columns), barrier.addresses[-1] if barrier else 0, slots, *orders,
+            trace.x_start, h, x, sums, grads.weight_hh, grads.weight_ih,
+            np.empty(reduction_size(T * N, H, I, dtype), dtype),
+        )  # fmt: skip
+        if part == 0 and grads.bias_hh is not None and grads.bias_ih is not None:  # all have met
+            add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
+            add_ordered(grads.bias_ih, sums[trace.x_start * H :], trace.x_order, H)
+
+    return add_sums
 
 
 def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, training: bool) -> np.ndarray:

@@ -114,7 +114,8 @@ def _micro_kernel(dtype: np.dtype, rows: int, columns: int):
 @functools.cache
 def dot(dtype: np.dtype) -> types.ExternalFunction:
     """dot(steps, a, a_step, lda, m, w, ldw, k, n, c, c_step, ldc, accumulate): at each of `steps`, m rows of
-    C (+)= A W^T, W (n, k) with its rows ldw apart; distances in bytes.  Loops are given its address: only a short pass has it compiled.
+    C (+)= A W^T, W (n, k) with its rows ldw apart; distances in bytes.  Loops are given its address:
+    only a short pass has it compiled.
     """
     few, some = (COLUMNS // 2, COLUMNS) if host().registers >= 32 else (COLUMNS // 4, COLUMNS // 2)
     four, two, one = (_micro_kernel(dtype, rows, columns) for rows, columns in ((4, few), (2, some), (1, COLUMNS)))

@@ -25,7 +25,7 @@ PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each
 
 
 def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
-    """C[rows, vectors*width] = A[rows, k] B + (C if accumulate else 0); if masked, columns from `count` on are left alone."""
+    """C[rows, vectors*width] = A[rows, k] B + (C if accumulate else 0); masked: columns from `count` on are left alone."""
     width = host().width(dtype)
     chains = 1
     while rows * vectors * chains < PARALLEL_CHAINS:
@@ -122,7 +122,7 @@ def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
 
 
 def _tile(dtype: np.dtype, vectors: int, masked: bool):
-    """Any number of rows as tiles of 6, 4 and 3, where there are enough: one of 2 or 1 takes as long as reading its panel."""
+    """Any number of rows as tiles of 6, 4 and 3, if there are so many: fewer take as long as their panel takes to read."""
     six, four, three, two, one = (_micro_kernel(dtype, rows, vectors, masked) for rows in TILE_ROWS)
 
     def tile(a, lda, m, w, ldw, k, c, ldc, count, accumulate):

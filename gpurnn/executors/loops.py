@@ -37,13 +37,13 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
     joint, x_start, size = cell.gates - split, trace.x_start, dtype.itemsize
 
     def forward(
-        rows, reverse, jobs, part, parts, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih, dot_hh, x, slots, h, rest, bias,
-        params, weight_ih, weight_split, weight_joint,
+        rows, reverse, jobs, part, parts, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih, dot_hh,
+        x, slots, h, rest, bias, params, weight_ih, weight_split, weight_joint,
     ):  # fmt: skip
         """Fills h and rest with states, and slots with what backward needs.
 
         rows     (T,)             how many leading batch rows live at each step
-        jobs                      of packing weights, see `operands.jobs`: this thread does a part of so many
+        jobs                      of packing the weights, for `packing.make_pack_share`: this thread's `part` of `parts`
         parties                   threads that meet: first where it is `ready`, when the weights are packed; then at `barrier`,
                                   after each step where they share the units, and at the end
         chunk                     so many steps' inputs are projected at once
@@ -113,9 +113,8 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
     states, x_start, size = cell.states, cell.trace.x_start, dtype.itemsize
 
     def backward(
-        rows, reverse, jobs, part, parts, first, last, unit, end_unit, column, end_column, parties, ready, barrier, chunk, ldw_ih, ldw_hh,
-        slots, h, rest, dy, dstate, dx, params, dparams, weight_ih, weight_hh, clamp, limit, squares,
-        flow,
+        rows, reverse, jobs, part, parts, first, last, unit, end_unit, column, end_column, parties, ready, barrier, chunk,
+        ldw_ih, ldw_hh, slots, h, rest, dy, dstate, dx, params, dparams, weight_ih, weight_hh, clamp, limit, squares, flow,
     ):  # fmt: skip
         """Turns the kept values in slots into dr and dx, and carries dstate from the last step to the first.
 
@@ -125,9 +124,9 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
         dparams  (P, H)     is added to
         weight_* W_ih and W_hh for `products`: those columns, and those of the units, their rows in slot order, packed; or
                  where ldw_* is not 0 all of the matrix as it lies
-        clamp    0, or the address of `rows.clamp`: for the largest magnitude that dstate may carry from one step to the one before
-        limit    (1,), that magnitude
-        squares  0, or the address of `rows.squares`: the sums of squares of dL/dstate_t over rows and units are added to flow
+        clamp    0, or the address of `rows.clamp`: dstate may carry no more than `limit` from one step to the one before
+        limit    (1,)
+        squares  0, or the address of `rows.squares`: sums of squares of dL/dstate_t over rows and units, added to `flow`
         flow     (S, T)
         """
         T, N, I = dx.shape

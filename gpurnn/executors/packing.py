@@ -64,7 +64,7 @@ def _move_block(dtype: np.dtype, transposed: bool):
 
 @functools.cache
 def make_pack(dtype: np.dtype):
-    """pack(source, stride, k, n, transposed, out): the (k, n) matrix at `source`, or the transpose of the (n, k) one, in panels.
+    """pack(source, stride, k, n, transposed, out): the (k, n) matrix at `source` in panels, or the (n, k) one's transpose.
 
     Panels of `panel_columns` columns, then of one vector, each row-major in k.
     """
