@@ -15,6 +15,7 @@ from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.executors import products, sharing, threads
 from gpurnn.executors.barrier import Barrier, make_meet
+from gpurnn.executors.simd import host
 from gpurnn.recurrent import GRU, LSTM, RNN
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -113,7 +114,7 @@ def test_shared_work_gives_what_numpy_gives(monkeypatch, layer, T, N, I, H, leng
     monkeypatch.setattr(sharing, "UNITS_FLOPS", 1 if by_units else 1e18)
     monkeypatch.setattr(products, "PACKING", packing)
     plan = sharing.plan_loop(LSTM_CELL, full(T, N), T, N, I, H, FLOAT32)
-    assert plan.by_units == by_units and len(plan.shares) == min(count, H // 16 if by_units else N)
+    assert plan.by_units == by_units and len(plan.shares) == min(count, H // host().width(FLOAT32) if by_units else N)
     rng = np.random.default_rng(T)
     x, dy = rng.standard_normal((T, N, I)), rng.standard_normal((T, N, 2 * H))
     given = None if lengths is None else rng.integers(0, T + 1, N)
