@@ -13,7 +13,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import products, sharing, threads
+from gpurnn.executors import operands, products, sharing, threads
 from gpurnn.executors.barrier import Barrier, make_meet
 from gpurnn.executors.simd import host
 from gpurnn.recurrent import GRU, LSTM, RNN
@@ -170,6 +170,25 @@ def test_a_failing_part_sets_the_others_free():
         with pytest.raises(MemoryError, match=f"part {bad}"):
             threads.run(work, range(3), barrier)
         assert sorted(ended) == [part for part in range(3) if part != bad]
+
+
+def test_a_thread_that_fails_in_backward_leaves_the_gradients_as_they_were(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
+    layer = LSTM(96, 320, executor="compiled", rng=0)
+    y, _, backward = layer(np.ones((20, 2, 96), np.float32))
+    assert sharing.plan_loop(LSTM_CELL, full(20, 2), 20, 2, 96, 320, FLOAT32).by_units
+    own, caller = operands.for_backward, threading.current_thread()
+
+    def failing(*given):
+        if threading.current_thread() is not caller:
+            raise MemoryError("no room")
+        return own(*given)
+
+    monkeypatch.setattr(operands, "for_backward", failing)
+    layer.grads.flat[...] = 1
+    with pytest.raises(MemoryError, match="no room"):
+        backward(np.ones_like(y))
+    assert (layer.grads.flat == 1).all()
 
 
 def test_settling_waits_for_threads_that_still_hold_arrays():

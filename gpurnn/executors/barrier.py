@@ -32,7 +32,7 @@ class Barrier:
         self._words = np.zeros((PLACES + 1) * CACHE_LINE // 8, np.int64)  # each place alone in its cache lines
         start = begin(self._words)
         first = start + -start % CACHE_LINE
-        self.addresses = (first, first + CACHE_LINE, first + 2 * CACHE_LINE)
+        self.addresses: tuple[int, ...] = tuple(first + place * CACHE_LINE for place in range(PLACES))
 
     def open(self) -> None:
         """Lets all pass, now and later: a thread that has failed must not keep the others waiting."""

@@ -127,7 +127,8 @@ def backward(
 
     def both(part: int) -> None:
         loop(part)
-        add_sums(part)
+        if not (barrier and barrier.is_open):  # else another thread has failed, and what there is to add is not whole
+            add_sums(part)
 
     if plan.barrier:  # in one go: nobody goes to sleep in between
         threads.run(both, range(len(plan.shares)), barrier)

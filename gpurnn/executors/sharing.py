@@ -47,7 +47,9 @@ class Plan(NamedTuple):
     @property
     def meeting(self) -> tuple[int, int, int]:
         """For compiled code: how many meet, where when they are ready, and where later."""
-        return (self.barrier.parties, *self.barrier.addresses[:2]) if self.barrier else (1, 0, 0)
+        return (
+            (self.barrier.parties, self.barrier.addresses[0], self.barrier.addresses[1]) if self.barrier else (1, 0, 0)
+        )
 
     def packing(self, part: int) -> tuple[int, int]:
         """Which part of its weights a thread has to pack, of how many: with rows of their own, all threads read the same."""
