@@ -21,8 +21,7 @@ from bench.cases import Case
 from bench.problem import Problem, make
 from gpurnn import backend
 from gpurnn.environment import cpu_threads
-from gpurnn.executors import compiled, threads
-from gpurnn.executors.loops import Loops
+from gpurnn.executors import compiled, loops, threads
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
 LOOP, WAITING = "packing, time loop, the inputs' product", "starting and awaiting threads"
@@ -59,11 +58,16 @@ def watched(seconds: Times) -> Iterator[None]:
         threads.run(work, parts)  # to the end of every part: without the barrier it waits for their clocks
         seconds[WAITING] += time.perf_counter() - start - charge(len(parts))
 
-    own = {name: getattr(compiled, name) for name in ("threads", "loops", "reduction")}
+    def clocked(phase: str, make: Callable) -> Callable:
+        return lambda dtype: timed(phase, make(dtype))
+
+    phases = {"forward_loop": LOOP, "backward_loop": LOOP, "reduction": WEIGHTS}
+    own = {name: getattr(compiled, name) for name in ("threads", "loops")}
     under_clock = {
         "threads": SimpleNamespace(**{**vars(threads), "run": run}),
-        "loops": lambda *key: Loops(*(timed(LOOP, function) for function in own["loops"](*key))),
-        "reduction": lambda dtype: timed(WEIGHTS, own["reduction"](dtype)),
+        "loops": SimpleNamespace(
+            **{**vars(loops), **{name: clocked(phase, getattr(loops, name)) for name, phase in phases.items()}}
+        ),
     }
     try:
         for name, value in under_clock.items():

@@ -241,7 +241,7 @@ def test_plot_draws_series_over_sizes_where_there_are_some(tmp_path, capsys):
 
 @pytest.mark.parametrize("lengths", [None, "uniform"])
 def test_profile_accounts_for_all_of_the_time_and_leaves_no_trace(lengths):
-    own = {name: getattr(compiled, name) for name in ("threads", "loops", "reduction")}
+    own = {name: getattr(compiled, name) for name in ("threads", "loops")}
     text = profile_cpu.tables(Case("cpu", "gru", 6, 3, 4, 7, lengths=lengths), seconds=0.01)
     for table in text.split("\n\n")[1:]:
         _, *phases, whole = [line for line in table.splitlines() if "%" in line or "share" in line]

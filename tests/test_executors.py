@@ -17,12 +17,12 @@ from numba.extending import intrinsic
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import cache, choose, compiled, numpy_loop, operands, products, threads
+from gpurnn.executors import cache, choose, compiled, numpy_loop, products, threads
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import make_gemm, may_lie, reduction_size
 from gpurnn.executors.loops import reduction
 from gpurnn.executors.numpy_loop import Backward, Weights
-from gpurnn.executors.packing import JOB, make_pack_share, packed_size, panel_columns
+from gpurnn.executors.packing import make_pack_gates, make_pack_rows, packed_size, panel_columns
 from gpurnn.executors.simd import Emitter, host, vector_loop
 from gpurnn.sequence import prepare_lengths, run
 
@@ -55,7 +55,7 @@ def unwritten_memory_shows(monkeypatch):
 
     numpy = SimpleNamespace(**{name: getattr(np, name) for name in dir(np) if not name.startswith("_")})
     numpy.empty = empty
-    for module in (compiled, operands, threads):
+    for module in (compiled, products, threads):
         monkeypatch.setattr(module, "np", numpy)
 
 
@@ -232,17 +232,15 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     Slots as a cell of three gates has them whose gate 2 is split: r of it, 0 and 1 joint, x of it; and one slot more.
     """
     rng = np.random.default_rng(rows)
-    H, I, r_order, x_order = 200, 70, np.array([2, 0, 1]), np.array([0, 1, 2])
+    H, I, orders = 200, 70, np.array([[2, 0, 1], [0, 1, 2]])
     slots, h, x = (rng.standard_normal((rows, n)).astype(dtype) for n in (5 * H, H, I))
     sums, weight_hh, weight_ih = (np.ones(shape, dtype) for shape in (4 * H, (3 * H, H), (3 * H, I)))
     for first, last in ((0, 17), (17, 433), (433, 4 * H)):
         work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
-        reduction(np.dtype(dtype))(
-            first, last, 1, 0, slots, r_order, x_order, 1, h, x, sums, weight_hh, weight_ih, work
-        )
+        reduction(np.dtype(dtype))(first, last, 1, 0, slots, orders, 1, h, x, sums, weight_hh, weight_ih, work)
     limit = 1e-5 if dtype == "float32" else 1e-13
     wide = slots.astype("float64").reshape(rows, 5, H)
-    for found, b, gates, order in ((weight_hh, h, wide[:, :3], r_order), (weight_ih, x, wide[:, 1:4], x_order)):
+    for found, b, gates, order in ((weight_hh, h, wide[:, :3], orders[0]), (weight_ih, x, wide[:, 1:4], orders[1])):
         expected = np.empty((3, H, b.shape[1]))
         expected[order] = np.einsum("kgj,kn->gjn", gates, b)
         np.testing.assert_allclose(
@@ -251,29 +249,61 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     np.testing.assert_allclose(sums, 1 + wide[:, :4].sum(0).ravel(), atol=limit * rows, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (17, 33), (64, 64), (15, 130), (130, 15), (40, 200)])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_packing(dtype, shape, transposed, parts):
-    """Wide panels, then panels of one vector, each row-major, the last one filled up with zeros."""
-    dtype = np.dtype(dtype)
-    k, n = shape
-    matrix = np.arange(1, k * n + 1, dtype=dtype).reshape(k, n)
-    out = np.full(packed_size(k, n, dtype) + 5, np.nan, dtype)
-    wide, width = panel_columns(dtype), host().width(dtype)
-    source = np.ascontiguousarray(matrix.T) if transposed else matrix
-    job = np.array([source.ctypes.data, source.strides[0], k, n, transposed, out.ctypes.data])
-    assert len(job) == JOB
-    for part in range(parts):
-        from_python(make_pack_share(dtype))(job.ctypes.data, 1, part, parts)
-    expected = []
+def panels(matrix):
+    """The packed form of a matrix: wide panels, then panels of one vector, each row-major, the last filled up with zeros."""
+    wide, width, parts = panel_columns(matrix.dtype), host().width(matrix.dtype), []
     while matrix.shape[1]:
         columns = wide if matrix.shape[1] >= wide else width
         panel, matrix = matrix[:, :columns], matrix[:, columns:]
-        expected.append(np.pad(panel, ((0, 0), (0, columns - panel.shape[1]))).ravel())
-    np.testing.assert_array_equal(out[:-5], np.concatenate(expected))
-    assert np.isnan(out[-5:]).all()
+        parts.append(np.pad(panel, ((0, 0), (0, columns - panel.shape[1]))).ravel())
+    return np.concatenate(parts)
+
+
+SHAPES_TO_PACK = [(1, 1), (3, 2), (17, 33), (64, 64), (15, 130), (130, 15), (40, 200)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("order", [(0,), (2, 0, 1), (1, 2)])
+@pytest.mark.parametrize("shape", SHAPES_TO_PACK)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_packing_rows(dtype, shape, order, parts):
+    """Some columns of a matrix, the gates of its rows in an order of one's own, or as they lie."""
+    dtype = np.dtype(dtype)
+    H, n = shape
+    matrix = np.arange(3 * H * (n + 7), dtype=dtype).reshape(3 * H, n + 7) + 1
+    first = matrix[:, 5:].ctypes.data, matrix.strides[0]
+    out = np.full(packed_size(len(order) * H, n, dtype) + 5, np.nan, dtype)
+    numbers = np.array(order)
+    for place, gates in ((numbers.ctypes.data, order), (0, range(len(order)))):
+        for part in range(parts):
+            from_python(make_pack_rows(dtype))(*first, place, len(order), H, n, part, parts, out.ctypes.data)
+        rows = np.concatenate([matrix[gate * H : (gate + 1) * H, 5 : 5 + n] for gate in gates])
+        np.testing.assert_array_equal(out[:-5], panels(rows))
+        assert np.isnan(out[-5:]).all()
+        out[:-5] = np.nan
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("order", [(0,), (2, 0, 1), (1, 2), (3, 2, 1, 0)])
+@pytest.mark.parametrize("shape", SHAPES_TO_PACK)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_packing_gates(dtype, shape, order, parts):
+    """The transpose of gates of a weight matrix: all their units side by side, or some units, gate by gate."""
+    dtype = np.dtype(dtype)
+    k, H = shape
+    weights = np.arange(4 * H * k, dtype=dtype).reshape(4, H, k) + 1
+    numbers, pack = np.array(order), from_python(make_pack_gates(dtype))
+    for unit, end_unit in {(0, H), (0, (H + 1) // 2), (H // 3, H)}:
+        units = weights[list(order), unit:end_unit]
+        whole = end_unit - unit == H
+        expected = panels(units.reshape(-1, k).T) if whole else np.concatenate([panels(gate.T) for gate in units])
+        out = np.full(len(expected) + 5, np.nan, dtype)
+        for part in range(parts):
+            pack(
+                weights.ctypes.data, k, numbers.ctypes.data, len(order), H, unit, end_unit, part, parts, out.ctypes.data
+            )  # fmt: skip
+        np.testing.assert_array_equal(out[:-5], expected)
+        assert np.isnan(out[-5:]).all()
 
 
 def from_python(function):
@@ -483,7 +513,8 @@ def test_narrower_vectors():
         "test_every_cell_agrees[lstm-float32]",
         "test_every_cell_agrees[gru-float64]",
         "test_tanh",
-        "test_packing",
+        "test_packing_rows",
+        "test_packing_gates",
     )
     nested(*(f"{Path(__file__)}::{test}" for test in chosen))
 

@@ -13,7 +13,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import operands, products, sharing, threads
+from gpurnn.executors import compiled, products, sharing, threads
 from gpurnn.executors.barrier import Barrier, make_meet
 from gpurnn.executors.simd import host
 from gpurnn.recurrent import GRU, LSTM, RNN
@@ -177,14 +177,14 @@ def test_a_thread_that_fails_in_backward_leaves_the_gradients_as_they_were(monke
     layer = LSTM(96, 320, executor="compiled", rng=0)
     y, _, backward = layer(np.ones((20, 2, 96), np.float32))
     assert sharing.plan_loop(LSTM_CELL, full(20, 2), 20, 2, 96, 320, FLOAT32).by_units
-    own, caller = operands.for_backward, threading.current_thread()
+    own, caller = compiled.packed_backward, threading.current_thread()
 
     def failing(*given):
         if threading.current_thread() is not caller:
             raise MemoryError("no room")
         return own(*given)
 
-    monkeypatch.setattr(operands, "for_backward", failing)
+    monkeypatch.setattr(compiled, "packed_backward", failing)
     layer.grads.flat[...] = 1
     with pytest.raises(MemoryError, match="no room"):
         backward(np.ones_like(y))

@@ -20,7 +20,7 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite import binding, ir
-from numba import njit, typeof, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
@@ -55,7 +55,8 @@ def _user_cache() -> Path:
 def compiled(function: Callable, signature: Any, *key: Any, **options: bool) -> Callable:
     """`function` compiled for `signature`, from the disk if an earlier process compiled it under the same key."""
     _name_apart(function, key)
-    dispatcher: Any = njit(**{"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True} | options)(function)
+    own = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_rewrites": True}
+    dispatcher: Any = njit(**own | options)(function)
     place = folder()
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
@@ -69,8 +70,7 @@ def compiled(function: Callable, signature: Any, *key: Any, **options: bool) -> 
 def external(function: Callable, *key: Any) -> types.ExternalFunction:
     """`function` of addresses and whole numbers, compiled once and called by its name in other compiled functions.
 
-    Linked into them, as `inner` does, it would be optimised again in each: of what a cell's loops took to compile, the
-    products were half.
+    Linked into them it would be optimised again in each, and compiled anew for each combination of constants passed.
     """
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
     dispatcher: Any = compiled(function, signature, *key, no_cpython_wrapper=True, no_cfunc_wrapper=False)
@@ -100,32 +100,6 @@ def call(typing, function, *numbers):
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def inner(function: Callable, *key: Any) -> Any:
-    """`function` of addresses and whole numbers, for use in other compiled functions.
-
-    It is compiled when one of those is, so not where they come from the disk, and for one signature: left to itself,
-    Numba would compile it again for every constant that a caller passes.
-    """
-    _name_apart(function, key)
-    return _Inner(function)
-
-
-class _Inner:
-    def __init__(self, function: Callable):
-        self._function = function
-
-    @functools.cached_property
-    def _dispatcher(self) -> Any:
-        signature = types.void(*[types.intp] * self._function.__code__.co_argcount)
-        options = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-        return njit(signature, **options)(self._function)
-
-    @property
-    def _numba_type_(self) -> types.Dispatcher:
-        """What Numba asks of a value that compiled code uses."""
-        return typeof(self._dispatcher)
 
 
 def _name_apart(function: Callable, key: tuple) -> None:

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.executors import layout, operands, rows, sharing, threads
+from gpurnn.executors import layout, loops, sharing, threads
 from gpurnn.executors.barrier import Barrier
 from gpurnn.executors.cache import address_of
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import reduction_size
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
-from gpurnn.executors.loops import loops, reduction
 from gpurnn.executors.numpy_loop import Backward, States, Weights
-from gpurnn.executors.products import packing_pays, packing_pays_backwards
+from gpurnn.executors.products import packed_backward, packed_forward, packing_pays, packing_pays_backwards
+from gpurnn.executors.rows import backward_rows, clamp, forward_rows, squares
 
 PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
 
@@ -64,17 +64,18 @@ def forward(
     bias, params = layout.biases(cell, weights, H, np), layout.params(weights, H, np)
     chunk = _chunk(T, N)
     slots = allocate((T if training else chunk, N, cell.trace.slots * H), dtype)
-    kernel, plan = loops(cell, dtype).forward, sharing.plan_loop(cell, rows, T, N, I, H, dtype)
+    cell_rows, orders = address_of(forward_rows(cell, dtype)), loops.orders(cell)
+    run_through, plan = loops.forward_loop(dtype), sharing.plan_loop(cell, rows, T, N, I, H, dtype)
     lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
     dots = [address_of(dot(dtype)) if as_it_lies else 0 for as_it_lies in lies]
-    shared = None if plan.by_units else operands.for_forward(cell, weights, lies, slice(0, H))
+    shared = None if plan.by_units else packed_forward(cell, lies, slice(0, H), I, H, dtype)
 
     def loop(part: int) -> None:
         share = plan.shares[part]
-        own = shared or operands.for_forward(cell, weights, lies, share.units)
-        kernel(
-            rows, reverse, own.jobs, *plan.packing(part), *_numbers(share.rows, share.units), *plan.meeting, chunk, *dots,
-            x, slots, h, rest, bias, params, *own.arrays,
+        packed, *starts = shared or packed_forward(cell, lies, share.units, I, H, dtype)
+        run_through(
+            rows, reverse, cell_rows, cell.trace.x_start, *plan.packing(part), *_numbers(share.rows, share.units),
+            *plan.meeting, chunk, *dots, *starts, orders, x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh, packed,
         )  # fmt: skip
 
     threads.run(loop, range(len(plan.shares)), plan.barrier)
@@ -101,24 +102,25 @@ def backward(
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
-    clamp = address_of(rows.clamp(dtype)) if options.clip is not None else 0
-    squares = address_of(rows.squares(dtype)) if options.flow is not None else 0
+    clamp_at = address_of(clamp(dtype)) if options.clip is not None else 0
+    squares_at = address_of(squares(dtype)) if options.flow is not None else 0
     limit = np.array([options.clip or 0.0])
     params = layout.params(weights, H, np)
-    kernel = loops(cell, dtype).backward
+    cell_rows, orders = address_of(backward_rows(cell, dtype)), loops.orders(cell)
+    run_back = loops.backward_loop(dtype)
     lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
-    shared = None if plan.by_units else operands.for_backward(cell, weights, lies, slice(0, I), slice(0, H))
+    shared = None if plan.by_units else packed_backward(cell, lies, slice(0, I), slice(0, H), H, dtype)
     chunk = _chunk(T, N)
     gradient_x = (np.zeros if is_ragged(tape.rows, N) else np.empty)((T, N, I), dtype)
 
     def loop(part: int) -> None:
         share = plan.shares[part]
-        own = shared or operands.for_backward(cell, weights, lies, share.inputs, share.units)
-        kernel(
-            tape.rows, tape.reverse, own.jobs, *plan.packing(part), *_numbers(*share), *plan.meeting, chunk, *apart,
-            slots, tape.h, tape.rest, dy, passed, gradient_x, params, dparams[part], *own.arrays,
-            clamp, limit, squares, flow[part],
+        packed, start = shared or packed_backward(cell, lies, share.inputs, share.units, H, dtype)
+        run_back(
+            tape.rows, tape.reverse, cell_rows, cell.trace.x_start, *plan.packing(part), *_numbers(*share), *plan.meeting,
+            chunk, *apart, start, clamp_at, squares_at, orders, slots, tape.h, tape.rest, dy, passed, gradient_x, params, dparams[part],
+            weights.weight_ih, weights.weight_hh, packed, limit, flow[part],
         )  # fmt: skip
 
     columns = sharing.plan_reduction(cell, T * N, I, H, plan)
@@ -151,14 +153,14 @@ def _weight_gradients(
     h_before = tape.h[1:] if tape.reverse else tape.h[:T]
     operands = slots.reshape(T * N, trace.slots * H), h_before.reshape(T * N, H), x.reshape(T * N, I)
     sums = np.zeros((trace.x_start + cell.gates) * H, dtype)
-    orders = np.array(trace.r_order), np.array(trace.x_order)
+    orders = loops.orders(cell)
 
     def add_sums(part: int) -> None:
         if part >= len(columns):
             return
         slots, h, x = operands
-        reduction(dtype)(
-            columns[part].start, columns[part].stop, len(columns), barrier.addresses[-1] if barrier else 0, slots, *orders,
+        loops.reduction(dtype)(
+            columns[part].start, columns[part].stop, len(columns), barrier.addresses[-1] if barrier else 0, slots, orders,
             trace.x_start, h, x, sums, grads.weight_hh, grads.weight_ih,
             np.empty(reduction_size(T * N, H, I, dtype), dtype),
         )  # fmt: skip

@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I32, I64, Emitter, host
+from gpurnn.executors.simd import I32, I64, Emitter, host, least
 
 COLUMNS = 8  # rows of W that are read side by side
 
@@ -123,18 +123,18 @@ def dot(dtype: np.dtype) -> types.ExternalFunction:
 
     def dot(steps, a, a_step, lda, m, w, ldw, k, n, c, c_step, ldc, accumulate):
         for column in range(0, n, COLUMNS):
-            count = min(COLUMNS, n - column)
+            count = least(COLUMNS, n - column)
             for step in range(steps):
                 row, from_row, to = 0, a + step * a_step, c + step * c_step + column * size
                 while row < m:
                     if m - row >= 4:
                         for first in range(0, count, few):
-                            at, left = w + (column + first) * ldw, min(few, count - first)
+                            at, left = w + (column + first) * ldw, least(few, count - first)
                             four(from_row, lda, at, ldw, k, to + first * size, ldc, left, accumulate)
                         done = 4
                     elif m - row >= 2:
                         for first in range(0, count, some):
-                            at, left = w + (column + first) * ldw, min(some, count - first)
+                            at, left = w + (column + first) * ldw, least(some, count - first)
                             two(from_row, lda, at, ldw, k, to + first * size, ldc, left, accumulate)
                         done = 2
                     else:

@@ -15,8 +15,8 @@ from numba.extending import intrinsic
 
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
-from gpurnn.executors.packing import make_pack, make_transpose, packed_size, panel_vectors
-from gpurnn.executors.simd import I64, Emitter, address, host, vector_loop
+from gpurnn.executors.packing import make_pack_rows, make_transpose, packed_size, panel_columns, panel_vectors
+from gpurnn.executors.simd import I64, Emitter, address, host, least, vector_loop
 
 TILE_ROWS = (6, 4, 3, 2, 1)
 REDUCED_ROWS, REDUCED_COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
@@ -24,128 +24,99 @@ FEW_SUMMED = 8  # rows: of so few a sum takes as long as its gradients' memory, 
 PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle
 
 
-def _micro_kernel(dtype: np.dtype, rows: int, vectors: int, masked: bool):
+def _emit_tile(b: ir.IRBuilder, emit: Emitter, rows: int, vectors: int, masked: bool, numbers) -> None:
     """C[rows, vectors*width] = A[rows, k] B + (C if accumulate else 0); masked: columns from `count` on are left alone."""
-    width = host().width(dtype)
+    a, lda, w, ldw, k, c, ldc, count, accumulate = numbers
     chains = 1
     while rows * vectors * chains < PARALLEL_CHAINS:
         chains *= 2
-    size = dtype.itemsize
+    width, size = emit.width, emit.dtype.itemsize
+    tile = [(r, v) for r in range(rows) for v in range(vectors)]
+    mask = emit.first_lanes(count) if masked else None
+    there = mask if host().masks else None  # where not, the rows of B are padded
+    c_at = [b.add(c, b.add(b.mul(ldc, I64(r)), I64(v * width * size))) for r, v in tile]
+    a_rows = [b.add(a, b.mul(lda, I64(r))) for r in range(rows)]
+    w_rows = [b.mul(ldw, I64(chain)) for chain in range(chains + 1)]
 
-    def emit_kernel(b: ir.IRBuilder, a, lda, w, ldw, k, c, ldc, count, accumulate):
-        emit = Emitter(b, dtype, width)
-        tile = [(r, v) for r in range(rows) for v in range(vectors)]
-        mask = emit.first_lanes(count) if masked else None
-        there = mask if host().masks else None  # where not, the rows of B are padded
-        c_at = [b.add(c, b.add(b.mul(ldc, I64(r)), I64(v * width * size))) for r, v in tile]
-        a_rows = [b.add(a, b.mul(lda, I64(r))) for r in range(rows)]
-        zero = emit.constant(0)
+    def step(position, row, sums):
+        columns = [emit.load(b.add(row, I64(v * width * size)), there) for v in range(vectors)]
+        offset = b.mul(position, I64(size))
+        scalars = [b.load(b.inttoptr(b.add(a_row, offset), emit.scalar.as_pointer()), align=size) for a_row in a_rows]
+        left = [emit.splat(scalar) for scalar in scalars]
+        return [emit.fma(left[r], columns[v], sums[i]) for i, (r, v) in enumerate(tile)]
 
-        def step(position, sums):
-            row = b.add(w, b.mul(position, ldw))
-            columns = [emit.load(b.add(row, I64(v * width * size)), there) for v in range(vectors)]
-            offset = b.mul(position, I64(size))
-            scalars = [
-                b.load(b.inttoptr(b.add(a_row, offset), emit.scalar.as_pointer()), align=size) for a_row in a_rows
-            ]
-            left = [emit.splat(scalar) for scalar in scalars]
-            return [emit.fma(left[r], columns[v], sums[i]) for i, (r, v) in enumerate(tile)]
-
-        for place in c_at:  # C is wanted at the end, and may by then be on its way from memory
-            emit.prefetch_to_write(place)
-        before = b.block
-        head, body = (b.append_basic_block(name) for name in ("head", "body"))
-        rest_head, rest_body = (b.append_basic_block(name) for name in ("rest.head", "rest.body"))
-        total, fetch, done = (b.append_basic_block(name) for name in ("total", "fetch", "done"))
+    def loop(name, position, row, sums):
+        """From `position` on, as many steps side by side as there are sums; what they have come to when fewer are left."""
+        before, count = b.block, len(sums)
+        head, body, done = (b.append_basic_block(f"{name}.{part}") for part in ("head", "body", "done"))
         b.branch(head)
-
         b.position_at_end(head)
-        position = b.phi(I64)
-        sums = [[b.phi(emit.type) for _ in tile] for _ in range(chains)]
-        position.add_incoming(I64(0), before)
-        for phi in itertools.chain(*sums):
-            phi.add_incoming(zero, before)
-        b.cbranch(b.icmp_signed("<=", b.add(position, I64(chains)), k), body, rest_head)
-
+        position_here, row_here = b.phi(I64), b.phi(I64)
+        sums_here = [[b.phi(emit.type) for _ in chain] for chain in sums]
+        b.cbranch(b.icmp_signed("<=", b.add(position_here, I64(count)), k), body, done)
         b.position_at_end(body)
-        for chain, chain_sums in enumerate(sums):
-            new = step(b.add(position, I64(chain)), chain_sums)
-            for phi, value in zip(chain_sums, new, strict=True):
-                phi.add_incoming(value, body)
-        position.add_incoming(b.add(position, I64(chains)), body)
+        new = [
+            step(b.add(position_here, I64(chain)), b.add(row_here, w_rows[chain]), sums_here[chain])
+            for chain in range(count)
+        ]
+        starts, phis = (position, row, *itertools.chain(*sums)), (position_here, row_here, *itertools.chain(*sums_here))
+        ends = b.add(position_here, I64(count)), b.add(row_here, w_rows[count]), *itertools.chain(*new)
+        for phi, start, end in zip(phis, starts, ends, strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(end, body)
         b.branch(head)
-
-        b.position_at_end(rest_head)
-        rest_position = b.phi(I64)
-        totals = [b.phi(emit.type) for _ in tile]
-        b.position_at_end(head)  # the chains are added up once, on the way out of the main loop
-        terminator = b.block.terminator
-        b.position_before(terminator)
-        while len(sums) > 1:
-            sums = [
-                [emit.add(x, y) for x, y in zip(*pair, strict=True)] for pair in zip(sums[::2], sums[1::2], strict=True)
-            ]
-        rest_position.add_incoming(position, head)
-        for phi, value in zip(totals, sums[0], strict=True):
-            phi.add_incoming(value, head)
-        b.position_at_end(rest_head)
-        b.cbranch(b.icmp_signed("<", rest_position, k), rest_body, total)
-        b.position_at_end(rest_body)
-        new = step(rest_position, totals)
-        rest_position.add_incoming(b.add(rest_position, I64(1)), rest_body)
-        for phi, value in zip(totals, new, strict=True):
-            phi.add_incoming(value, rest_body)
-        b.branch(rest_head)
-
-        b.position_at_end(total)
-        b.cbranch(b.icmp_signed("!=", accumulate, I64(0)), fetch, done)
-        b.position_at_end(fetch)
-        added = [emit.add(value, emit.load(place, mask)) for place, value in zip(c_at, totals, strict=True)]
-        b.branch(done)
         b.position_at_end(done)
-        results = [b.phi(emit.type) for _ in tile]
-        for result, value, with_c in zip(results, totals, added, strict=True):
-            result.add_incoming(value, total)
-            result.add_incoming(with_c, fetch)
-        for place, result in zip(c_at, results, strict=True):
-            emit.store(result, place, mask)
+        while len(sums_here) > 1:
+            pairs = zip(sums_here[::2], sums_here[1::2], strict=True)
+            sums_here = [[emit.add(x, y) for x, y in zip(*pair, strict=True)] for pair in pairs]
+        return position_here, row_here, sums_here
+
+    for place in c_at:  # C is wanted at the end, and may by then be on its way from memory
+        emit.prefetch_to_write(place)
+    reached = loop("main", I64(0), w, [[emit.constant(0)] * len(tile)] * chains)
+    if chains > 1:
+        reached = loop("rest", *reached)
+    [totals] = reached[-1]
+    without = b.block
+    fetch, done = b.append_basic_block("fetch"), b.append_basic_block("done")
+    b.cbranch(b.icmp_signed("!=", accumulate, I64(0)), fetch, done)
+    b.position_at_end(fetch)
+    added = [emit.add(value, emit.load(place, mask)) for place, value in zip(c_at, totals, strict=True)]
+    b.branch(done)
+    b.position_at_end(done)
+    results = [b.phi(emit.type) for _ in tile]
+    for result, value, with_c in zip(results, totals, added, strict=True):
+        result.add_incoming(value, without)
+        result.add_incoming(with_c, fetch)
+    for place, result in zip(c_at, results, strict=True):
+        emit.store(result, place, mask)
+
+
+def _tile(dtype: np.dtype):
+    """tile(wide, rows, a, lda, w, ldw, k, c, ldc, count, accumulate): the micro-kernel of `rows`, one of TILE_ROWS, over a
+    wide panel or over `count` columns of a narrow one.
+    """
 
     @intrinsic
-    def kernel(typing, a, lda, w, ldw, k, c, ldc, count, accumulate):
-        def codegen(context, builder, signature, args):
-            emit_kernel(builder, *args)
+    def tile(typing, wide, rows, a, lda, w, ldw, k, c, ldc, count, accumulate):
+        def codegen(context, b, signature, args):
+            wide, rows, *numbers = args
+            emit = Emitter(b, dtype, host().width(dtype))
+            which = b.add(b.mul(rows, I64(2)), b.select(b.icmp_signed("!=", wide, I64(0)), I64(1), I64(0)))
+            after = b.append_basic_block("after")
+            switch = b.switch(which, after)
+            for count, is_wide in itertools.product(TILE_ROWS, (False, True)):
+                block = b.append_basic_block(f"tile{count}{'wide' if is_wide else 'narrow'}")
+                switch.add_case(I64(2 * count + is_wide), block)
+                b.position_at_end(block)
+                _emit_tile(b, emit, count, panel_vectors() if is_wide else 1, not is_wide, numbers)
+                b.branch(after)
+            b.position_at_end(after)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 9), codegen
+        return types.void(*[types.intp] * 11), codegen
 
-    return kernel
-
-
-def _tile(dtype: np.dtype, vectors: int, masked: bool):
-    """Any number of rows as tiles of 6, 4 and 3, if there are so many: fewer take as long as their panel takes to read."""
-    six, four, three, two, one = (_micro_kernel(dtype, rows, vectors, masked) for rows in TILE_ROWS)
-
-    def tile(a, lda, m, w, ldw, k, c, ldc, count, accumulate):
-        row = 0
-        while row < m:
-            left = m - row
-            if left >= 6 and left != 7 and left != 8:
-                six(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
-                row += 6
-            elif left >= 6 or left == 4:
-                four(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
-                row += 4
-            elif left >= 3:
-                three(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
-                row += 3
-            elif left == 2:
-                two(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
-                row += 2
-            else:
-                one(a + row * lda, lda, w, ldw, k, c + row * ldc, ldc, count, accumulate)
-                row += 1
-
-    return cache.external(tile, dtype.str, vectors, masked, host())
+    return tile
 
 
 @functools.cache
@@ -154,29 +125,31 @@ def make_gemm(dtype: np.dtype):
     each of `blocks` matrices B of n columns, m rows of C (+)= A B.
 
     Addresses and distances are in bytes: lda from row to row, a_step from one step's rows to the next's, c_block from one
-    block's columns to the next's.  `w` is each B as `pack` leaves it, and ldw 0; or one B as it lies, see `may_lie`, its
-    rows ldw apart.  A panel serves all steps before the next is read.
+    block's columns to the next's.  `w` is each B as packed, and ldw 0; or one B as it lies, see `may_lie`, its rows ldw
+    apart.  A panel serves all steps before the next is read.
     """
-    vectors, width, size = panel_vectors(), host().width(dtype), dtype.itemsize
-    wide_tile = _tile(dtype, vectors, masked=False)
-    narrow_tile = _tile(dtype, 1, masked=True)
-    wide = vectors * width
+    tile, wide, width, size = _tile(dtype), panel_columns(dtype), host().width(dtype), dtype.itemsize
 
     def gemm(steps, a, a_step, lda, m, w, ldw, k, blocks, n, c, c_step, c_block, ldc, accumulate):
         for block in range(blocks):
             column = 0
             while column < n:
-                at = c + block * c_block + column * size
-                is_wide = n - column >= wide
+                to, count = c + block * c_block + column * size, n - column
+                is_wide = 1 if count >= wide else 0
                 panel = wide if is_wide else width
                 apart = ldw or panel * size
-                if is_wide:
-                    for step in range(steps):
-                        wide_tile(a + step * a_step, lda, m, w, apart, k, at + step * c_step, ldc, wide, accumulate)
-                else:
-                    left = n - column
-                    for step in range(steps):
-                        narrow_tile(a + step * a_step, lda, m, w, apart, k, at + step * c_step, ldc, left, accumulate)
+                for step in range(steps):
+                    row, from_a, to_c = 0, a + step * a_step, to + step * c_step
+                    while row < m:
+                        left = m - row
+                        if left >= 6 and left != 7 and left != 8:  # not 6 + 1, nor 6 + 2, but 4 + 3 and 4 + 4
+                            rows = 6
+                        elif left >= 6 or left == 4:
+                            rows = 4
+                        else:
+                            rows = least(left, 3)
+                        tile(is_wide, rows, from_a, lda, w, apart, k, to_c, ldc, count, accumulate)
+                        row, from_a, to_c = row + rows, from_a + rows * lda, to_c + rows * ldc
                 w += panel * size if ldw else k * panel * size
                 column += panel
 
@@ -219,45 +192,45 @@ def make_reduction(dtype: np.dtype):
 
     parties                threads that meet at `barrier` at the end
     slots   (K, slots*H)   gradients: of r in the first G slots, of x in G slots from x_start on; K is time and batch
-    r_order, x_order (G,)  whose gate they are
+    orders  (2, G)         whose gate they are, those of r and those of x
     h (K, H), x (K, I)     what the weights were multiplied by, C-ordered
     sums    ((x_start+G)*H,)   the column sums, gradients of the biases, are added to it
     weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
     work                   of `reduction_size`
     """
-    gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack(dtype), _add_row(dtype)
+    gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack_rows(dtype), _add_row(dtype)
     size, width, meet = dtype.itemsize, host().width(dtype), make_meet()
 
     def reduce(
-        first, last, parties, barrier, slots, r_order, x_order, x_start, h, x, sums, weight_hh, weight_ih, work
+        first, last, parties, barrier, slots, orders, x_start, h, x, sums, weight_hh, weight_ih, work
     ):  # fmt: skip
         K, stride = len(slots), slots.strides[0]
-        H, I, gates = h.shape[1], x.shape[1], len(r_order)
-        blocks = -(-K // REDUCED_ROWS)
+        H, I, gates = h.shape[1], x.shape[1], orders.shape[1]
+        blocks = (K + REDUCED_ROWS - 1) // REDUCED_ROWS
         turned = address(work)
         packed_h = turned + REDUCED_COLUMNS * REDUCED_ROWS * size
-        packed_x = packed_h + min(K, REDUCED_ROWS) * -(-H // width) * width * size
+        packed_x = packed_h + least(K, REDUCED_ROWS) * ((H + width - 1) // width) * width * size
         for block in range(blocks):
             begin, end = K * block // blocks, K * (block + 1) // blocks
             k = end - begin
-            d_stride = -(-k // width) * width * size
-            pack(address(h) + begin * H * size, H * size, k, H, 0, packed_h)
-            pack(address(x) + begin * I * size, I * size, k, I, 0, packed_x)
+            d_stride = (k + width - 1) // width * width * size
+            pack(address(h) + begin * H * size, H * size, 0, 1, k, H, 0, 1, packed_h)
+            pack(address(x) + begin * I * size, I * size, 0, 1, k, I, 0, 1, packed_x)
             most = REDUCED_COLUMNS if k > FEW_SUMMED else TILE_ROWS[0]
             column = first
             while column < last:
                 slot = column // H
                 unit = column - slot * H
-                count = min(most, last - column, H - unit)
+                count = least(most, least(last - column, H - unit))
                 d = address(slots) + begin * stride + column * size
                 for row in range(k):
                     add_row(count, d + row * stride, address(sums) + column * size)
                 transpose(d, stride, k, count, turned, d_stride)
                 if slot < gates:
-                    to = address(weight_hh) + (r_order[slot] * H + unit) * H * size
+                    to = address(weight_hh) + (orders[0, slot] * H + unit) * H * size
                     gemm(1, turned, 0, d_stride, count, packed_h, 0, k, 1, H, to, 0, 0, H * size, 1)
                 if slot >= x_start:
-                    to = address(weight_ih) + (x_order[slot - x_start] * H + unit) * I * size
+                    to = address(weight_ih) + (orders[1, slot - x_start] * H + unit) * I * size
                     gemm(1, turned, 0, d_stride, count, packed_x, 0, k, 1, I, to, 0, 0, I * size, 1)
                 column += count
         meet(barrier, parties)

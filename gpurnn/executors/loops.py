@@ -1,12 +1,12 @@
-"""The time loops of one cell, compiled: T steps of recurrent product and fused cell, forward and backward.
+"""The time loops, compiled: T steps of recurrent product and fused cell, forward and backward.
 
-One pair of loops is built per cell and element type, with the cell's traced graphs inside.  They work on addresses, on a
-thread's share: the rows [first, last) of the batch, the units [unit, end_unit).  Memory layout: `gpurnn.cells.cell.Trace`.
+One pair of loops per element type serves every cell: what a cell does between the products is compiled by itself (`rows`)
+and called where it lies.  They work on addresses, on a thread's share: the rows [first, last) of the batch, the units
+[unit, end_unit).  Memory layout: `gpurnn.cells.cell.Trace`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from numba import types
@@ -16,67 +16,84 @@ from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.cache import call
 from gpurnn.executors.gemm import make_reduction
-from gpurnn.executors.packing import make_pack_share
-from gpurnn.executors.products import make_projection, make_return
-from gpurnn.executors.rows import make_backward_row, make_forward_row
-from gpurnn.executors.simd import address, host
+from gpurnn.executors.packing import make_pack_gates, make_pack_rows
+from gpurnn.executors.products import make_give_back, make_project
+from gpurnn.executors.simd import address, host, least
+
+HEAD = types.Array(types.int64, 1, "A", readonly=True), types.boolean  # rows, reverse
+ORDERS = types.Array(types.int64, 2, "C")
 
 
-class Loops(NamedTuple):
-    """Compiled functions; their arguments are explained where they are written, below."""
-
-    forward: Callable
-    backward: Callable
+def _array(dtype: np.dtype, dimensions: int, layout: str = "A", readonly: bool = False) -> types.Array:
+    return types.Array(types.float32 if dtype.itemsize == 4 else types.float64, dimensions, layout, readonly=readonly)
 
 
-def _forward_loop(cell: Cell, dtype: np.dtype):
-    trace, split = cell.trace, len(cell.trace.split)
-    row, meet, pack_share = make_forward_row(cell, dtype), make_meet(), make_pack_share(dtype)
-    orders = trace.x_order, trace.r_order[:split], trace.r_order[split:]
-    project_x, project_split, project_joint = (make_projection(dtype, order) for order in orders)
-    joint, x_start, size = cell.gates - split, trace.x_start, dtype.itemsize
+@functools.cache
+def orders(cell: Cell) -> np.ndarray:
+    """(2, G): of which gate are the slots that the recurrent product fills, and those of the inputs' projection."""
+    return np.array((cell.trace.r_order, cell.trace.x_order), np.int64)
+
+
+@functools.cache
+def forward_loop(dtype: np.dtype) -> Callable:
+    """forward(...) of every cell, for an element type."""
+    pack, project, meet, size = make_pack_gates(dtype), make_project(dtype), make_meet(), dtype.itemsize
 
     def forward(
-        rows, reverse, jobs, part, parts, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih, dot_hh,
-        x, slots, h, rest, bias, params, weight_ih, weight_split, weight_joint,
+        rows, reverse, cell_rows, split, part, parts, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih,
+        dot_hh, split_at, joint_at, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, packed,
     ):  # fmt: skip
         """Fills h and rest with states, and slots with what backward needs.
 
         rows     (T,)             how many leading batch rows live at each step
-        jobs                      of packing the weights, for `packing.make_pack_share`: this thread's `part` of `parts`
+        cell_rows                 the address of the cell's `rows.forward_rows`
+        split                     of its gates G how many are split
+        part                      of `parts`, of the weights that this thread packs
         parties                   threads that meet: first where it is `ready`, when the weights are packed; then at `barrier`,
                                   after each step where they share the units, and at the end
         chunk                     so many steps' inputs are projected at once
+        dot_ih, dot_hh            0, or the address of `dot.dot` where that matrix is not packed but read as it lies
         x        (T, N, I), C-ordered
         slots    (T, N, slots*H)  out: the kept values; or (chunk, N, slots*H), where nobody wants to see them
         h        (T+1, N, H)      at step t reads h[t] and writes h[t+1]; in reverse, reads h[t+1] and writes h[t]
         rest     (S-1, T+1, N, H) the states beyond h alike; of stride 0 in time they are updated in place
         bias     (slots, H)       what is added to each slot
-        weight_*                  W_ih, W_hh's split and its joint gates for `products`: packed, or where dot_* is not 0 all of
-                                  the matrix as it lies
+        packed                    room for what is packed: W_ih, at `split_at` W_hh's split and at `joint_at` its joint gates
         """
         T, N, I = x.shape
-        H = h.shape[2]
+        H, gates = h.shape[2], orders.shape[1]
+        joint = gates - split
         stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
         slots_step, h_step, rest_step = slots.strides[0], h.strides[0], rest.strides[1]
-        units, met = end_unit - unit, 0
-        pack_share(address(jobs), len(jobs), part, parts)
+        units, met, r_order = end_unit - unit, 0, address(orders)
+        x_order, joint_order = r_order + gates * 8, r_order + split * 8
+        w_ih = address(weight_ih)
+        w_split = w_joint = address(weight_hh)
+        if not dot_ih:
+            w_ih = address(packed)
+            pack(address(weight_ih), I, x_order, gates, H, unit, end_unit, part, parts, w_ih)
+        if not dot_hh:
+            w_split, w_joint = address(packed) + split_at, address(packed) + joint_at
+            if split:
+                pack(address(weight_hh), H, r_order, split, H, unit, end_unit, part, parts, w_split)
+            if joint:
+                pack(address(weight_hh), H, joint_order, joint, H, unit, end_unit, part, parts, w_joint)
         meet(ready, parties)
         for done in range(0, T, chunk):
             begin = (T - 1) // chunk * chunk - done if reverse else done
-            end = min(T, begin + chunk)
-            steps, m = end - begin, min(rows[begin], last) - first
+            end = least(T, begin + chunk)
+            steps, m = end - begin, least(rows[begin], last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
             slots_at = address(slots) + begin % len(slots) * slots_step + first * next_row + aside
-            project_x(
-                dot_ih, steps, address(x) + (begin * N + first) * I * size, N * I * size, I * size, m,
-                address(weight_ih), I, H, unit, end_unit, slots_at + x_start * stride, slots_step, next_row, 0,
+            project(
+                dot_ih, steps, address(x) + (begin * N + first) * I * size, N * I * size, I * size, m, w_ih, I, H, unit,
+                end_unit, x_order, gates, slots_at + split * stride, slots_step, next_row, 0,
             )  # fmt: skip
             for step in range(begin, end):
                 t = begin + end - 1 - step if reverse else step
                 before, after = (t + 1, t) if reverse else (t, t + 1)
-                m = min(rows[t], last) - first
+                m = least(rows[t], last) - first
                 if m <= 0:
                     continue
                 at = slots_at + (t - begin) * slots_step
@@ -85,36 +102,38 @@ def _forward_loop(cell: Cell, dtype: np.dtype):
                 rest_t = address(rest) + before * rest_step + first * stride + aside
                 rest_next = address(rest) + after * rest_step + first * stride + aside
                 if split:
-                    project_split(
-                        dot_hh, 1, h_t, 0, stride, m, address(weight_split), H, H, unit, end_unit, at, 0, next_row, 0
+                    project(
+                        dot_hh, 1, h_t, 0, stride, m, w_split, H, H, unit, end_unit, r_order, split, at, 0, next_row, 0
                     )  # fmt: skip
                 if joint:
-                    project_joint(
-                        dot_hh, 1, h_t, 0, stride, m, address(weight_joint), H, H, unit, end_unit, at + split * stride, 0,
-                        next_row, 1,
+                    project(
+                        dot_hh, 1, h_t, 0, stride, m, w_joint, H, H, unit, end_unit, joint_order, joint,
+                        at + split * stride, 0, next_row, 1,
                     )  # fmt: skip
-                for i in range(m):
-                    i_row = i * stride
-                    row(
-                        units, at + i * next_row, address(bias) + aside, h_t + i_row + aside, h_next + i_row,
-                        rest_t + i_row, rest_next + i_row, address(params) + aside, stride, rest_stride,
-                    )  # fmt: skip
+                call(
+                    cell_rows, m, next_row, units, at, address(bias) + aside, h_t + aside, h_next, rest_t, rest_next,
+                    address(params) + aside, stride, rest_stride,
+                )  # fmt: skip
                 if units < H:
                     met += parties
                     meet(barrier, met)
         meet(barrier, met + parties)
 
-    return forward
+    x, weight, given = _array(dtype, 3, "C", True), _array(dtype, 2, "C", True), _array(dtype, 2, "A", True)
+    states = _array(dtype, 3), _array(dtype, 3), _array(dtype, 4)
+    arrays = ORDERS, x, *states, given, given, weight, weight, _array(dtype, 1, "C")
+    return cache.compiled(forward, types.void(*HEAD, *[types.int64] * 16, *arrays), dtype.str, host())
 
 
-def _backward_loop(cell: Cell, dtype: np.dtype):
-    row, meet, pack_share = make_backward_row(cell, dtype), make_meet(), make_pack_share(dtype)
-    give_h, give_x = make_return(dtype, cell.trace.r_order), make_return(dtype, cell.trace.x_order)
-    states, x_start, size = cell.states, cell.trace.x_start, dtype.itemsize
+@functools.cache
+def backward_loop(dtype: np.dtype) -> Callable:
+    """backward(...) of every cell, for an element type."""
+    pack, give_back, meet, size = make_pack_rows(dtype), make_give_back(dtype), make_meet(), dtype.itemsize
 
     def backward(
-        rows, reverse, jobs, part, parts, first, last, unit, end_unit, column, end_column, parties, ready, barrier, chunk,
-        ldw_ih, ldw_hh, slots, h, rest, dy, dstate, dx, params, dparams, weight_ih, weight_hh, clamp, limit, squares, flow,
+        rows, reverse, cell_rows, split, part, parts, first, last, unit, end_unit, column, end_column, parties, ready,
+        barrier, chunk, ldw_ih, ldw_hh, hh_at, clamp, squares, orders, slots, h, rest, dy, dstate, dx, params, dparams,
+        weight_ih, weight_hh, packed, limit, flow,
     ):  # fmt: skip
         """Turns the kept values in slots into dr and dx, and carries dstate from the last step to the first.
 
@@ -122,33 +141,38 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
         dstate   (S, N, H)  dL/d(final state) on entry, dL/d(initial state) on return
         dx       (T, N, I)  the gradient of the inputs, C-ordered: columns [column, end_column), `chunk` steps at once
         dparams  (P, H)     is added to
-        weight_* W_ih and W_hh for `products`: those columns, and those of the units, their rows in slot order, packed; or
-                 where ldw_* is not 0 all of the matrix as it lies
+        ldw_*    0, or the bytes of a row of that matrix where it is not packed but read as it lies
+        packed   room for what is packed: those columns of W_ih, and at `hh_at` those of the units of W_hh
         clamp    0, or the address of `rows.clamp`: dstate may carry no more than `limit` from one step to the one before
         limit    (1,)
         squares  0, or the address of `rows.squares`: sums of squares of dL/dstate_t over rows and units, added to `flow`
         flow     (S, T)
         """
         T, N, I = dx.shape
-        H = h.shape[2]
+        H, gates = h.shape[2], orders.shape[1]
         stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
         slots_step, h_step, rest_step, dy_step, dy_row, dstate_stride = (
             slots.strides[0], h.strides[0], rest.strides[1], dy.strides[0], dy.strides[1], dstate.strides[0],
         )  # fmt: skip
-        units, met = end_unit - unit, 0
-        pack_share(address(jobs), len(jobs), part, parts)
+        units, met, r_order = end_unit - unit, 0, address(orders)
+        x_order, columns = r_order + gates * 8, end_column - column
+        w_ih, w_hh = address(weight_ih) + column * size, address(weight_hh) + aside
+        if not ldw_ih:
+            pack(w_ih, I * size, x_order, gates, H, columns, part, parts, address(packed))
+            w_ih = address(packed)
+        if not ldw_hh:
+            pack(w_hh, stride, r_order, gates, H, units, part, parts, address(packed) + hh_at)
+            w_hh = address(packed) + hh_at
         meet(ready, parties)
         passed = address(dstate) + first * stride + aside
-        ih_at = address(weight_ih) + (column * size if ldw_ih else 0)
-        hh_at = address(weight_hh) + (aside if ldw_hh else 0)
         for done in range(0, T, chunk):
             begin = done if reverse else (T - 1) // chunk * chunk - done
-            end = min(T, begin + chunk)
+            end = least(T, begin + chunk)
             slots_at = address(slots) + begin * slots_step + first * next_row
             for step in range(begin, end):
                 t = step if reverse else begin + end - 1 - step
                 before, after = (t + 1, t) if reverse else (t, t + 1)
-                m = min(rows[t], last) - first
+                m = least(rows[t], last) - first
                 if m <= 0:
                     continue
                 at = slots_at + (t - begin) * slots_step
@@ -158,73 +182,41 @@ def _backward_loop(cell: Cell, dtype: np.dtype):
                 rest_next = address(rest) + after * rest_step + first * stride + aside
                 dy_t = address(dy) + t * dy_step + first * dy_row + aside
                 if squares:
-                    for n in range(m):
-                        for s in range(states):
-                            direct = 0 if s else dy_t + n * dy_row
-                            place = address(flow) + s * flow.strides[0] + t * flow.strides[1]
-                            call(squares, units, passed + s * dstate_stride + n * stride, direct, place)
-                for n in range(m):
-                    i = n * stride
-                    row(
-                        units, at + n * next_row + aside, h_t + i, h_next + i, rest_t + i, rest_next + i,
-                        dy_t + n * dy_row, passed + i, address(params) + aside, address(dparams) + aside,
-                        stride, rest_stride, dstate_stride,
+                    flow_t = address(flow) + t * flow.strides[1]
+                    call(
+                        squares, m, dy_row, units, len(dstate), passed, dstate_stride, stride, dy_t, flow_t, flow.strides[0]
                     )  # fmt: skip
+                call(
+                    cell_rows, m, next_row, dy_row, units, at + aside, h_t, h_next, rest_t, rest_next, dy_t, passed,
+                    address(params) + aside, address(dparams) + aside, stride, rest_stride, dstate_stride,
+                )  # fmt: skip
                 if units < H:
                     met += parties
                     meet(barrier, met)
-                give_h(ldw_hh, 1, at, 0, next_row, m, hh_at, H, units, passed, 0, stride, 1)
+                give_back(ldw_hh, 1, at, 0, next_row, m, w_hh, H, units, r_order, gates, passed, 0, stride, 1)
                 if clamp:
-                    for s in range(states):
-                        for n in range(m):
-                            call(clamp, units, passed + s * dstate_stride + n * stride, address(limit))
-            steps, m = end - begin, min(rows[begin], last) - first
+                    call(clamp, m, units, len(dstate), passed, dstate_stride, stride, address(limit))
+            steps, m = end - begin, least(rows[begin], last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
-            give_x(
-                ldw_ih, steps, slots_at + x_start * stride, slots_step, next_row, m, ih_at, H, end_column - column,
+            give_back(
+                ldw_ih, steps, slots_at + split * stride, slots_step, next_row, m, w_ih, H, columns, x_order, gates,
                 address(dx) + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
             )  # fmt: skip
         meet(barrier, met + parties)
 
-    return backward
-
-
-@functools.cache
-def loops(cell: Cell, dtype: np.dtype) -> Loops:
-    """The compiled loops of a cell, built at its first use and kept on disk for later processes."""
-    real = types.float32 if dtype.itemsize == 4 else types.float64
-
-    def array(dimensions, readonly=False):
-        return types.Array(real, dimensions, "A", readonly=readonly)
-
-    jobs = types.Array(types.int64, 2, "C")
-    head = types.Array(types.int64, 1, "A", readonly=True), types.boolean, jobs
-    numbers = [types.int64] * 12, [types.int64] * 14
-    given, weights = array(2, readonly=True), types.Array(real, 1, "C", readonly=True)
-    ordered = types.Array(real, 3, "C", readonly=True)
-    forward = types.void(
-        *head, *numbers[0], ordered, array(3), array(3), array(4), given, given, weights, weights, weights
-    )
-    limit, flow = types.Array(types.float64, 1, "C"), types.Array(types.float64, 2, "C")
-    backward = types.void(
-        *head, *numbers[1], array(3), array(3), array(4), array(3, readonly=True), array(3), array(3), given, array(2),
-        weights, weights, types.int64, limit, types.int64, flow,
+    weight, given, line = _array(dtype, 2, "C", True), _array(dtype, 2, "A", True), _array(dtype, 1, "C")
+    states, gradients = (_array(dtype, 3), _array(dtype, 3), _array(dtype, 4)), (_array(dtype, 3), _array(dtype, 3))
+    wide = types.Array(types.float64, 1, "C"), types.Array(types.float64, 2, "C")
+    arrays = (
+        ORDERS, *states, _array(dtype, 3, "A", True), *gradients, given, _array(dtype, 2), weight, weight, line, *wide
     )  # fmt: skip
-    key = (cell.trace.text, dtype.str, host())
-    return Loops(
-        forward=cache.compiled(_forward_loop(cell, dtype), forward, *key),
-        backward=cache.compiled(_backward_loop(cell, dtype), backward, *key),
-    )
+    return cache.compiled(backward, types.void(*HEAD, *[types.int64] * 19, *arrays), dtype.str, host())
 
 
 @functools.cache
 def reduction(dtype: np.dtype) -> Callable:
     """reduce(...) for an element type: see `gemm.make_reduction`."""
-    real = types.float32 if dtype.itemsize == 4 else types.float64
-    line, order = types.Array(real, 1, "C"), types.Array(types.int64, 1, "C", readonly=True)
-    slots, given, weight = (types.Array(real, 2, *kind) for kind in (("A",), ("C", True), ("C",)))
-    signature = types.void(
-        *[types.int64] * 4, slots, order, order, types.int64, given, given, line, weight, weight, line
-    )
-    return cache.compiled(make_reduction(dtype), signature, dtype.str, host())
+    line, given, weight = _array(dtype, 1, "C"), _array(dtype, 2, "C", True), _array(dtype, 2, "C")
+    arrays = _array(dtype, 2), ORDERS, types.int64, given, given, line, weight, weight, line
+    return cache.compiled(make_reduction(dtype), types.void(*[types.int64] * 4, *arrays), dtype.str, host())

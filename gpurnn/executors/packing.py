@@ -1,7 +1,7 @@
-"""Matrices laid out anew for the micro-kernels: in panels, or transposed.
+"""Weights laid out anew for the micro-kernels: in panels of `panel_columns` columns, then of one vector, row-major each.
 
-Both go block by block, a vector of rows at a time, and a block is transposed in registers: an element at a time costs
-five times as much, which for one pass over a large weight matrix is a tenth of the whole.
+What has to be transposed for that goes block by block, a vector of rows at a time, and a block is transposed in
+registers: an element at a time costs five times as much, which for one pass over a large matrix is a tenth of the whole.
 """
 
 import functools
@@ -12,9 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, Emitter, host, word
-
-JOB = 6  # whole numbers that say what to pack
+from gpurnn.executors.simd import I64, Emitter, host, least, word
 
 
 def panel_vectors() -> int:
@@ -32,86 +30,36 @@ def packed_size(k: int, n: int, dtype: np.dtype) -> int:
     return k * -(-n // width) * width
 
 
-def _move_block(dtype: np.dtype, transposed: bool):
-    """A block of at most width x width elements to `out`, as it is or transposed; strides are in bytes.
+@functools.cache
+def _make_turn(dtype: np.dtype):
+    """turn(source, stride, rows, columns, out, out_stride, lanes): the transpose of at most width x width elements.
 
-    What the block lacks in length is written as zeros; rows that the result lacks are not written.
+    Of each of its `columns` rows as many elements are written as `lanes` says, zeros behind the source's rows.
     """
     width = host().width(dtype)
 
-    def emit_move(b: ir.IRBuilder, source, stride, rows, columns, out, out_stride):
+    def emit_turn(b: ir.IRBuilder, source, stride, rows, columns, out, out_stride, lanes):
         emit = Emitter(b, dtype, width)
 
-        def lanes(count, index, limit):
+        def first(count, index, limit):
             return emit.first_lanes(b.select(b.icmp_signed("<", I64(index), limit), count, I64(0)))
 
-        block = [emit.load(b.add(source, b.mul(stride, I64(r))), lanes(columns, r, rows)) for r in range(width)]
-        if transposed:
-            block, rows = emit.transposed(block), columns
-        for r, value in enumerate(block):
-            emit.store(value, b.add(out, b.mul(out_stride, I64(r))), lanes(I64(width), r, rows))
+        block = [emit.load(b.add(source, b.mul(stride, I64(r))), first(columns, r, rows)) for r in range(width)]
+        for r, value in enumerate(emit.transposed(block)):
+            emit.store(value, b.add(out, b.mul(out_stride, I64(r))), first(lanes, r, columns))
 
     @intrinsic
-    def move(typing, source, stride, rows, columns, out, out_stride):
+    def move(typing, source, stride, rows, columns, out, out_stride, lanes):
         def codegen(context, builder, signature, args):
-            emit_move(builder, *args)
+            emit_turn(builder, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 6), codegen
+        return types.void(*[types.intp] * 7), codegen
 
-    return move
+    def turn(source, stride, rows, columns, out, out_stride, lanes):
+        move(source, stride, rows, columns, out, out_stride, lanes)
 
-
-@functools.cache
-def make_pack(dtype: np.dtype):
-    """pack(source, stride, k, n, transposed, out): the (k, n) matrix at `source` in panels, or the (n, k) one's transpose.
-
-    Panels of `panel_columns` columns, then of one vector, each row-major in k.
-    """
-    width, size = host().width(dtype), dtype.itemsize
-    wide = panel_columns(dtype)
-    as_it_is, turned = _move_block(dtype, transposed=False), _move_block(dtype, transposed=True)
-
-    def pack(source, stride, k, n, transposed, out):
-        lines, length = (n, k) if transposed else (k, n)  # of the source: its rows, whichever way they go
-        for line in range(0, lines, width):
-            for place in range(0, length, width):
-                row, column = (place, line) if transposed else (line, place)
-                start = column - column % wide
-                panel = wide
-                if n - start < wide:
-                    start, panel = column, width
-                rows, columns = min(width, k - row), min(width, n - column)
-                at, to = source + line * stride + place * size, out + (start * k + row * panel + column - start) * size
-                if transposed:
-                    turned(at, stride, columns, rows, to, panel * size)
-                else:
-                    as_it_is(at, stride, rows, columns, to, panel * size)
-
-    return cache.external(pack, dtype.str, host())
-
-
-@functools.cache
-def make_pack_share(dtype: np.dtype):
-    """pack_share(jobs, count, part, parts): one thread's panels of `count` matrices, each dealt out to `parts` threads.
-
-    jobs: the address of JOB int64 for each, `source, stride, k, n, transposed, out` of `pack`.
-    """
-    pack, wide, size = make_pack(dtype), panel_columns(dtype), dtype.itemsize
-
-    def pack_share(jobs, count, part, parts):
-        for job in range(count):
-            at = jobs + job * JOB * 8
-            source, stride, k, n, transposed, out = (
-                word(at), word(at + 8), word(at + 16), word(at + 24), word(at + 32), word(at + 40),
-            )  # fmt: skip
-            panels = -(-n // wide)
-            first, end = panels * part // parts * wide, min(n, panels * (part + 1) // parts * wide)
-            if end > first:
-                begin = source + first * (stride if transposed else size)
-                pack(begin, stride, k, end - first, transposed, out + k * first * size)
-
-    return cache.external(pack_share, dtype.str, host())
+    return cache.external(turn, dtype.str, host())
 
 
 @functools.cache
@@ -120,14 +68,80 @@ def make_transpose(dtype: np.dtype):
 
     Writes whole vectors: out_stride has room for them.
     """
-    width, size = host().width(dtype), dtype.itemsize
-    move = _move_block(dtype, transposed=True)
+    width, size, turn = host().width(dtype), dtype.itemsize, _make_turn(dtype)
 
     def transpose(source, stride, rows, columns, out, out_stride):
         for column in range(0, columns, width):
             for row in range(0, rows, width):
-                at = out + column * out_stride + row * size
-                count = min(width, rows - row), min(width, columns - column)
-                move(source + row * stride + column * size, stride, count[0], count[1], at, out_stride)
+                at, to = source + row * stride + column * size, out + column * out_stride + row * size
+                turn(at, stride, least(width, rows - row), least(width, columns - column), to, out_stride, width)
 
     return cache.external(transpose, dtype.str, host())
+
+
+@functools.cache
+def make_pack_gates(dtype: np.dtype):
+    """pack_gates(weights, k, order, gates, H, unit, end_unit, part, parts, out): of W (G*H, k) the transpose, (k, n).
+
+    Its columns are the units [unit, end_unit) of the gates in `order`, the address of their numbers: of all units in one
+    matrix, of some of them in one of its own for each gate.  The panels of each are dealt out to `parts` threads.
+    """
+    width, wide, size, turn = host().width(dtype), panel_columns(dtype), dtype.itemsize, _make_turn(dtype)
+
+    def pack_gates(weights, k, order, gates, H, unit, end_unit, part, parts, out):
+        units, stride = end_unit - unit, k * size
+        blocks, n = (1, gates * H) if units == H else (gates, units)
+        panels = (n + wide - 1) // wide
+        for block in range(blocks):
+            column, end = panels * part // parts * wide, least(n, panels * (part + 1) // parts * wide)
+            while column < end:
+                panel = wide if n - column // wide * wide >= wide else width
+                start = column // panel * panel
+                gate, place = block + column // units, column % units
+                count = least(width, least(start + panel - column, units - place))  # neither out of panel nor of gate
+                at = weights + (word(order + gate * 8) * H + unit + place) * stride
+                to, apart = out + (start * k + column - start) * size, panel * size
+                lanes = least(width, start + panel - column)
+                for row in range(0, k, width):
+                    turn(at + row * size, stride, count, least(width, k - row), to + row * apart, apart, lanes)
+                column += count
+            out += (n + width - 1) // width * width * k * size
+
+    return cache.external(pack_gates, dtype.str, host())
+
+
+@functools.cache
+def make_pack_rows(dtype: np.dtype):
+    """pack_rows(matrix, stride, order, gates, H, n, part, parts, out): (gates*H, n), in each of `gates` H rows.
+
+    order: where their numbers in the matrix stand; 0: they come as they lie.  The panels are dealt out to `parts` threads.
+    """
+    width, wide, size = host().width(dtype), panel_columns(dtype), dtype.itemsize
+
+    @intrinsic
+    def move(typing, source, count, out):
+        """`count` elements and zeros for the rest of a vector."""
+
+        def codegen(context, builder, signature, args):
+            emit = Emitter(builder, dtype, width)
+            emit.store(emit.load(args[0], emit.first_lanes(args[1])), args[2])
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 3), codegen
+
+    def pack_rows(matrix, stride, order, gates, H, n, part, parts, out):
+        panels, k = (n + wide - 1) // wide, gates * H
+        first, end = panels * part // parts * wide, least(n, panels * (part + 1) // parts * wide)
+        for gate in range(gates):
+            rows = matrix + (word(order + gate * 8) if order else gate) * H * stride
+            for begin in range(0, H, width):  # so many rows at once, that each is read on where the last panel ended
+                for column in range(first, end, width):
+                    panel = wide if n - column // wide * wide >= wide else width
+                    start = column // panel * panel
+                    at = rows + begin * stride + column * size
+                    to = out + (start * k + (gate * H + begin) * panel + column - start) * size
+                    for _ in range(least(width, H - begin)):
+                        move(at, n - column, to)
+                        at, to = at + stride, to + panel * size
+
+    return cache.external(pack_rows, dtype.str, host())

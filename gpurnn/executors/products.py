@@ -8,9 +8,12 @@ import functools
 
 import numpy as np
 
+from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.cache import call
 from gpurnn.executors.gemm import make_gemm, may_lie
+from gpurnn.executors.packing import packed_size
+from gpurnn.executors.simd import host, word
 
 # Whether packing pays: a product with weights as they lie loses STEP + its rows in each step, packing takes PACKING.  Both
 # are in units of whole passes measured, RNN and LSTM of 64 to 512 units, batches of 1 to 64, 2 to 70 steps.
@@ -31,45 +34,73 @@ def packing_pays_backwards(steps: int, rows: int, n: int, dtype: np.dtype) -> bo
 
 
 @functools.cache
-def make_projection(dtype: np.dtype, order: tuple[int, ...]):
-    """project(dot, steps, a, a_step, lda, m, weights, k, H, unit, end_unit, c, c_step, ldc, accumulate): gates from a state.
+def make_project(dtype: np.dtype):
+    """project(dot, steps, a, a_step, lda, m, weights, k, H, unit, end_unit, order, gates, c, c_step, ldc, accumulate): gates
+    from a state, or from x.
 
-    At each of `steps`, m rows of C (+)= A W^T for the units [unit, end_unit) of the gates in `order`, which stand in C H
-    columns apart.  weights: W packed by `pack`, all units in one or else gate by gate; or as it lies, where `dot` is not 0
-    but the address of `dot.dot`.  Distances are in bytes, as in `gemm`.
+    At each of `steps`, m rows of C (+)= A W^T for the units [unit, end_unit) of the gates in `order`, the address of their
+    numbers, which stand in C H columns apart.  weights: W as `pack_gates` leaves it; or as it lies, where `dot` is not 0 but
+    the address of `dot.dot`.  Distances are in bytes, as in `gemm`.
     """
-    gemm, size, gates = make_gemm(dtype), dtype.itemsize, len(order)
+    gemm, size = make_gemm(dtype), dtype.itemsize
 
-    def project(dot, steps, a, a_step, lda, m, weights, k, H, unit, end_unit, c, c_step, ldc, accumulate):
+    def project(dot, steps, a, a_step, lda, m, weights, k, H, unit, end_unit, order, gates, c, c_step, ldc, accumulate):
         units, stride, row = end_unit - unit, H * size, k * size
         if dot:
             for place in range(gates):
-                w, to = weights + (order[place] * H + unit) * row, c + place * stride
+                w, to = weights + (word(order + place * 8) * H + unit) * row, c + place * stride
                 call(dot, steps, a, a_step, lda, m, w, row, k, units, to, c_step, ldc, accumulate)
         else:
             blocks, n = (1, gates * H) if units == H else (gates, units)
             gemm(steps, a, a_step, lda, m, weights, 0, k, blocks, n, c, c_step, stride, ldc, accumulate)
 
-    return cache.inner(project, dtype.str, order)
+    return cache.external(project, dtype.str, host())
 
 
 @functools.cache
-def make_return(dtype: np.dtype, order: tuple[int, ...]):
-    """give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, c, c_step, ldc, accumulate): what gates' gradients D mean for a
-    state, or for x.
+def make_give_back(dtype: np.dtype):
+    """give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, order, gates, c, c_step, ldc, accumulate): what gates' gradients
+    D mean for a state, or for x.
 
     At each of `steps`, m rows of C (+)= D W, n columns of W with the gates of its rows in `order`.  weights: those columns
-    packed, and ldw 0; or where they begin in W as it lies, its rows ldw bytes apart.
+    as `pack_rows` leaves them, and ldw 0; or where they begin in W as it lies, its rows ldw bytes apart.
     """
-    gemm, size, gates = make_gemm(dtype), dtype.itemsize, len(order)
+    gemm, size = make_gemm(dtype), dtype.itemsize
 
-    def give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, c, c_step, ldc, accumulate):
+    def give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, order, gates, c, c_step, ldc, accumulate):
         if ldw:
             for place in range(gates):
-                at, w = d + place * H * size, weights + order[place] * H * ldw
+                at, w = d + place * H * size, weights + word(order + place * 8) * H * ldw
                 added = 1 if place else accumulate
                 gemm(steps, at, d_step, ldd, m, w, ldw, H, 1, n, c, c_step, 0, ldc, added)
         else:
             gemm(steps, d, d_step, ldd, m, weights, 0, gates * H, 1, n, c, c_step, 0, ldc, accumulate)
 
-    return cache.inner(give_back, dtype.str, order)
+    return cache.external(give_back, dtype.str, host())
+
+
+def packed_forward(
+    cell: Cell, lies: tuple[bool, bool], units: slice, I: int, H: int, dtype: np.dtype
+) -> tuple[np.ndarray, int, int]:
+    """Room for W_ih, W_hh's split and its joint gates as `project` wants them for `units`; where the latter two begin.
+
+    lies: whether W_ih is read where it lies, and W_hh.
+    """
+    count, split = units.stop - units.start, len(cell.trace.split)
+
+    def size(gates: int, k: int) -> int:
+        return packed_size(k, gates * H, dtype) if count == H else gates * packed_size(k, count, dtype)
+
+    of_ih = 0 if lies[0] else size(cell.gates, I)
+    of_split, of_joint = (0, 0) if lies[1] else (size(split, H), size(cell.gates - split, H))
+    place = np.empty(of_ih + of_split + of_joint, dtype)
+    return place, of_ih * dtype.itemsize, (of_ih + of_split) * dtype.itemsize
+
+
+def packed_backward(
+    cell: Cell, lies: tuple[bool, bool], inputs: slice, units: slice, H: int, dtype: np.dtype
+) -> tuple[np.ndarray, int]:
+    """Room for those columns of W_ih and of W_hh as `give_back` wants them; where the latter begin."""
+    rows, counts = cell.gates * H, (inputs.stop - inputs.start, units.stop - units.start)
+    sizes = [0 if as_it_lies else packed_size(rows, n, dtype) for n, as_it_lies in zip(counts, lies, strict=True)]
+    return np.empty(sum(sizes), dtype), sizes[0] * dtype.itemsize

@@ -1,4 +1,4 @@
-"""What stands between the products of a time step, for one batch row: the cell, fused and in SIMD, forward and backward.
+"""What stands between the products of a time step: the cell, fused and in SIMD, forward and backward.
 
 The code is emitted from the cell's traced graphs.  Memory layout: `gpurnn.cells.cell.Trace`.
 """
@@ -16,8 +16,13 @@ from gpurnn.executors import cache
 from gpurnn.executors.simd import I64, Emitter, evaluate, host, vector_loop
 
 
-def make_forward_row(cell: Cell, dtype: np.dtype):
-    """One batch row at one step: slots (x and r, without biases) -> next state, and in the slots what is kept."""
+@functools.cache
+def forward_rows(cell: Cell, dtype: np.dtype) -> types.ExternalFunction:
+    """forward_rows(m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride): n units of m batch
+    rows at one step: slots (x and r, without biases) -> next state, and in the slots what is kept.
+
+    Slots are `next_row` bytes apart from row to row, states `stride`, as slots from one to the next are.
+    """
     trace = cell.trace
     slot_of_r = {g: k for k, g in enumerate(trace.r_order)}
     slot_of_x = {g: trace.x_start + k for k, g in enumerate(trace.x_order)}
@@ -62,13 +67,22 @@ def make_forward_row(cell: Cell, dtype: np.dtype):
 
         return types.void(*[types.intp] * 10), codegen
 
-    return row
+    def forward_rows(m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
+        for i in range(m):
+            at = i * stride
+            row(
+                n, slots + i * next_row, bias, h + at, h_next + at, rest + at, rest_next + at, params, stride, rest_stride
+            )  # fmt: skip
+
+    return cache.external(forward_rows, cell.trace.text, dtype.str, host())
 
 
-def make_backward_row(cell: Cell, dtype: np.dtype):
-    """One batch row at one step: dL/dnext_state -> in the slots dr and dx; dstate becomes its direct part.
+@functools.cache
+def backward_rows(cell: Cell, dtype: np.dtype) -> types.ExternalFunction:
+    """backward_rows(m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride,
+    rest_stride, dstate_stride): the same, backward: dL/dnext_state -> in the slots dr and dx; dstate becomes its direct part.
 
-    Assigns slots and dstate; adds to dparams.
+    Assigns slots and dstate; adds to dparams.  dy is `dy_row` bytes apart from row to row.
     """
     trace = cell.trace
     graph = trace.backward
@@ -123,15 +137,30 @@ def make_backward_row(cell: Cell, dtype: np.dtype):
 
         return types.void(*[types.intp] * 13), codegen
 
-    return row
+    def backward_rows(
+        m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride,
+        dstate_stride,
+    ):  # fmt: skip
+        for i in range(m):
+            at = i * stride
+            row(
+                n, slots + i * next_row, h + at, h_next + at, rest + at, rest_next + at, dy + i * dy_row, dstate + at, params,
+                dparams, stride, rest_stride, dstate_stride,
+            )  # fmt: skip
+
+    return cache.external(backward_rows, cell.trace.text, dtype.str, host())
 
 
 @functools.cache
 def squares(dtype: np.dtype) -> types.ExternalFunction:
-    """squares(n, a, b, total): adds the sum of (a + b)^2 over n elements to the float64 at `total`; of a^2 where b is 0."""
+    """squares(m, dy_row, n, states, dstate, dstate_stride, stride, dy, flow, flow_stride): adds the sums of squares of
+    dL/dstate_t over n units of m batch rows to the float64 at `flow`, a state's `flow_stride` apart.  dL/dh_t is dstate + dy.
+    """
 
     @intrinsic
     def row(typing, n, a, b, total):
+        """The sum of (a + b)^2; of a^2 where b is 0."""
+
         def codegen(context, builder, signature, args):
             count, first, second, at = args
             width = host().width(dtype)
@@ -157,15 +186,20 @@ def squares(dtype: np.dtype) -> types.ExternalFunction:
 
         return types.void(*[types.intp] * 4), codegen
 
-    def squares(n, a, b, total):
-        row(n, a, b, total)
+    def squares(m, dy_row, n, states, dstate, dstate_stride, stride, dy, flow, flow_stride):
+        for i in range(m):
+            for s in range(states):
+                direct = 0 if s else dy + i * dy_row
+                row(n, dstate + s * dstate_stride + i * stride, direct, flow + s * flow_stride)
 
     return cache.external(squares, dtype.str, host())
 
 
 @functools.cache
 def clamp(dtype: np.dtype) -> types.ExternalFunction:
-    """clamp(n, values, limit): n values brought within plus and minus the float64 at `limit`, in place."""
+    """clamp(m, n, states, dstate, dstate_stride, stride, limit): brings n units of m batch rows of every state's gradient
+    within plus and minus the float64 at `limit`, in place.
+    """
 
     @intrinsic
     def row(typing, n, values, limit):
@@ -183,7 +217,9 @@ def clamp(dtype: np.dtype) -> types.ExternalFunction:
 
         return types.void(*[types.intp] * 3), codegen
 
-    def clamp(n, values, limit):
-        row(n, values, limit)
+    def clamp(m, n, states, dstate, dstate_stride, stride, limit):
+        for i in range(m):
+            for s in range(states):
+                row(n, dstate + s * dstate_stride + i * stride, limit)
 
     return cache.external(clamp, dtype.str, host())
