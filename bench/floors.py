@@ -147,26 +147,23 @@ def _torch_flops(seconds: float) -> float:
 
 def _own_flops(seconds: float) -> float:
     """Of our micro-kernel, each thread on operands that stay in its cache: a floor that we pass would be none."""
-    from numba import types
-
     from gpurnn.executors import cache, threads
     from gpurnn.executors.gemm import make_gemm
     from gpurnn.executors.packing import packed_size
-    from gpurnn.executors.simd import address
+    from gpurnn.executors.simd import address, host
 
     dtype, m, k, n, times = np.dtype(np.float32), 96, 256, 512, 20
     gemm, size = make_gemm(dtype), np.dtype(np.float32).itemsize
 
     def multiply(a, w, c):
         for _ in range(times):
-            gemm(1, address(a), 0, k * size, m, address(w), 0, k, 1, n, address(c), 0, 0, n * size, 0)
+            gemm(1, a, 0, k * size, m, w, 0, k, 1, n, c, 0, 0, n * size, 0)
 
-    line = types.Array(types.float32, 1, "C")
-    kernel = cache.compiled(multiply, types.void(line, line, line), "peak", m, k, n, times)
+    kernel = cache.from_python(cache.external(multiply, "peak", m, k, n, times, host()))
     sizes = m * k, packed_size(k, n, dtype), m * n
     operands = [[np.ones(count, dtype) for count in sizes] for _ in range(cpu_threads())]
     flops = 2 * times * m * k * n * len(operands)
-    return flops / fastest(lambda: threads.run(lambda own: kernel(*own), operands), seconds)
+    return flops / fastest(lambda: threads.run(lambda own: kernel(*map(address, own)), operands), seconds)
 
 
 def _copy_bandwidth(seconds: float) -> float:

@@ -1,14 +1,12 @@
 """Where our compiled executor's time goes: its own functions under a clock, put there from outside.
 
-The compiled functions run in several threads: a phase is charged with the mean of their time, and what the caller waits
-beyond that is the threads' start and the imbalance between them, so the shares add up to the whole.  Beside the phases
-that are matrix products stand the same products alone in NumPy, one call each and one call per time step, with the
-better of one and of all BLAS threads.
+A phase lasts until the last of its threads has done its part.  Beside the phases that are matrix products stand the same
+products alone in NumPy, one call each and one call per time step, with the better of one and of all BLAS threads.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -21,62 +19,34 @@ from bench.cases import Case
 from bench.problem import Problem, make
 from gpurnn import backend
 from gpurnn.environment import cpu_threads
-from gpurnn.executors import compiled, loops, threads
+from gpurnn.executors import compiled, crew
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
-LOOP, WAITING = "packing, time loop, the inputs' product", "starting and awaiting threads"
-WEIGHTS, REST = "gradients of weights and biases", "the rest: Python, allocation, copies"
-ORDER = (LOOP, WAITING, WEIGHTS, REST)
+LOOP, WEIGHTS = "packing, time loop, the inputs' product", "gradients of weights and biases"
+REST = "the rest: Python, allocation, copies"
+ORDER = (LOOP, WEIGHTS, REST)
 FEWEST = 5  # runs of each table
 Times = dict[str, float]
 
 
 @contextmanager
 def watched(seconds: Times) -> Iterator[None]:
-    """Within it the compiled executor's functions add their time to `seconds`, by phase."""
-    calls: list[tuple[str, float]] = []
+    """Within it the compiled executor's functions add their time to `seconds`, by phase: from the call until all threads
+    have done their parts.
+    """
 
-    def timed(phase: str, function: Callable) -> Callable:
-        def call(*arguments: Any) -> None:
-            start = time.perf_counter()
-            function(*arguments)
-            calls.append((phase, time.perf_counter() - start))
-
-        return call
-
-    def charge(parts: int) -> float:
-        """The calls of so many threads at once, each phase with their mean; their sum."""
-        spent = [(phase, taken / parts) for phase, taken in calls]
-        calls.clear()
-        for phase, taken in spent:
-            seconds[phase] += taken
-        return sum(taken for _, taken in spent)
-
-    def run(work: Callable, parts: Sequence, barrier: Any = None) -> None:
-        charge(1)  # what the calling thread did alone before
+    def run(function: Any, *work: Any) -> None:
         start = time.perf_counter()
-        threads.run(work, parts)  # to the end of every part: without the barrier it waits for their clocks
-        seconds[WAITING] += time.perf_counter() - start - charge(len(parts))
+        crew.run(function, *work)
+        phase = WEIGHTS if "reduce" in function.symbol else LOOP
+        seconds[phase] += time.perf_counter() - start
 
-    def clocked(phase: str, make: Callable) -> Callable:
-        return lambda dtype: timed(phase, make(dtype))
-
-    phases = {"forward_loop": LOOP, "backward_loop": LOOP, "reduction": WEIGHTS}
-    own = {name: getattr(compiled, name) for name in ("threads", "loops")}
-    under_clock = {
-        "threads": SimpleNamespace(**{**vars(threads), "run": run}),
-        "loops": SimpleNamespace(
-            **{**vars(loops), **{name: clocked(phase, getattr(loops, name)) for name, phase in phases.items()}}
-        ),
-    }
+    executor: Any = compiled
+    executor.crew = SimpleNamespace(run=run)
     try:
-        for name, value in under_clock.items():
-            setattr(compiled, name, value)
         yield
-        charge(1)
     finally:
-        for name, value in own.items():
-            setattr(compiled, name, value)
+        executor.crew = crew
 
 
 def tables(case: Case, seconds: float = 2.0) -> str:

@@ -10,7 +10,7 @@ import pytest
 from bench import compare, plots, profile, profile_cpu, report, statistics, tables
 from bench.cases import GROUPS, Case
 from bench.standings import sections, standings
-from gpurnn.executors import compiled
+from gpurnn.executors import compiled, crew
 
 CPU = GROUPS["cpu"][:8]
 PEERS = {"torch-cpu-1": 1.5, "torch-cpu-2": 1.2}
@@ -241,21 +241,20 @@ def test_plot_draws_series_over_sizes_where_there_are_some(tmp_path, capsys):
 
 @pytest.mark.parametrize("lengths", [None, "uniform"])
 def test_profile_accounts_for_all_of_the_time_and_leaves_no_trace(lengths):
-    own = {name: getattr(compiled, name) for name in ("threads", "loops")}
     text = profile_cpu.tables(Case("cpu", "gru", 6, 3, 4, 7, lengths=lengths), seconds=0.01)
     for table in text.split("\n\n")[1:]:
         _, *phases, whole = [line for line in table.splitlines() if "%" in line or "share" in line]
         shares = [float(line.split("%")[0].split()[-1]) for line in phases]
         assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares)) and "100.0%" in whole
         assert "time loop" in table
-    assert all(getattr(compiled, name) is value for name, value in own.items())
+    assert compiled.crew is crew
 
 
 def test_profile_puts_everything_back_after_an_error():
-    own = compiled.threads
     with pytest.raises(KeyError), profile_cpu.watched({}):
+        assert compiled.crew is not crew
         raise KeyError
-    assert compiled.threads is own
+    assert compiled.crew is crew
 
 
 def test_kernel_table_shares_and_rest():

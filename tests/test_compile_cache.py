@@ -38,7 +38,7 @@ PROGRAM = """
     print(sorted(names & {names}), float(np.abs(y).sum()), float(np.abs(dx).sum()))
 """
 ENTRIES = ["backward", "backward_rows", "dot", "forward", "forward_rows", "gemm", "give_back", "meet", "pack_gates"]
-ENTRIES += ["pack_rows", "project", "reduce", "transpose", "turn"]
+ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 

@@ -1,6 +1,5 @@
 """The compiled executor against the NumPy oracle: every cell, every result, odd sizes, special values, vector widths."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -17,13 +16,12 @@ from numba.extending import intrinsic
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import cache, choose, compiled, numpy_loop, products, threads
+from gpurnn.executors import cache, choose, compiled, crew, numpy_loop, products, threads
 from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import make_gemm, may_lie, reduction_size
-from gpurnn.executors.loops import reduction
+from gpurnn.executors.gemm import make_gemm, may_lie, reduction, reduction_size
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.executors.packing import make_pack_gates, make_pack_rows, packed_size, panel_columns
-from gpurnn.executors.simd import Emitter, host, vector_loop
+from gpurnn.executors.simd import Emitter, address, host, vector_loop
 from gpurnn.sequence import prepare_lengths, run
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -51,11 +49,11 @@ def unwritten_memory_shows(monkeypatch):
     """np.empty gives NaN in the executor's modules, so that a value which nobody wrote cannot pass for a zero."""
 
     def empty(shape, dtype=float):
-        return np.full(shape, np.nan, dtype)
+        return np.full(shape, 255 if dtype == np.uint8 else np.nan, dtype)  # bytes of which all floats are NaN
 
     numpy = SimpleNamespace(**{name: getattr(np, name) for name in dir(np) if not name.startswith("_")})
     numpy.empty = empty
-    for module in (compiled, products, threads):
+    for module in (compiled, threads):
         monkeypatch.setattr(module, "np", numpy)
 
 
@@ -237,7 +235,8 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     sums, weight_hh, weight_ih = (np.ones(shape, dtype) for shape in (4 * H, (3 * H, H), (3 * H, I)))
     for first, last in ((0, 17), (17, 433), (433, 4 * H)):
         work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
-        reduction(np.dtype(dtype))(first, last, 1, 0, slots, orders, 1, h, x, sums, weight_hh, weight_ih, work)
+        places = map(address, (slots, orders, h, x, sums, weight_hh, weight_ih))
+        crew.run(reduction(np.dtype(dtype)), (rows, H, I, 5, 3, 1, *places), [(first, last, address(work))])
     limit = 1e-5 if dtype == "float32" else 1e-13
     wide = slots.astype("float64").reshape(rows, 5, H)
     for found, b, gates, order in ((weight_hh, h, wide[:, :3], orders[0]), (weight_ih, x, wide[:, 1:4], orders[1])):
@@ -276,7 +275,7 @@ def test_packing_rows(dtype, shape, order, parts):
     numbers = np.array(order)
     for place, gates in ((numbers.ctypes.data, order), (0, range(len(order)))):
         for part in range(parts):
-            from_python(make_pack_rows(dtype))(*first, place, len(order), H, n, part, parts, out.ctypes.data)
+            cache.from_python(make_pack_rows(dtype))(*first, place, len(order), H, n, part, parts, out.ctypes.data)
         rows = np.concatenate([matrix[gate * H : (gate + 1) * H, 5 : 5 + n] for gate in gates])
         np.testing.assert_array_equal(out[:-5], panels(rows))
         assert np.isnan(out[-5:]).all()
@@ -292,7 +291,7 @@ def test_packing_gates(dtype, shape, order, parts):
     dtype = np.dtype(dtype)
     k, H = shape
     weights = np.arange(4 * H * k, dtype=dtype).reshape(4, H, k) + 1
-    numbers, pack = np.array(order), from_python(make_pack_gates(dtype))
+    numbers, pack = np.array(order), cache.from_python(make_pack_gates(dtype))
     for unit, end_unit in {(0, H), (0, (H + 1) // 2), (H // 3, H)}:
         units = weights[list(order), unit:end_unit]
         whole = end_unit - unit == H
@@ -306,19 +305,13 @@ def test_packing_gates(dtype, shape, order, parts):
         assert np.isnan(out[-5:]).all()
 
 
-def from_python(function):
-    """A compiled function of addresses and whole numbers, which other compiled functions call."""
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * len(function.sig.args))
-    return kind(cache.address_of(function))
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("n", [1, 3, 8, 15, 16, 33, 70])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13])
 def test_products_with_weights_as_they_lie(dtype, m, n):
     """W by its rows (`dot`) and by its columns (`gemm`), in the middle of NaN: nothing beside them is read into a sum."""
     dtype, rng = np.dtype(dtype), np.random.default_rng(m + n)
-    by_rows, by_columns = from_python(dot(dtype)), from_python(make_gemm(dtype))
+    by_rows, by_columns = cache.from_python(dot(dtype)), cache.from_python(make_gemm(dtype))
     for k in (1, 5, 16, 40):
         for accumulate in (0, 1):
             steps = 2

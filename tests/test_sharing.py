@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import compiled, products, sharing, threads
-from gpurnn.executors.barrier import Barrier, make_meet
+from gpurnn.executors import crew, products, sharing
 from gpurnn.executors.simd import host
 from gpurnn.recurrent import GRU, LSTM, RNN
 
@@ -57,7 +55,6 @@ def test_a_loop_is_shared_without_gaps(monkeypatch, rows, count, H):
                 else:
                     assert points(parts) == list(range(batch))
                     assert set(map(repr, (*units, *inputs))) == {repr(slice(0, H)), repr(slice(0, 7))}
-                assert plan.meeting[0] == len(plan.shares)
                 seen.add(plan.by_units)
     assert seen == ({False} if count == 1 or H < 2 * 16 else {False, True})
 
@@ -76,7 +73,7 @@ def test_a_sum_is_shared_without_gaps(monkeypatch, cell):
     for count in (1, 2, 3, 20):
         monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
         for I in (1, 500):
-            alone = sharing.Plan([None], None)
+            alone = sharing.Plan([None])
             cuts = sharing.plan_reduction(cell, 50, I, 40, alone)
             assert points(cuts) == list(range((cell.trace.x_start + cell.gates) * 40))
             assert len(cuts) == count
@@ -148,94 +145,26 @@ def test_layers_that_share_units_in_several_python_threads_at_once(monkeypatch):
         np.testing.assert_array_equal(found, alone[k % 4])
 
 
-def test_a_failing_part_sets_the_others_free():
-    """What a thread raises before it comes to the barrier is raised by the call, which does not hang."""
-    from numba import njit
-
-    meet = make_meet()
-
-    @njit(nogil=True)
-    def wait(barrier, arrivals):
-        meet(barrier, arrivals)
-
-    for bad in (0, 1, 2):
-        barrier, ended = Barrier(3), []
-
-        def work(part, barrier=barrier, ended=ended, bad=bad):
-            if part == bad:
-                raise MemoryError(f"part {part}")
-            wait(barrier.addresses[0], 3)
-            ended.append(part)
-
-        with pytest.raises(MemoryError, match=f"part {bad}"):
-            threads.run(work, range(3), barrier)
-        assert sorted(ended) == [part for part in range(3) if part != bad]
-
-
-def test_a_thread_that_fails_in_backward_leaves_the_gradients_as_they_were(monkeypatch):
+def test_a_backward_that_can_start_no_thread_leaves_the_gradients_as_they_were(monkeypatch):
     monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
     layer = LSTM(96, 320, executor="compiled", rng=0)
-    y, _, backward = layer(np.ones((20, 2, 96), np.float32))
+    x = np.ones((20, 2, 96), np.float32)
+    y, _, backward = layer(x)
     assert sharing.plan_loop(LSTM_CELL, full(20, 2), 20, 2, 96, 320, FLOAT32).by_units
-    own, caller = compiled.packed_backward, threading.current_thread()
 
-    def failing(*given):
-        if threading.current_thread() is not caller:
-            raise MemoryError("no room")
-        return own(*given)
+    def none():
+        raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(compiled, "packed_backward", failing)
     layer.grads.flat[...] = 1
-    with pytest.raises(MemoryError, match="no room"):
-        backward(np.ones_like(y))
-    assert (layer.grads.flat == 1).all()
-
-
-def test_settling_waits_for_threads_that_still_hold_arrays():
-    """The caller goes on when all have met; a thread may still be on its way out, with its arrays in hand."""
-    barrier, held, let_go = Barrier(2), threading.Event(), []
-
-    def work(part):
-        if part == 1:
-            held.wait(10)
-            let_go.append(part)
-
-    threads.run(work, range(2), barrier)
-    threads.settle(threads.LARGE - 1)  # for small ones it is not worth a wait
-    assert not let_go
-    threading.Timer(0.05, held.set).start()
-    threads.settle(threads.LARGE)
-    assert let_go == [1]
-    threads.settle(threads.LARGE)
-
-
-def test_a_barrier_holds_until_all_have_come():
-    from numba import njit
-
-    meet = make_meet()
-
-    @njit(nogil=True)
-    def wait(barrier, arrivals):
-        meet(barrier, arrivals)
-
-    barrier, passed = Barrier(3), []
-    assert all(address % 128 == 0 for address in barrier.addresses) and len(set(barrier.addresses)) == 3
-
-    def come(k):
-        for turn in range(1, 51):
-            wait(barrier.addresses[0], 3 * turn)
-            passed.append(turn)
-
-    others = [threading.Thread(target=come, args=(k,)) for k in range(2)]
-    for other in others:
-        other.start()
-    for turn in range(1, 51):
-        threading.Event().wait(0.001)
-        assert passed.count(turn) == 0  # the third has not come
-        wait(barrier.addresses[0], 3 * turn)
-    for other in others:
-        other.join(10)
-    assert [passed.count(turn) for turn in range(1, 51)] == [2] * 50
+    with monkeypatch.context() as patch:
+        patch.setattr(crew, "_office", crew._Office())
+        patch.setattr(crew, "_pool", none)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            backward(np.ones_like(y))
+        assert (layer.grads.flat == 1).all()
+        with pytest.raises(RuntimeError, match="start new thread"):
+            layer(x)
+    np.testing.assert_array_equal(layer(x)[0], y)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -1,4 +1,4 @@
-"""Where threads that work on the same time step wait for one another, in compiled code.
+"""Words in memory that threads wait at, in compiled code.
 
 A wait is far shorter than a thread's sleep and waking: it spins.  Where it lasts, because another process has the other
 CPU, it offers its own CPU to whoever can run, again and again.
@@ -7,40 +7,18 @@ CPU, it offers its own CPU to whoever can run, again and again.
 import functools
 import sys
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, begin, host
+from gpurnn.executors.simd import I64, host
 
-PLACES = 3
 CACHE_LINE = 128  # bytes: two of them, where processors fetch lines in pairs
 SPINS = 1000  # before the CPU is offered: some ten microseconds
-OPEN = 1 << 62  # more arrivals than there will ever be
 
-_yield = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
-
-
-class Barrier:
-    """For `parties` threads that meet at PLACES, any number of times at each: compiled code knows them by `addresses`."""
-
-    def __init__(self, parties: int):
-        self.parties = parties
-        self._words = np.zeros((PLACES + 1) * CACHE_LINE // 8, np.int64)  # each place alone in its cache lines
-        start = begin(self._words)
-        first = start + -start % CACHE_LINE
-        self.addresses: tuple[int, ...] = tuple(first + place * CACHE_LINE for place in range(PLACES))
-
-    def open(self) -> None:
-        """Lets all pass, now and later: a thread that has failed must not keep the others waiting."""
-        self._words[:] = OPEN
-
-    @property
-    def is_open(self) -> bool:
-        return bool((self._words >= OPEN).any())
+yield_cpu = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -59,8 +37,8 @@ def _arrive(typing, address):
 
 
 @intrinsic
-def _arrived(typing, address):
-    """How many have."""
+def seen(typing, address):
+    """The word as it is now, and with it all that was written before it was."""
 
     def codegen(context, builder, signature, args):
         return builder.load_atomic(_pointer(builder, args[0]), "acquire", 8)
@@ -69,7 +47,29 @@ def _arrived(typing, address):
 
 
 @intrinsic
-def _pause(typing):
+def show(typing, address, value):
+    """Writes the word, for others to see what was written before."""
+
+    def codegen(context, builder, signature, args):
+        builder.store_atomic(args[1], _pointer(builder, args[0]), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@intrinsic
+def swapped(typing, address, old, new):
+    """1, and the word is now `new`, if it was `old`; else 0."""
+
+    def codegen(context, builder, signature, args):
+        pair = builder.cmpxchg(_pointer(builder, args[0]), args[1], args[2], "acq_rel", "acquire")
+        return builder.zext(builder.extract_value(pair, 1), I64)
+
+    return types.intp(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def _relax(typing):
     """What a processor wants to be told in a loop that waits."""
 
     def codegen(context, builder, signature, args):
@@ -82,18 +82,29 @@ def _pause(typing):
 
 
 @functools.cache
+def make_pause():
+    """pause(turn): what stands in a loop that waits, `turn` its number."""
+
+    def pause(turn):
+        if turn % SPINS == 0:
+            yield_cpu()
+        else:
+            _relax()
+
+    return cache.external(pause, host())
+
+
+@functools.cache
 def make_meet():
     """meet(barrier, arrivals): waits until `arrivals` threads in all have come, its own coming being one; for 1, nothing."""
+    pause = make_pause()
 
     def meet(barrier, arrivals):
         if arrivals == 1 or _arrive(barrier) >= arrivals:
             return
-        spins = 0
-        while _arrived(barrier) < arrivals:
-            spins += 1
-            if spins % SPINS == 0:
-                _yield()
-            else:
-                _pause()
+        turn = 1
+        while seen(barrier) < arrivals:
+            pause(turn)
+            turn += 1
 
     return cache.external(meet, host())

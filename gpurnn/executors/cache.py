@@ -7,6 +7,7 @@ Entries are written to a temporary name and renamed, so processes may share the 
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -52,28 +53,21 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def compiled(function: Callable, signature: Any, *key: Any, **options: bool) -> Callable:
-    """`function` compiled for `signature`, from the disk if an earlier process compiled it under the same key."""
+def external(function: Callable, *key: Any) -> types.ExternalFunction:
+    """`function` of addresses and whole numbers, compiled once, for other compiled functions to call by its name.
+
+    It comes from the disk if an earlier process compiled it under the same key.  Linked into its callers it would be
+    optimised again in each, and compiled anew for each combination of constants passed.
+    """
     _name_apart(function, key)
-    own = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_rewrites": True}
-    dispatcher: Any = njit(**own | options)(function)
+    signature = types.void(*[types.intp] * function.__code__.co_argcount)
+    dispatcher: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_rewrites=True)(function)
     place = folder()
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
-        name = f"{function.__name__}-{_digest(text)}.bin"
-        dispatcher._cache = _File(place / name)
+        dispatcher._cache = _File(place / f"{function.__name__}-{_digest(text)}.bin")
     dispatcher.compile(signature)
     dispatcher.disable_compile()
-    return dispatcher
-
-
-def external(function: Callable, *key: Any) -> types.ExternalFunction:
-    """`function` of addresses and whole numbers, compiled once and called by its name in other compiled functions.
-
-    Linked into them it would be optimised again in each, and compiled anew for each combination of constants passed.
-    """
-    signature = types.void(*[types.intp] * function.__code__.co_argcount)
-    dispatcher: Any = compiled(function, signature, *key, no_cpython_wrapper=True, no_cfunc_wrapper=False)
     result = dispatcher.overloads[signature.args]
     name = f"gpurnn_{function.__qualname__}"
     address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
@@ -81,6 +75,12 @@ def external(function: Callable, *key: Any) -> types.ExternalFunction:
     _called_by_name.append(dispatcher)
     _addresses[name] = address
     return types.ExternalFunction(name, signature)
+
+
+@functools.cache
+def from_python(function: types.ExternalFunction) -> Callable:
+    """The same to be called from Python, which lets go of the interpreter's lock."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * len(function.sig.args))(address_of(function))
 
 
 def address_of(function: types.ExternalFunction) -> int:

@@ -6,21 +6,23 @@ batch, or of the units (`sharing`); the weights' gradients are shared out by the
 micro-kernels: weights are packed for them once per pass, by the threads together, where a pass is long enough for that.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.executors import layout, loops, sharing, threads
-from gpurnn.executors.barrier import Barrier
+from gpurnn.executors import crew, layout, sharing
 from gpurnn.executors.cache import address_of
 from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import reduction_size
+from gpurnn.executors.gemm import reduction, reduction_size
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
+from gpurnn.executors.loops import backward_loop, forward_loop, orders
 from gpurnn.executors.numpy_loop import Backward, States, Weights
 from gpurnn.executors.products import packed_backward, packed_forward, packing_pays, packing_pays_backwards
 from gpurnn.executors.rows import backward_rows, clamp, forward_rows, squares
+from gpurnn.executors.simd import address
 
 PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
 
@@ -50,9 +52,8 @@ def forward(
 ) -> tuple[States, Tape | None]:
     """See `numpy_loop.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
     T, N, I = x.shape
-    H, dtype = weights.weight_hh.shape[1], x.dtype
+    H, dtype, rows = weights.weight_hh.shape[1], x.dtype, np.ascontiguousarray(rows, np.int64)
     ragged = is_ragged(rows, N)
-    threads.settle((T if training else 1) * N * cell.trace.slots * H * dtype.itemsize)
     allocate = np.zeros if ragged else np.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
@@ -63,22 +64,24 @@ def forward(
         part[first] = values
     bias, params = layout.biases(cell, weights, H, np), layout.params(weights, H, np)
     chunk = _chunk(T, N)
-    slots = allocate((T if training else chunk, N, cell.trace.slots * H), dtype)
-    cell_rows, orders = address_of(forward_rows(cell, dtype)), loops.orders(cell)
-    run_through, plan = loops.forward_loop(dtype), sharing.plan_loop(cell, rows, T, N, I, H, dtype)
+    window = T if training else chunk
+    slots = allocate((window, N, cell.trace.slots * H), dtype)
+    plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
     lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
     dots = [address_of(dot(dtype)) if as_it_lies else 0 for as_it_lies in lies]
-    shared = None if plan.by_units else packed_forward(cell, lies, slice(0, H), I, H, dtype)
-
-    def loop(part: int) -> None:
-        share = plan.shares[part]
-        packed, *starts = shared or packed_forward(cell, lies, share.units, I, H, dtype)
-        run_through(
-            rows, reverse, cell_rows, cell.trace.x_start, *plan.packing(part), *_numbers(share.rows, share.units),
-            *plan.meeting, chunk, *dots, *starts, orders, x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh, packed,
-        )  # fmt: skip
-
-    threads.run(loop, range(len(plan.shares)), plan.barrier)
+    places, _memory = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
+    given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh
+    crew.run(
+        forward_loop(dtype),
+        (
+            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
+            address_of(forward_rows(cell, dtype)), *dots, *rest.strides[:2], *map(address, given),
+        ),
+        [
+            (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
+            for part, share in enumerate(plan.shares)
+        ],
+    )  # fmt: skip
     final = tuple(part[last].copy() for part in (h, *rest))
     visible = h
     if ragged and reverse:  # initial states stand in h behind each row's end
@@ -96,7 +99,6 @@ def backward(
     H, dtype = weights.weight_hh.shape[1], tape.x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
-    threads.settle(tape.slots.nbytes)
     slots = tape.slots.copy() if options.keep else tape.slots
     passed = np.stack(dstate).astype(dtype, copy=False)
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
@@ -104,39 +106,28 @@ def backward(
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
     clamp_at = address_of(clamp(dtype)) if options.clip is not None else 0
     squares_at = address_of(squares(dtype)) if options.flow is not None else 0
-    limit = np.array([options.clip or 0.0])
-    params = layout.params(weights, H, np)
-    cell_rows, orders = address_of(backward_rows(cell, dtype)), loops.orders(cell)
-    run_back = loops.backward_loop(dtype)
+    limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
     lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
-    shared = None if plan.by_units else packed_backward(cell, lies, slice(0, I), slice(0, H), H, dtype)
-    chunk = _chunk(T, N)
+    places, _memory = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
     gradient_x = (np.zeros if is_ragged(tape.rows, N) else np.empty)((T, N, I), dtype)
-
-    def loop(part: int) -> None:
-        share = plan.shares[part]
-        packed, start = shared or packed_backward(cell, lies, share.inputs, share.units, H, dtype)
-        run_back(
-            tape.rows, tape.reverse, cell_rows, cell.trace.x_start, *plan.packing(part), *_numbers(*share), *plan.meeting,
-            chunk, *apart, start, clamp_at, squares_at, orders, slots, tape.h, tape.rest, dy, passed, gradient_x, params, dparams[part],
-            weights.weight_ih, weights.weight_hh, packed, limit, flow[part],
-        )  # fmt: skip
-
-    columns = sharing.plan_reduction(cell, T * N, I, H, plan)
-    barrier = plan.barrier or sharing.barrier_for(columns)
-    add_sums = _weight_gradients(tape, slots, grads, columns, barrier)
-
-    def both(part: int) -> None:
-        loop(part)
-        if not (barrier and barrier.is_open):  # else another thread has failed, and what there is to add is not whole
-            add_sums(part)
-
-    if plan.barrier:  # in one go: nobody goes to sleep in between
-        threads.run(both, range(len(plan.shares)), barrier)
-    else:
-        loop(0)
-        threads.run(add_sums, range(len(columns)), barrier)
+    given = (
+        tape.rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
+        weights.weight_hh,
+    )  # fmt: skip
+    crew.run(
+        backward_loop(dtype),
+        (
+            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, tape.reverse, _chunk(T, N),
+            address_of(backward_rows(cell, dtype)), *apart, clamp_at, squares_at, *tape.rest.strides[:2], *dy.strides[:2],
+            *map(address, given),
+        ),
+        [
+            (*plan.packing(part), *_numbers(*share), *places[part], address(dparams[part]), address(flow[part]))
+            for part, share in enumerate(plan.shares)
+        ],
+    )  # fmt: skip
+    _add_weight_gradients(tape, slots, grads, sharing.plan_reduction(cell, T * N, I, H, plan))
     for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
         gradient += value
     if options.flow is not None:
@@ -144,31 +135,33 @@ def backward(
     return gradient_x, tuple(passed)
 
 
-def _weight_gradients(
-    tape: Tape, slots: np.ndarray, grads: Weights, columns: list[slice], barrier: Barrier | None
-) -> Callable[[int], None]:
-    """For each of the threads that share `columns`: its part of the sums over time and batch; the first adds the biases'."""
-    cell, trace, x = tape.cell, tape.cell.trace, tape.x
-    (T, N, I), H, dtype = x.shape, tape.h.shape[2], x.dtype
+def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns: list[slice]) -> None:
+    """Adds the sums over time and batch, of the slots' `columns` in each of several threads."""
+    cell, trace, (T, N, I) = tape.cell, tape.cell.trace, tape.x.shape
+    H, dtype, split = tape.h.shape[2], tape.x.dtype, len(trace.split)
     h_before = tape.h[1:] if tape.reverse else tape.h[:T]
-    operands = slots.reshape(T * N, trace.slots * H), h_before.reshape(T * N, H), x.reshape(T * N, I)
-    sums = np.zeros((trace.x_start + cell.gates) * H, dtype)
-    orders = loops.orders(cell)
+    sums = np.zeros((split + cell.gates) * H, dtype)
+    work = np.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
+    given = slots, orders(cell), h_before, tape.x, sums, grads.weight_hh, grads.weight_ih
+    crew.run(
+        reduction(dtype),
+        (T * N, H, I, trace.slots, cell.gates, split, *map(address, given)),
+        [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
+    )
+    if grads.bias_hh is not None and grads.bias_ih is not None:
+        add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
+        add_ordered(grads.bias_ih, sums[split * H :], trace.x_order, H)
 
-    def add_sums(part: int) -> None:
-        if part >= len(columns):
-            return
-        slots, h, x = operands
-        loops.reduction(dtype)(
-            columns[part].start, columns[part].stop, len(columns), barrier.addresses[-1] if barrier else 0, slots, orders,
-            trace.x_start, h, x, sums, grads.weight_hh, grads.weight_ih,
-            np.empty(reduction_size(T * N, H, I, dtype), dtype),
-        )  # fmt: skip
-        if part == 0 and grads.bias_hh is not None and grads.bias_ih is not None:  # all have met
-            add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
-            add_ordered(grads.bias_ih, sums[trace.x_start * H :], trace.x_order, H)
 
-    return add_sums
+def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]) -> tuple[list[list[int]], np.ndarray]:
+    """Where each thread's packed weights have room, so many bytes each, those of shares of rows in common; and the memory."""
+    wanted = [sizes(share) for share in (plan.shares if plan.by_units else plan.shares[:1])]
+    memory = np.empty(sum(map(sum, wanted)), np.uint8)
+    begin, places = address(memory), []
+    for own in wanted:
+        *starts, begin = itertools.accumulate(own, initial=begin)
+        places.append(starts)
+    return places if plan.by_units else places * len(plan.shares), memory
 
 
 def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, training: bool) -> np.ndarray:

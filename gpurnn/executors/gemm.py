@@ -14,9 +14,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.packing import make_pack_rows, make_transpose, packed_size, panel_columns, panel_vectors
-from gpurnn.executors.simd import I64, Emitter, address, host, least, vector_loop
+from gpurnn.executors.simd import I64, Emitter, host, least, vector_loop, word, words
 
 TILE_ROWS = (6, 4, 3, 2, 1)
 REDUCED_ROWS, REDUCED_COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
@@ -187,52 +186,52 @@ def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
     return REDUCED_COLUMNS * REDUCED_ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
 
 
-def make_reduction(dtype: np.dtype):
-    """reduce(...): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
+@functools.cache
+def reduction(dtype: np.dtype) -> types.ExternalFunction:
+    """reduce(values, part): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
 
-    parties                threads that meet at `barrier` at the end
-    slots   (K, slots*H)   gradients: of r in the first G slots, of x in G slots from x_start on; K is time and batch
+    See `crew.run`.  The numbers: K, time and batch; H, I; S, how many slots; G, the gates, and how many are split; addresses:
+
+    slots   (K, S*H)       gradients: of r in the first G slots, of x in G slots from `split` on
     orders  (2, G)         whose gate they are, those of r and those of x
-    h (K, H), x (K, I)     what the weights were multiplied by, C-ordered
-    sums    ((x_start+G)*H,)   the column sums, gradients of the biases, are added to it
+    h (K, H), x (K, I)     what the weights were multiplied by
+    sums    ((split+G)*H,) the column sums, gradients of the biases, are added to it
     weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
-    work                   of `reduction_size`
+
+    A part's share: first, last, and the address of `work`, room of `reduction_size`.
     """
     gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack_rows(dtype), _add_row(dtype)
-    size, width, meet = dtype.itemsize, host().width(dtype), make_meet()
+    size, width, read, read_share = dtype.itemsize, host().width(dtype), words(17), words(3)
 
-    def reduce(
-        first, last, parties, barrier, slots, orders, x_start, h, x, sums, weight_hh, weight_ih, work
-    ):  # fmt: skip
-        K, stride = len(slots), slots.strides[0]
-        H, I, gates = h.shape[1], x.shape[1], orders.shape[1]
+    def reduce(values, part):
+        _, _, _, shares, K, H, I, S, gates, split, slots, orders, h, x, sums, weight_hh, weight_ih = read(values)
+        first, last, work = read_share(values + shares + part * 24)
+        stride, x_orders = S * H * size, orders + (gates - split) * 8
         blocks = (K + REDUCED_ROWS - 1) // REDUCED_ROWS
-        turned = address(work)
-        packed_h = turned + REDUCED_COLUMNS * REDUCED_ROWS * size
+        packed_h = work + REDUCED_COLUMNS * REDUCED_ROWS * size
         packed_x = packed_h + least(K, REDUCED_ROWS) * ((H + width - 1) // width) * width * size
         for block in range(blocks):
             begin, end = K * block // blocks, K * (block + 1) // blocks
             k = end - begin
             d_stride = (k + width - 1) // width * width * size
-            pack(address(h) + begin * H * size, H * size, 0, 1, k, H, 0, 1, packed_h)
-            pack(address(x) + begin * I * size, I * size, 0, 1, k, I, 0, 1, packed_x)
+            pack(h + begin * H * size, H * size, 0, 1, k, H, 0, 1, packed_h)
+            pack(x + begin * I * size, I * size, 0, 1, k, I, 0, 1, packed_x)
             most = REDUCED_COLUMNS if k > FEW_SUMMED else TILE_ROWS[0]
             column = first
             while column < last:
                 slot = column // H
                 unit = column - slot * H
                 count = least(most, least(last - column, H - unit))
-                d = address(slots) + begin * stride + column * size
+                d = slots + begin * stride + column * size
                 for row in range(k):
-                    add_row(count, d + row * stride, address(sums) + column * size)
-                transpose(d, stride, k, count, turned, d_stride)
+                    add_row(count, d + row * stride, sums + column * size)
+                transpose(d, stride, k, count, work, d_stride)
                 if slot < gates:
-                    to = address(weight_hh) + (orders[0, slot] * H + unit) * H * size
-                    gemm(1, turned, 0, d_stride, count, packed_h, 0, k, 1, H, to, 0, 0, H * size, 1)
-                if slot >= x_start:
-                    to = address(weight_ih) + (orders[1, slot - x_start] * H + unit) * I * size
-                    gemm(1, turned, 0, d_stride, count, packed_x, 0, k, 1, I, to, 0, 0, I * size, 1)
+                    to = weight_hh + (word(orders + slot * 8) * H + unit) * H * size
+                    gemm(1, work, 0, d_stride, count, packed_h, 0, k, 1, H, to, 0, 0, H * size, 1)
+                if slot >= split:
+                    to = weight_ih + (word(x_orders + slot * 8) * H + unit) * I * size
+                    gemm(1, work, 0, d_stride, count, packed_x, 0, k, 1, I, to, 0, 0, I * size, 1)
                 column += count
-        meet(barrier, parties)
 
-    return reduce
+    return cache.external(reduce, dtype.str, host())

@@ -6,7 +6,6 @@ and called where it lies.  They work on addresses, on a thread's share: the rows
 """
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 from numba import types
@@ -15,17 +14,9 @@ from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.cache import call
-from gpurnn.executors.gemm import make_reduction
 from gpurnn.executors.packing import make_pack_gates, make_pack_rows
 from gpurnn.executors.products import make_give_back, make_project
-from gpurnn.executors.simd import address, host, least
-
-HEAD = types.Array(types.int64, 1, "A", readonly=True), types.boolean  # rows, reverse
-ORDERS = types.Array(types.int64, 2, "C")
-
-
-def _array(dtype: np.dtype, dimensions: int, layout: str = "A", readonly: bool = False) -> types.Array:
-    return types.Array(types.float32 if dtype.itemsize == 4 else types.float64, dimensions, layout, readonly=readonly)
+from gpurnn.executors.simd import host, least, word, words
 
 
 @functools.cache
@@ -35,188 +26,167 @@ def orders(cell: Cell) -> np.ndarray:
 
 
 @functools.cache
-def forward_loop(dtype: np.dtype) -> Callable:
-    """forward(...) of every cell, for an element type."""
+def forward_loop(dtype: np.dtype) -> types.ExternalFunction:
+    """forward(values, part), see `crew.run`: fills h and rest with states, and slots with what backward needs.
+
+    The numbers:
+    T, N, I, H                as in the layer; S: how many slots, G: how many gates, `split`: how many of them are split
+    reverse                   1 to go from the last step to the first
+    window, chunk             how many steps the slots are for; how many steps' inputs are projected at once
+    cell_rows                 the address of the cell's `rows.forward_rows`
+    dot_ih, dot_hh            0, or the address of `dot.dot` where that matrix is not packed but read as it lies
+    rest_stride, rest_step    in bytes, from state to state and from step to step in `rest`
+
+    And the addresses of arrays:
+    rows     (T,)             int64, how many leading batch rows live at each step
+    orders   (2, G)           as `orders` gives them
+    x        (T, N, I)
+    slots    (window, N, S*H) out: the kept values; window is T, or `chunk` where nobody wants to see them
+    h        (T+1, N, H)      at step t reads h[t] and writes h[t+1]; in reverse, reads h[t+1] and writes h[t]
+    rest     (S-1, T+1, N, H) the states beyond h alike; of stride 0 in time they are updated in place
+    bias     (S, H)           what is added to each slot
+    params   (P, H)
+    weight_* (G*H, I), (G*H, H)
+
+    A part's share: which part of how many it packs; the rows [first, last) of the batch, the units [unit, end_unit); where
+    there is room for W_ih packed, for W_hh's split and for its joint gates.
+    """
     pack, project, meet, size = make_pack_gates(dtype), make_project(dtype), make_meet(), dtype.itemsize
+    read, read_share = words(29), words(9)
 
-    def forward(
-        rows, reverse, cell_rows, split, part, parts, first, last, unit, end_unit, parties, ready, barrier, chunk, dot_ih,
-        dot_hh, split_at, joint_at, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, packed,
-    ):  # fmt: skip
-        """Fills h and rest with states, and slots with what backward needs.
-
-        rows     (T,)             how many leading batch rows live at each step
-        cell_rows                 the address of the cell's `rows.forward_rows`
-        split                     of its gates G how many are split
-        part                      of `parts`, of the weights that this thread packs
-        parties                   threads that meet: first where it is `ready`, when the weights are packed; then at `barrier`,
-                                  after each step where they share the units, and at the end
-        chunk                     so many steps' inputs are projected at once
-        dot_ih, dot_hh            0, or the address of `dot.dot` where that matrix is not packed but read as it lies
-        x        (T, N, I), C-ordered
-        slots    (T, N, slots*H)  out: the kept values; or (chunk, N, slots*H), where nobody wants to see them
-        h        (T+1, N, H)      at step t reads h[t] and writes h[t+1]; in reverse, reads h[t+1] and writes h[t]
-        rest     (S-1, T+1, N, H) the states beyond h alike; of stride 0 in time they are updated in place
-        bias     (slots, H)       what is added to each slot
-        packed                    room for what is packed: W_ih, at `split_at` W_hh's split and at `joint_at` its joint gates
-        """
-        T, N, I = x.shape
-        H, gates = h.shape[2], orders.shape[1]
-        joint = gates - split
-        stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
-        slots_step, h_step, rest_step = slots.strides[0], h.strides[0], rest.strides[1]
-        units, met, r_order = end_unit - unit, 0, address(orders)
-        x_order, joint_order = r_order + gates * 8, r_order + split * 8
-        w_ih = address(weight_ih)
-        w_split = w_joint = address(weight_hh)
-        if not dot_ih:
-            w_ih = address(packed)
-            pack(address(weight_ih), I, x_order, gates, H, unit, end_unit, part, parts, w_ih)
-        if not dot_hh:
-            w_split, w_joint = address(packed) + split_at, address(packed) + joint_at
-            if split:
-                pack(address(weight_hh), H, r_order, split, H, unit, end_unit, part, parts, w_split)
-            if joint:
-                pack(address(weight_hh), H, joint_order, joint, H, unit, end_unit, part, parts, w_joint)
+    def forward(values, part):
+        (
+            parties, ready, barrier, shares, T, N, I, H, S, gates, split, reverse, window, chunk, cell_rows, dot_ih, dot_hh,
+            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh,
+        ) = read(values)  # fmt: skip
+        packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint = read_share(values + shares + part * 72)
+        stride, aside, units, joint = H * size, unit * size, end_unit - unit, gates - split
+        next_row, h_step = S * stride, N * stride
+        x_orders, joint_orders = orders + gates * 8, orders + split * 8
+        if dot_ih:
+            w_ih = weight_ih
+        else:
+            pack(weight_ih, I, x_orders, gates, H, unit, end_unit, packs, packers, w_ih)
+        if dot_hh:
+            w_split = w_joint = weight_hh
+        else:
+            pack(weight_hh, H, orders, split, H, unit, end_unit, packs, packers, w_split)
+            pack(weight_hh, H, joint_orders, joint, H, unit, end_unit, packs, packers, w_joint)
         meet(ready, parties)
+        met = 0
         for done in range(0, T, chunk):
             begin = (T - 1) // chunk * chunk - done if reverse else done
             end = least(T, begin + chunk)
-            steps, m = end - begin, least(rows[begin], last) - first
+            steps, m = end - begin, least(word(rows + begin * 8), last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
-            slots_at = address(slots) + begin % len(slots) * slots_step + first * next_row + aside
+            slots_at = slots + (begin % window * N + first) * next_row + aside
+            x_at = x + (begin * N + first) * I * size
             project(
-                dot_ih, steps, address(x) + (begin * N + first) * I * size, N * I * size, I * size, m, w_ih, I, H, unit,
-                end_unit, x_order, gates, slots_at + split * stride, slots_step, next_row, 0,
+                dot_ih, steps, x_at, N * I * size, I * size, m, w_ih, I, H, unit, end_unit, x_orders, gates,
+                slots_at + split * stride, N * next_row, next_row, 0,
             )  # fmt: skip
             for step in range(begin, end):
                 t = begin + end - 1 - step if reverse else step
                 before, after = (t + 1, t) if reverse else (t, t + 1)
-                m = least(rows[t], last) - first
+                m = least(word(rows + t * 8), last) - first
                 if m <= 0:
                     continue
-                at = slots_at + (t - begin) * slots_step
-                h_t = address(h) + before * h_step + first * stride
-                h_next = address(h) + after * h_step + first * stride + aside
-                rest_t = address(rest) + before * rest_step + first * stride + aside
-                rest_next = address(rest) + after * rest_step + first * stride + aside
+                at, row = slots_at + (t - begin) * N * next_row, first * stride + aside
+                h_t = h + before * h_step + first * stride
                 if split:
                     project(
-                        dot_hh, 1, h_t, 0, stride, m, w_split, H, H, unit, end_unit, r_order, split, at, 0, next_row, 0
+                        dot_hh, 1, h_t, 0, stride, m, w_split, H, H, unit, end_unit, orders, split, at, 0, next_row, 0
                     )  # fmt: skip
                 if joint:
                     project(
-                        dot_hh, 1, h_t, 0, stride, m, w_joint, H, H, unit, end_unit, joint_order, joint,
+                        dot_hh, 1, h_t, 0, stride, m, w_joint, H, H, unit, end_unit, joint_orders, joint,
                         at + split * stride, 0, next_row, 1,
                     )  # fmt: skip
                 call(
-                    cell_rows, m, next_row, units, at, address(bias) + aside, h_t + aside, h_next, rest_t, rest_next,
-                    address(params) + aside, stride, rest_stride,
+                    cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
+                    rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
                 )  # fmt: skip
                 if units < H:
                     met += parties
                     meet(barrier, met)
-        meet(barrier, met + parties)
 
-    x, weight, given = _array(dtype, 3, "C", True), _array(dtype, 2, "C", True), _array(dtype, 2, "A", True)
-    states = _array(dtype, 3), _array(dtype, 3), _array(dtype, 4)
-    arrays = ORDERS, x, *states, given, given, weight, weight, _array(dtype, 1, "C")
-    return cache.compiled(forward, types.void(*HEAD, *[types.int64] * 16, *arrays), dtype.str, host())
+    return cache.external(forward, dtype.str, host())
 
 
 @functools.cache
-def backward_loop(dtype: np.dtype) -> Callable:
-    """backward(...) of every cell, for an element type."""
+def backward_loop(dtype: np.dtype) -> types.ExternalFunction:
+    """backward(values, part), see `crew.run`: turns the kept values in slots into dr and dx, and carries dstate from the last
+    step to the first.
+
+    What it has not in common with `forward_loop`:
+    states             how many the cell has
+    ldw_*              0, or the bytes of a row of that matrix where it is not packed but read as it lies
+    clamp              0, or the address of `rows.clamp`: dstate may carry no more than `limit` from one step to the one before
+    squares            0, or the address of `rows.squares`: sums of squares of dL/dstate_t over rows and units, added to `flow`
+    dy_step, dy_row    in bytes, from step to step and from row to row in dy
+
+    dy       (T, N, H)  dL/dy_t
+    dstate   (states, N, H)  dL/d(final state) on entry, dL/d(initial state) on return
+    dx       (T, N, I)  out: the gradient of the inputs, `chunk` steps at once
+    limit               a float64
+
+    In a part's share follow the columns [column, end_column) of dx; where there is room for those columns of W_ih, and for
+    those of W_hh; dparams (P, H), which is added to, and flow (states, T) in float64.
+    """
     pack, give_back, meet, size = make_pack_rows(dtype), make_give_back(dtype), make_meet(), dtype.itemsize
+    read, read_share = words(35), words(12)
 
-    def backward(
-        rows, reverse, cell_rows, split, part, parts, first, last, unit, end_unit, column, end_column, parties, ready,
-        barrier, chunk, ldw_ih, ldw_hh, hh_at, clamp, squares, orders, slots, h, rest, dy, dstate, dx, params, dparams,
-        weight_ih, weight_hh, packed, limit, flow,
-    ):  # fmt: skip
-        """Turns the kept values in slots into dr and dx, and carries dstate from the last step to the first.
-
-        dy       (T, N, H)  dL/dy_t, of any stride in T and N
-        dstate   (S, N, H)  dL/d(final state) on entry, dL/d(initial state) on return
-        dx       (T, N, I)  the gradient of the inputs, C-ordered: columns [column, end_column), `chunk` steps at once
-        dparams  (P, H)     is added to
-        ldw_*    0, or the bytes of a row of that matrix where it is not packed but read as it lies
-        packed   room for what is packed: those columns of W_ih, and at `hh_at` those of the units of W_hh
-        clamp    0, or the address of `rows.clamp`: dstate may carry no more than `limit` from one step to the one before
-        limit    (1,)
-        squares  0, or the address of `rows.squares`: sums of squares of dL/dstate_t over rows and units, added to `flow`
-        flow     (S, T)
-        """
-        T, N, I = dx.shape
-        H, gates = h.shape[2], orders.shape[1]
-        stride, rest_stride, next_row, aside = H * size, rest.strides[0], slots.strides[1], unit * size
-        slots_step, h_step, rest_step, dy_step, dy_row, dstate_stride = (
-            slots.strides[0], h.strides[0], rest.strides[1], dy.strides[0], dy.strides[1], dstate.strides[0],
-        )  # fmt: skip
-        units, met, r_order = end_unit - unit, 0, address(orders)
-        x_order, columns = r_order + gates * 8, end_column - column
-        w_ih, w_hh = address(weight_ih) + column * size, address(weight_hh) + aside
+    def backward(values, part):
+        (
+            parties, ready, barrier, shares, T, N, I, H, S, gates, split, states, reverse, chunk, cell_rows, ldw_ih, ldw_hh,
+            clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
+            params, limit, weight_ih, weight_hh,
+        ) = read(values)  # fmt: skip
+        packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
+            read_share(values + shares + part * 96)
+        )
+        stride, aside, units, columns = H * size, unit * size, end_unit - unit, end_column - column
+        next_row, h_step, x_orders = S * stride, N * stride, orders + gates * 8
+        w_ih, w_hh = weight_ih + column * size, weight_hh + aside
         if not ldw_ih:
-            pack(w_ih, I * size, x_order, gates, H, columns, part, parts, address(packed))
-            w_ih = address(packed)
+            pack(w_ih, I * size, x_orders, gates, H, columns, packs, packers, packed_ih)
+            w_ih = packed_ih
         if not ldw_hh:
-            pack(w_hh, stride, r_order, gates, H, units, part, parts, address(packed) + hh_at)
-            w_hh = address(packed) + hh_at
+            pack(w_hh, stride, orders, gates, H, units, packs, packers, packed_hh)
+            w_hh = packed_hh
         meet(ready, parties)
-        passed = address(dstate) + first * stride + aside
+        met, row = 0, first * stride + aside
         for done in range(0, T, chunk):
             begin = done if reverse else (T - 1) // chunk * chunk - done
             end = least(T, begin + chunk)
-            slots_at = address(slots) + begin * slots_step + first * next_row
+            slots_at = slots + (begin * N + first) * next_row
             for step in range(begin, end):
                 t = step if reverse else begin + end - 1 - step
                 before, after = (t + 1, t) if reverse else (t, t + 1)
-                m = least(rows[t], last) - first
+                m = least(word(rows + t * 8), last) - first
                 if m <= 0:
                     continue
-                at = slots_at + (t - begin) * slots_step
-                h_t = address(h) + before * h_step + first * stride + aside
-                h_next = address(h) + after * h_step + first * stride + aside
-                rest_t = address(rest) + before * rest_step + first * stride + aside
-                rest_next = address(rest) + after * rest_step + first * stride + aside
-                dy_t = address(dy) + t * dy_step + first * dy_row + aside
+                at, dy_t = slots_at + (t - begin) * N * next_row, dy + t * dy_step + first * dy_row + aside
                 if squares:
-                    flow_t = address(flow) + t * flow.strides[1]
-                    call(
-                        squares, m, dy_row, units, len(dstate), passed, dstate_stride, stride, dy_t, flow_t, flow.strides[0]
-                    )  # fmt: skip
+                    call(squares, m, dy_row, units, states, dstate + row, h_step, stride, dy_t, flow + t * 8, T * 8)
                 call(
-                    cell_rows, m, next_row, dy_row, units, at + aside, h_t, h_next, rest_t, rest_next, dy_t, passed,
-                    address(params) + aside, address(dparams) + aside, stride, rest_stride, dstate_stride,
+                    cell_rows, m, next_row, dy_row, units, at + aside, h + before * h_step + row, h + after * h_step + row,
+                    rest + before * rest_step + row, rest + after * rest_step + row, dy_t, dstate + row, params + aside,
+                    dparams + aside, stride, rest_stride, h_step,
                 )  # fmt: skip
                 if units < H:
                     met += parties
                     meet(barrier, met)
-                give_back(ldw_hh, 1, at, 0, next_row, m, w_hh, H, units, r_order, gates, passed, 0, stride, 1)
+                give_back(ldw_hh, 1, at, 0, next_row, m, w_hh, H, units, orders, gates, dstate + row, 0, stride, 1)
                 if clamp:
-                    call(clamp, m, units, len(dstate), passed, dstate_stride, stride, address(limit))
-            steps, m = end - begin, least(rows[begin], last) - first
+                    call(clamp, m, units, states, dstate + row, h_step, stride, limit)
+            steps, m = end - begin, least(word(rows + begin * 8), last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
             give_back(
-                ldw_ih, steps, slots_at + split * stride, slots_step, next_row, m, w_ih, H, columns, x_order, gates,
-                address(dx) + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
+                ldw_ih, steps, slots_at + split * stride, N * next_row, next_row, m, w_ih, H, columns, x_orders, gates,
+                dx + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
             )  # fmt: skip
-        meet(barrier, met + parties)
 
-    weight, given, line = _array(dtype, 2, "C", True), _array(dtype, 2, "A", True), _array(dtype, 1, "C")
-    states, gradients = (_array(dtype, 3), _array(dtype, 3), _array(dtype, 4)), (_array(dtype, 3), _array(dtype, 3))
-    wide = types.Array(types.float64, 1, "C"), types.Array(types.float64, 2, "C")
-    arrays = (
-        ORDERS, *states, _array(dtype, 3, "A", True), *gradients, given, _array(dtype, 2), weight, weight, line, *wide
-    )  # fmt: skip
-    return cache.compiled(backward, types.void(*HEAD, *[types.int64] * 19, *arrays), dtype.str, host())
-
-
-@functools.cache
-def reduction(dtype: np.dtype) -> Callable:
-    """reduce(...) for an element type: see `gemm.make_reduction`."""
-    line, given, weight = _array(dtype, 1, "C"), _array(dtype, 2, "C", True), _array(dtype, 2, "C")
-    arrays = _array(dtype, 2), ORDERS, types.int64, given, given, line, weight, weight, line
-    return cache.compiled(make_reduction(dtype), types.void(*[types.int64] * 4, *arrays), dtype.str, host())
+    return cache.external(backward, dtype.str, host())

@@ -81,26 +81,26 @@ def make_give_back(dtype: np.dtype):
 
 def packed_forward(
     cell: Cell, lies: tuple[bool, bool], units: slice, I: int, H: int, dtype: np.dtype
-) -> tuple[np.ndarray, int, int]:
-    """Room for W_ih, W_hh's split and its joint gates as `project` wants them for `units`; where the latter two begin.
+) -> tuple[int, int, int]:
+    """Bytes for W_ih, for W_hh's split gates and for its joint gates as `project` wants them for `units`.
 
     lies: whether W_ih is read where it lies, and W_hh.
     """
     count, split = units.stop - units.start, len(cell.trace.split)
 
     def size(gates: int, k: int) -> int:
-        return packed_size(k, gates * H, dtype) if count == H else gates * packed_size(k, count, dtype)
+        elements = packed_size(k, gates * H, dtype) if count == H else gates * packed_size(k, count, dtype)
+        return elements * dtype.itemsize
 
     of_ih = 0 if lies[0] else size(cell.gates, I)
-    of_split, of_joint = (0, 0) if lies[1] else (size(split, H), size(cell.gates - split, H))
-    place = np.empty(of_ih + of_split + of_joint, dtype)
-    return place, of_ih * dtype.itemsize, (of_ih + of_split) * dtype.itemsize
+    return (of_ih, 0, 0) if lies[1] else (of_ih, size(split, H), size(cell.gates - split, H))
 
 
 def packed_backward(
     cell: Cell, lies: tuple[bool, bool], inputs: slice, units: slice, H: int, dtype: np.dtype
-) -> tuple[np.ndarray, int]:
-    """Room for those columns of W_ih and of W_hh as `give_back` wants them; where the latter begin."""
-    rows, counts = cell.gates * H, (inputs.stop - inputs.start, units.stop - units.start)
-    sizes = [0 if as_it_lies else packed_size(rows, n, dtype) for n, as_it_lies in zip(counts, lies, strict=True)]
-    return np.empty(sum(sizes), dtype), sizes[0] * dtype.itemsize
+) -> tuple[int, int]:
+    """Bytes for those columns of W_ih, and for those of W_hh, as `give_back` wants them."""
+    of_ih, of_hh = (
+        packed_size(cell.gates * H, cut.stop - cut.start, dtype) * dtype.itemsize for cut in (inputs, units)
+    )
+    return 0 if lies[0] else of_ih, 0 if lies[1] else of_hh

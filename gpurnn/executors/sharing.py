@@ -13,15 +13,16 @@ import numpy as np
 
 from gpurnn.cells import Cell
 from gpurnn.environment import cpu_threads
-from gpurnn.executors.barrier import Barrier
 from gpurnn.executors.layout import is_ragged, lengths_of
 from gpurnn.executors.packing import panel_columns
 from gpurnn.executors.products import packing_pays
 from gpurnn.executors.simd import host
 from gpurnn.executors.threads import shares
 
-PARALLEL_FLOPS = 30_000_000  # of a pass through time; below it is shorter than what a second thread costs
-PARALLEL_SUM_FLOPS = 15_000_000
+PARALLEL_FLOPS = (
+    12_000_000  # of a pass through time: a second thread pays from 5 million on if it is awake, asleep from 30
+)
+PARALLEL_SUM_FLOPS = 30_000_000  # of a sum behind a loop that had one thread: the others sleep
 PACKING_FLOPS = 25  # so many are done in the time in which one weight is packed
 UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more than a second thread gains
 ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
@@ -38,18 +39,10 @@ class Share(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """barrier: where the shares meet, those `by_units` after each step; None for one share."""
+    """by_units: the shares are of units, and meet after each step."""
 
     shares: list[Share]
-    barrier: Barrier | None
     by_units: bool = False
-
-    @property
-    def meeting(self) -> tuple[int, int, int]:
-        """For compiled code: how many meet, where when they are ready, and where later."""
-        return (
-            (self.barrier.parties, self.barrier.addresses[0], self.barrier.addresses[1]) if self.barrier else (1, 0, 0)
-        )
 
     def packing(self, part: int) -> tuple[int, int]:
         """Which part of its weights a thread has to pack, of how many: with rows of their own, all threads read the same."""
@@ -63,19 +56,19 @@ def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtyp
     flops = 2 * T * N * weights
     with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
     if with_packing < PARALLEL_FLOPS:
-        return _plan([whole])
+        return Plan([whole])
     most, enough = cpu_threads(), ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
     by_rows = min(most, int(N / enough))
     by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
     if by_rows < most and by_units > 1:
         columns = (_between_vectors(count, by_units, dtype) for count in (H, I))
-        return _plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
+        return Plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
     if by_rows < 2:  # slow products, but two threads for them
         by_rows, flops = min(most, N // 2), flops // 2
     if by_rows < 2 or flops < PARALLEL_FLOPS:
-        return _plan([whole])
+        return Plan([whole])
     cuts = _of_equal_work(lengths_of(rows, N).tolist(), 1, by_rows) if is_ragged(rows, N) else shares(N, by_rows)
-    return _plan([whole._replace(rows=cut) for cut in cuts])
+    return Plan([whole._replace(rows=cut) for cut in cuts])
 
 
 def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slice]:
@@ -85,14 +78,6 @@ def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slic
         parts = cpu_threads()
     work = [H * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
     return _of_equal_work(work, H, parts)
-
-
-def barrier_for(parts: list) -> Barrier | None:
-    return Barrier(len(parts)) if len(parts) > 1 else None
-
-
-def _plan(shares: list[Share], by_units: bool = False) -> Plan:
-    return Plan(shares, barrier_for(shares), by_units)
 
 
 def _of_equal_work(work: list[int], each: int, parts: int) -> list[slice]:

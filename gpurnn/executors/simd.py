@@ -4,6 +4,7 @@ Numba compiles the loops around it; `emit` fills in what an `@intrinsic` stands 
 would otherwise fall to run-time alias checks, and `math.tanh` costs 12 ns an element.
 """
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -252,20 +253,24 @@ TANH_F64_P = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768
 TANH_F64_Q = (1.0, 1.12811678491631932401e2, 2.23548839060100448583e3, 4.84406305325125486048e3)
 
 
-@intrinsic
-def address(typing, array):
-    """Where an array's elements begin.  `array.ctypes.data` is the same, and a second of compile time in a loop."""
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.ptrtoint(data, I64)
-
-    return types.intp(array), codegen
+def address(array: np.ndarray) -> int:
+    """Where an array's elements begin.  `array.ctypes.data` and `__array_interface__` say the same in ten times the time."""
+    return _word_at(id(array) + _DATA).value if _DATA else array.__array_interface__["data"][0]
 
 
-def begin(array: np.ndarray) -> int:
-    """The same in Python: `array.ctypes.data` in a third of its time."""
-    return array.__array_interface__["data"][0]
+_word_at = ctypes.c_ssize_t.from_address
+
+
+def _place_of_data() -> int:
+    """How far into an array object its elements' address stands: behind the object's head, as in every NumPy so far.
+
+    0 where it does not.
+    """
+    place, probe = object.__basicsize__, np.empty(1)
+    return place if _word_at(id(probe) + place).value == probe.ctypes.data else 0
+
+
+_DATA = _place_of_data()
 
 
 @intrinsic
@@ -286,6 +291,34 @@ def word(typing, address):
         return builder.load(builder.inttoptr(args[0], I64.as_pointer()))
 
     return types.int64(types.intp), codegen
+
+
+@intrinsic
+def put(typing, address, value):
+    """Writes an int64 there."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], builder.inttoptr(args[0], I64.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+def words(count: int):
+    """read(address): a tuple of the `count` int64 that stand there."""
+
+    @intrinsic
+    def read(typing, address):
+        result = types.UniTuple(types.int64, count)
+
+        def codegen(context, builder, signature, args):
+            first = builder.inttoptr(args[0], I64.as_pointer())
+            values = [builder.load(builder.gep(first, [I64(k)])) for k in range(count)]
+            return context.make_tuple(builder, result, values)
+
+        return result(types.intp), codegen
+
+    return read
 
 
 def evaluate(

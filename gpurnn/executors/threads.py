@@ -1,4 +1,4 @@
-"""One owned pool of threads, and BLAS held to one thread while we work.
+"""Large products on a pool of threads, and BLAS held to one thread while we work.  What is compiled has a `crew`.
 
 After a two-thread product OpenBLAS's workers spin for about 100 ms and take the core that our next loop wants.  So BLAS
 runs on one thread inside our operations, large products are split over this pool (NumPy releases the interpreter lock
@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from threadpoolctl import ThreadpoolController
 from gpurnn import backend
 from gpurnn.environment import cpu_threads
 
-LARGE = 1 << 22  # bytes
-PARALLEL_FLOPS = 2_000_000  # a product below this is not worth waking another thread for
+PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
 
 
 @functools.cache
@@ -28,67 +27,14 @@ def _pool(size: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=size, thread_name_prefix="gpurnn")
 
 
-class _Queue:
-    """Puts the parts of one call into the pool's queue with nobody else's between them.
-
-    The pool serves first who came first, and has as many threads as a call has parts.  So of calls whose parts wait for
-    each other, the earliest has all its parts served; in between those of others, two calls could wait for ever.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self._lock = threading.Lock()
-
-    def submit(self, work: Callable[[Any], None], parts: Sequence[Any]) -> list[Future]:
-        pool = _pool(max(1, cpu_threads() - 1, len(parts)))
-        with self._lock:
-            return [pool.submit(work, part) for part in parts]
-
-
-_queue = _Queue()
-_leaving = threading.local()
-
-
-def run(work: Callable[[Any], None], parts: Sequence[Any], barrier: Any = None) -> None:
-    """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised.
-
-    barrier: where the parts meet, the last time when their work is done: then nobody has to wait until threads have gone
-    to sleep and woken up, see `settle`.  What one of them raises opens it, so that the others come to an end.
-    """
-
-    def guarded(part: Any) -> None:
-        try:
-            work(part)
-        except BaseException:
-            barrier.open()
-            raise
-
-    one = work if barrier is None else guarded
-    others = _queue.submit(one, parts[1:]) if len(parts) > 1 else []
+def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
+    """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised."""
+    others = [_pool(max(1, cpu_threads() - 1)).submit(work, part) for part in parts[1:]]
     try:
-        one(parts[0])
+        work(parts[0])
     finally:
-        if barrier is None or barrier.is_open:
-            for other in others:
-                other.result()
-        else:
-            _leaving.futures = [*getattr(_leaving, "futures", ()), *others]
-
-
-def settle(size: int) -> None:
-    """Waits for threads of this one's earlier calls that have met and not yet let go of their arrays.
-
-    To be called before arrays of `size` bytes in all are made: if they are large, there could be one more of them than
-    there need be.
-    """
-    left = [future for future in getattr(_leaving, "futures", ()) if not future.done()]
-    if size >= LARGE:
-        for future in left:
-            future.result()
-        left = []
-    _leaving.futures = left
+        for other in others:
+            other.result()
 
 
 class _OneBlasThread:
@@ -124,8 +70,6 @@ one_blas_thread = _OneBlasThread()
 def _after_fork() -> None:
     """A forked child has none of its parent's threads."""
     _pool.cache_clear()
-    _queue.reset()
-    _leaving.futures = []
     one_blas_thread.reset()
 
 
