@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import cache, choose, compiled, crew, numpy_loop, products, threads
+from gpurnn.executors import cache, choose, compiled, crew, memory, numpy_loop, products
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import make_gemm, may_lie, reduction, reduction_size
 from gpurnn.executors.numpy_loop import Backward, Weights
@@ -48,13 +48,10 @@ ODD_SIZES = (  # T, N, I, H
 def unwritten_memory_shows(monkeypatch):
     """np.empty gives NaN in the executor's modules, so that a value which nobody wrote cannot pass for a zero."""
 
-    def empty(shape, dtype=float):
+    def empty(shape, dtype):
         return np.full(shape, 255 if dtype == np.uint8 else np.nan, dtype)  # bytes of which all floats are NaN
 
-    numpy = SimpleNamespace(**{name: getattr(np, name) for name in dir(np) if not name.startswith("_")})
-    numpy.empty = empty
-    for module in (compiled, threads):
-        monkeypatch.setattr(module, "np", numpy)
+    monkeypatch.setattr(memory, "empty", empty)
 
 
 def problem(cell, T, N, I, H, *, bias=True, seed=0, dtype="float64"):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.executors import crew, layout, sharing
+from gpurnn.executors import crew, layout, memory, sharing
 from gpurnn.executors.cache import address_of
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import reduction, reduction_size
@@ -54,7 +54,7 @@ def forward(
     T, N, I = x.shape
     H, dtype, rows = weights.weight_hh.shape[1], x.dtype, np.ascontiguousarray(rows, np.int64)
     ragged = is_ragged(rows, N)
-    allocate = np.zeros if ragged else np.empty  # nothing but zeros may stand where a row has ended
+    allocate = memory.zeros if ragged else memory.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
     ends = (lengths_of(rows, N), np.arange(N)) if ragged else T  # where states stand behind, or in reverse before, all
@@ -69,7 +69,7 @@ def forward(
     plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
     lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
     dots = [address_of(dot(dtype)) if as_it_lies else 0 for as_it_lies in lies]
-    places, _memory = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
+    places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh
     crew.run(
         forward_loop(dtype),
@@ -109,8 +109,8 @@ def backward(
     limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
     lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
-    places, _memory = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
-    gradient_x = (np.zeros if is_ragged(tape.rows, N) else np.empty)((T, N, I), dtype)
+    places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
+    gradient_x = (memory.zeros if is_ragged(tape.rows, N) else memory.empty)((T, N, I), dtype)
     given = (
         tape.rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
         weights.weight_hh,
@@ -141,7 +141,7 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
     H, dtype, split = tape.h.shape[2], tape.x.dtype, len(trace.split)
     h_before = tape.h[1:] if tape.reverse else tape.h[:T]
     sums = np.zeros((split + cell.gates) * H, dtype)
-    work = np.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
+    work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
     given = slots, orders(cell), h_before, tape.x, sums, grads.weight_hh, grads.weight_ih
     crew.run(
         reduction(dtype),
@@ -156,12 +156,12 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
 def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]) -> tuple[list[list[int]], np.ndarray]:
     """Where each thread's packed weights have room, so many bytes each, those of shares of rows in common; and the memory."""
     wanted = [sizes(share) for share in (plan.shares if plan.by_units else plan.shares[:1])]
-    memory = np.empty(sum(map(sum, wanted)), np.uint8)
-    begin, places = address(memory), []
+    room = memory.empty((sum(map(sum, wanted)),), np.dtype(np.uint8))
+    begin, places = address(room), []
     for own in wanted:
         *starts, begin = itertools.accumulate(own, initial=begin)
         places.append(starts)
-    return places if plan.by_units else places * len(plan.shares), memory
+    return places if plan.by_units else places * len(plan.shares), room
 
 
 def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, training: bool) -> np.ndarray:
