@@ -159,7 +159,7 @@ def _own_flops(seconds: float) -> float:
         for _ in range(times):
             gemm(1, a, 0, k * size, m, w, 0, k, 1, n, c, 0, 0, n * size, 0)
 
-    kernel = cache.from_python(cache.external(multiply, "peak", m, k, n, times, host()))
+    kernel = cache.external(multiply, "peak", m, k, n, times, host()).python
     sizes = m * k, packed_size(k, n, dtype), m * n
     operands = [[np.ones(count, dtype) for count in sizes] for _ in range(cpu_threads())]
     flops = 2 * times * m * k * n * len(operands)

@@ -74,6 +74,11 @@ class Recurrent(Layer):
         self.dropout, self.executor = probability("dropout", dropout), executor
         self.precision = _precision(precision, supported(dtype))
         self.rng = generator(rng)
+        kinds = ("weight_ih", "weight_hh"), ("bias_ih", "bias_hh") if bias else (), cell.params
+        self._names = [  # of each layer in each direction
+            [tuple(name + _suffix(layer, direction) for name in names) for names in kinds]
+            for layer, direction in itertools.product(range(self.num_layers), range(self.directions))
+        ]
         shapes, symbols = self._shapes()
         super().__init__(shapes, dtype, symbols)
         with one_blas_thread:  # of orthogonal's QR, whose threads would go on spinning for a while
@@ -236,12 +241,10 @@ class Recurrent(Layer):
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
         """What one layer in one direction has in `values`, which are `params` or `grads`."""
 
-        def get(name: str) -> Array:
-            return values[name + _suffix(layer, direction)]
-
-        bias_ih, bias_hh = (get("bias_ih"), get("bias_hh")) if self.bias else (None, None)
-        params = tuple(get(name) for name in self.cell.params)
-        return Weights(get("weight_ih"), get("weight_hh"), bias_ih, bias_hh, params)
+        matrices, biases, params = self._names[layer * self.directions + direction]
+        weight_ih, weight_hh = (values[name] for name in matrices)
+        bias_ih, bias_hh = (values[name] for name in biases) if biases else (None, None)
+        return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(values[name] for name in params))
 
     def _add_to_gate(self, gate: int, value: float) -> None:
         """Adds to bias_ih of one gate, in every layer and direction."""

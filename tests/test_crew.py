@@ -84,7 +84,7 @@ def test_parts_meet(office):
 
 
 def test_a_meeting_holds_until_all_have_come():
-    meet = cache.from_python(make_meet())
+    meet = make_meet().python
     place, passed = np.zeros(1, np.int64), []
 
     def come():

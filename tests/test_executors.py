@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import cache, choose, compiled, crew, memory, numpy_loop, products
+from gpurnn.executors import choose, compiled, crew, memory, numpy_loop, products
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import make_gemm, may_lie, reduction, reduction_size
 from gpurnn.executors.numpy_loop import Backward, Weights
@@ -272,7 +272,7 @@ def test_packing_rows(dtype, shape, order, parts):
     numbers = np.array(order)
     for place, gates in ((numbers.ctypes.data, order), (0, range(len(order)))):
         for part in range(parts):
-            cache.from_python(make_pack_rows(dtype))(*first, place, len(order), H, n, part, parts, out.ctypes.data)
+            make_pack_rows(dtype).python(*first, place, len(order), H, n, part, parts, out.ctypes.data)
         rows = np.concatenate([matrix[gate * H : (gate + 1) * H, 5 : 5 + n] for gate in gates])
         np.testing.assert_array_equal(out[:-5], panels(rows))
         assert np.isnan(out[-5:]).all()
@@ -288,7 +288,7 @@ def test_packing_gates(dtype, shape, order, parts):
     dtype = np.dtype(dtype)
     k, H = shape
     weights = np.arange(4 * H * k, dtype=dtype).reshape(4, H, k) + 1
-    numbers, pack = np.array(order), cache.from_python(make_pack_gates(dtype))
+    numbers, pack = np.array(order), make_pack_gates(dtype).python
     for unit, end_unit in {(0, H), (0, (H + 1) // 2), (H // 3, H)}:
         units = weights[list(order), unit:end_unit]
         whole = end_unit - unit == H
@@ -308,7 +308,7 @@ def test_packing_gates(dtype, shape, order, parts):
 def test_products_with_weights_as_they_lie(dtype, m, n):
     """W by its rows (`dot`) and by its columns (`gemm`), in the middle of NaN: nothing beside them is read into a sum."""
     dtype, rng = np.dtype(dtype), np.random.default_rng(m + n)
-    by_rows, by_columns = cache.from_python(dot(dtype)), cache.from_python(make_gemm(dtype))
+    by_rows, by_columns = dot(dtype).python, make_gemm(dtype).python
     for k in (1, 5, 16, 40):
         for accumulate in (0, 1):
             steps = 2

@@ -7,6 +7,7 @@
 it is first chosen, so that a program pays only for the executor it uses.
 """
 
+import functools
 import importlib
 import os
 from typing import Any
@@ -47,6 +48,7 @@ def choose(asked: str | None, cell: Cell, H: int, N: int, dtype: np.dtype, preci
     return executor(name or "compiled")
 
 
+@functools.cache
 def executor(name: str) -> Any:
     if name in ON_CHIP:
         return getattr(importlib.import_module("gpurnn.executors.on_chip"), name.upper())

@@ -31,7 +31,6 @@ from numba.extending import intrinsic
 DIGEST_BYTES = 32
 
 _called_by_name: list[Any] = []  # Numba frees code with its dispatcher, and would free it under its callers
-_addresses: dict[str, int] = {}
 
 
 def folder() -> Path | None:
@@ -53,11 +52,24 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def external(function: Callable, *key: Any) -> types.ExternalFunction:
-    """`function` of addresses and whole numbers, compiled once, for other compiled functions to call by its name.
+class Compiled:
+    """A function of addresses and whole numbers, for other compiled functions to call by its name.
 
-    It comes from the disk if an earlier process compiled it under the same key.  Linked into its callers it would be
-    optimised again in each, and compiled anew for each combination of constants passed.
+    address   where it begins, for those that are told whether to call it.
+    python    the same function for Python, which lets go of the interpreter's lock; for an address it takes bytes as well.
+    """
+
+    def __init__(self, symbol: str, address: int, count: int):
+        signature = types.void(*[types.intp] * count)
+        self._numba_type_ = types.ExternalFunction(symbol, signature)  # what Numba asks of a value that it meets
+        self.symbol, self.address = symbol, address
+        self.python = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
+
+
+def external(function: Callable, *key: Any) -> Compiled:
+    """`function` compiled once, or from the disk if an earlier process compiled it under the same key.
+
+    Linked into its callers it would be optimised again in each, and compiled anew for each combination of constants passed.
     """
     _name_apart(function, key)
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
@@ -68,29 +80,17 @@ def external(function: Callable, *key: Any) -> types.ExternalFunction:
         dispatcher._cache = _File(place / f"{function.__name__}-{_digest(text)}.bin")
     dispatcher.compile(signature)
     dispatcher.disable_compile()
-    result = dispatcher.overloads[signature.args]
-    name = f"gpurnn_{function.__qualname__}"
-    address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
-    binding.add_symbol(name, address)
     _called_by_name.append(dispatcher)
-    _addresses[name] = address
-    return types.ExternalFunction(name, signature)
-
-
-@functools.cache
-def from_python(function: types.ExternalFunction) -> Callable:
-    """The same to be called from Python, which lets go of the interpreter's lock."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * len(function.sig.args))(address_of(function))
-
-
-def address_of(function: types.ExternalFunction) -> int:
-    """Where it begins, for compiled functions that are told whether to call it."""
-    return _addresses[function.symbol]
+    found = dispatcher.overloads[signature.args]
+    address = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
+    symbol = f"gpurnn_{function.__qualname__}"
+    binding.add_symbol(symbol, address)
+    return Compiled(symbol, address, len(signature.args))
 
 
 @intrinsic
 def call(typing, function, *numbers):
-    """call(address, ...): in compiled code, calls what `address_of` tells where it begins."""
+    """call(address, ...): in compiled code, calls a `Compiled` by its address."""
     signature = types.void(types.intp, types.StarArgTuple([types.intp] * len(numbers)))
 
     def codegen(context, builder, signature, args):

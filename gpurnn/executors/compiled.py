@@ -14,7 +14,6 @@ import numpy as np
 
 from gpurnn.cells import Cell
 from gpurnn.executors import crew, layout, memory, sharing
-from gpurnn.executors.cache import address_of
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import reduction, reduction_size
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
@@ -24,6 +23,7 @@ from gpurnn.executors.products import packed_backward, packed_forward, packing_p
 from gpurnn.executors.rows import backward_rows, clamp, forward_rows, squares
 from gpurnn.executors.simd import address
 
+BYTES = np.dtype(np.uint8)
 PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
 
 
@@ -68,14 +68,14 @@ def forward(
     slots = allocate((window, N, cell.trace.slots * H), dtype)
     plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
     lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
-    dots = [address_of(dot(dtype)) if as_it_lies else 0 for as_it_lies in lies]
+    dots = [dot(dtype).address if as_it_lies else 0 for as_it_lies in lies]
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh
     crew.run(
         forward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
-            address_of(forward_rows(cell, dtype)), *dots, *rest.strides[:2], *map(address, given),
+            forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
@@ -104,8 +104,9 @@ def backward(
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
-    clamp_at = address_of(clamp(dtype)) if options.clip is not None else 0
-    squares_at = address_of(squares(dtype)) if options.flow is not None else 0
+    own = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
+    clamp_at = clamp(dtype).address if options.clip is not None else 0
+    squares_at = squares(dtype).address if options.flow is not None else 0
     limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
     lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
@@ -119,17 +120,18 @@ def backward(
         backward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, tape.reverse, _chunk(T, N),
-            address_of(backward_rows(cell, dtype)), *apart, clamp_at, squares_at, *tape.rest.strides[:2], *dy.strides[:2],
+            backward_rows(cell, dtype).address, *apart, clamp_at, squares_at, *tape.rest.strides[:2], *dy.strides[:2],
             *map(address, given),
         ),
         [
-            (*plan.packing(part), *_numbers(*share), *places[part], address(dparams[part]), address(flow[part]))
+            (*plan.packing(part), *_numbers(*share), *places[part], own[0] + part * own[1], own[2] + part * own[3])
             for part, share in enumerate(plan.shares)
         ],
     )  # fmt: skip
     _add_weight_gradients(tape, slots, grads, sharing.plan_reduction(cell, T * N, I, H, plan))
-    for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
-        gradient += value
+    if cell.params:
+        for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
+            gradient += value
     if options.flow is not None:
         options.flow[...] += flow.sum(0)
     return gradient_x, tuple(passed)
@@ -156,8 +158,8 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
 def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]) -> tuple[list[list[int]], np.ndarray]:
     """Where each thread's packed weights have room, so many bytes each, those of shares of rows in common; and the memory."""
     wanted = [sizes(share) for share in (plan.shares if plan.by_units else plan.shares[:1])]
-    room = memory.empty((sum(map(sum, wanted)),), np.dtype(np.uint8))
-    begin, places = address(room), []
+    room = memory.empty((sum(map(sum, wanted)),), BYTES)
+    places, begin = [], address(room)
     for own in wanted:
         *starts, begin = itertools.accumulate(own, initial=begin)
         places.append(starts)

@@ -6,18 +6,19 @@ hires its workers, and has them for itself until all have done their parts.
 """
 
 import functools
+import itertools
 import os
+import struct
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numba import types
 
 from gpurnn.environment import MAX_THREADS, cpu_threads
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import CACHE_LINE, make_pause, seen, show, swapped
-from gpurnn.executors.cache import address_of, call
+from gpurnn.executors.cache import Compiled, call
 from gpurnn.executors.simd import address, host, put, word
 
 ASLEEP, IDLE, HIRED, CALLED, JOB = range(5)  # CALLED: hired in its sleep, and to be woken
@@ -122,7 +123,7 @@ def _serve():
                 pause(turn)
                 turn += 1
 
-    return cache.from_python(cache.external(serve, host()))
+    return cache.external(serve, host()).python
 
 
 @functools.cache
@@ -135,7 +136,7 @@ def _hire():
             if not swapped(worker, IDLE, HIRED):
                 show(worker, CALLED)
 
-    return cache.from_python(cache.external(hire, host()))
+    return cache.external(hire, host()).python
 
 
 @functools.cache
@@ -159,31 +160,31 @@ def _share():
                 pause(turn)
                 turn += 1
 
-    return cache.from_python(cache.external(share, host()))
+    return cache.external(share, host()).python
 
 
-def run(function: types.ExternalFunction, numbers: Sequence[int], shares: Sequence[Sequence[int]]) -> None:
+def run(function: Compiled, numbers: Sequence[int], shares: Sequence[Sequence[int]]) -> None:
     """function(values, part) for every part at once.
 
     At the address `values` stand: how many threads meet, where when they are ready, where after each step; how many bytes
     on the first part's share stands; `numbers`; the shares.
     """
-    own = len(numbers) * 8 + 32, *numbers, *(number for share in shares for number in share)
+    own = len(numbers) * 8 + 32, *numbers, *itertools.chain(*shares)
+    form = f"{3 + len(own)}q"
     if len(shares) == 1:
-        values = np.array((1, 0, 0, *own), np.int64)
-        cache.from_python(function)(address(values), 0)
+        function.python(struct.pack(form, 1, 0, 0, *own), 0)
         return
     workers = _office.take(len(shares) - 1)
     try:
         first = workers[0]
         first.words[CACHE_LINE // 8 :] = 0
-        values = np.array((len(shares), *first.places, *own), np.int64)
-        addresses = np.array([worker.address for worker in workers])
-        _hire()(address(addresses), len(workers))
+        values = struct.pack(form, len(shares), *first.places, *own)
+        addresses = struct.pack(f"{len(workers)}q", *(worker.address for worker in workers))
+        _hire()(addresses, len(workers))
         for worker in workers:
             if worker.state == CALLED:
                 _pool().submit(worker.work)
-        _share()(address_of(function), address(values), address(addresses), len(workers))
+        _share()(function.address, values, addresses, len(workers))
     except BaseException:  # no memory, no thread, or an interrupt from the keyboard
         _office.dismiss(workers)
         raise

@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
+from gpurnn.executors.cache import Compiled
 from gpurnn.executors.simd import I32, I64, Emitter, host, least
 
 COLUMNS = 8  # rows of W that are read side by side
@@ -112,7 +113,7 @@ def _micro_kernel(dtype: np.dtype, rows: int, columns: int):
 
 
 @functools.cache
-def dot(dtype: np.dtype) -> types.ExternalFunction:
+def dot(dtype: np.dtype) -> Compiled:
     """dot(steps, a, a_step, lda, m, w, ldw, k, n, c, c_step, ldc, accumulate): at each of `steps`, m rows of
     C (+)= A W^T, W (n, k) with its rows ldw apart; distances in bytes.  Loops are given its address:
     only a short pass has it compiled.

@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpurnn.executors import cache
+from gpurnn.executors.cache import Compiled
 from gpurnn.executors.packing import make_pack_rows, make_transpose, packed_size, panel_columns, panel_vectors
 from gpurnn.executors.simd import I64, Emitter, host, least, vector_loop, word, words
 
@@ -187,7 +188,7 @@ def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
 
 
 @functools.cache
-def reduction(dtype: np.dtype) -> types.ExternalFunction:
+def reduction(dtype: np.dtype) -> Compiled:
     """reduce(values, part): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
 
     See `crew.run`.  The numbers: K, time and batch; H, I; S, how many slots; G, the gates, and how many are split; addresses:

@@ -8,12 +8,11 @@ and called where it lies.  They work on addresses, on a thread's share: the rows
 import functools
 
 import numpy as np
-from numba import types
 
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
-from gpurnn.executors.cache import call
+from gpurnn.executors.cache import Compiled, call
 from gpurnn.executors.packing import make_pack_gates, make_pack_rows
 from gpurnn.executors.products import make_give_back, make_project
 from gpurnn.executors.simd import host, least, word, words
@@ -26,7 +25,7 @@ def orders(cell: Cell) -> np.ndarray:
 
 
 @functools.cache
-def forward_loop(dtype: np.dtype) -> types.ExternalFunction:
+def forward_loop(dtype: np.dtype) -> Compiled:
     """forward(values, part), see `crew.run`: fills h and rest with states, and slots with what backward needs.
 
     The numbers:
@@ -115,7 +114,7 @@ def forward_loop(dtype: np.dtype) -> types.ExternalFunction:
 
 
 @functools.cache
-def backward_loop(dtype: np.dtype) -> types.ExternalFunction:
+def backward_loop(dtype: np.dtype) -> Compiled:
     """backward(values, part), see `crew.run`: turns the kept values in slots into dr and dx, and carries dstate from the last
     step to the first.
 

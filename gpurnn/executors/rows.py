@@ -13,11 +13,12 @@ from numba.extending import intrinsic
 
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
+from gpurnn.executors.cache import Compiled
 from gpurnn.executors.simd import I64, Emitter, evaluate, host, vector_loop
 
 
 @functools.cache
-def forward_rows(cell: Cell, dtype: np.dtype) -> types.ExternalFunction:
+def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     """forward_rows(m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride): n units of m batch
     rows at one step: slots (x and r, without biases) -> next state, and in the slots what is kept.
 
@@ -78,7 +79,7 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> types.ExternalFunction:
 
 
 @functools.cache
-def backward_rows(cell: Cell, dtype: np.dtype) -> types.ExternalFunction:
+def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     """backward_rows(m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride,
     rest_stride, dstate_stride): the same, backward: dL/dnext_state -> in the slots dr and dx; dstate becomes its direct part.
 
@@ -152,7 +153,7 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> types.ExternalFunction:
 
 
 @functools.cache
-def squares(dtype: np.dtype) -> types.ExternalFunction:
+def squares(dtype: np.dtype) -> Compiled:
     """squares(m, dy_row, n, states, dstate, dstate_stride, stride, dy, flow, flow_stride): adds the sums of squares of
     dL/dstate_t over n units of m batch rows to the float64 at `flow`, a state's `flow_stride` apart.  dL/dh_t is dstate + dy.
     """
@@ -196,7 +197,7 @@ def squares(dtype: np.dtype) -> types.ExternalFunction:
 
 
 @functools.cache
-def clamp(dtype: np.dtype) -> types.ExternalFunction:
+def clamp(dtype: np.dtype) -> Compiled:
     """clamp(m, n, states, dstate, dstate_stride, stride, limit): brings n units of m batch rows of every state's gradient
     within plus and minus the float64 at `limit`, in place.
     """
