@@ -98,7 +98,7 @@ def test_threads_never_have_one_block_at_a_time(blocks):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(fill, range(4)))
-    assert held(blocks) <= 4 * 4 * SIZE
+    assert held(blocks) <= 2 * 4 * 4 * SIZE  # each thread has its last array until it has the next
 
 
 def test_outputs_stay_when_a_layer_is_called_again():

@@ -22,7 +22,7 @@ from gpurnn.executors.cache import Compiled, call
 from gpurnn.executors.simd import address, host, put, word
 
 ASLEEP, IDLE, HIRED, CALLED, JOB = range(5)  # CALLED: hired in its sleep, and to be woken
-LINGER = 20_000  # turns, of some ten nanoseconds each
+LINGER = 20_000  # turns: half a millisecond
 
 
 class _Worker:
@@ -180,6 +180,7 @@ def run(function: Compiled, numbers: Sequence[int], shares: Sequence[Sequence[in
         first.words[CACHE_LINE // 8 :] = 0
         values = struct.pack(form, len(shares), *first.places, *own)
         addresses = struct.pack(f"{len(workers)}q", *(worker.address for worker in workers))
+        _serve()  # is compiled here, where an error is raised
         _hire()(addresses, len(workers))
         for worker in workers:
             if worker.state == CALLED:

@@ -19,9 +19,7 @@ from gpurnn.executors.products import packing_pays
 from gpurnn.executors.simd import host
 from gpurnn.executors.threads import shares
 
-PARALLEL_FLOPS = (
-    12_000_000  # of a pass through time: a second thread pays from 5 million on if it is awake, asleep from 30
-)
+PARALLEL_FLOPS = 12_000_000  # of a pass: a second thread pays from 5 million on if it is awake, asleep from 30
 PARALLEL_SUM_FLOPS = 30_000_000  # of a sum behind a loop that had one thread: the others sleep
 PACKING_FLOPS = 25  # so many are done in the time in which one weight is packed
 UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more than a second thread gains
