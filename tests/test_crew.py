@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.executors import cache, crew
+from gpurnn.executors import cache, crew, threads
 from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.simd import address, put, word, words
 
@@ -127,7 +127,7 @@ def test_a_call_for_more_than_there_may_be_gets_them(office, monkeypatch):
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_who_is_called_when_a_thread_cannot_be_started_goes_home(office, monkeypatch, failing):
     """Some of three have been woken by then; the next call has others."""
-    started, real = [], crew._pool()
+    started, real = [], threads.pool()
 
     class Pool:
         def submit(self, *work):
@@ -137,7 +137,7 @@ def test_who_is_called_when_a_thread_cannot_be_started_goes_home(office, monkeyp
             started[-1] = real.submit(*work)
 
     with monkeypatch.context() as patch:
-        patch.setattr(crew, "_pool", Pool)
+        patch.setattr(threads, "pool", Pool)
         with pytest.raises(RuntimeError, match="start new thread"):
             add_up(4)
     for done in started[:-1]:

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import choose, compiled, crew, memory, numpy_loop, products
+from gpurnn.executors import choose, compiled, crew, memory, numpy_loop, products, simd
 from gpurnn.executors.dot import dot
 from gpurnn.executors.gemm import make_gemm, may_lie, reduction, reduction_size
 from gpurnn.executors.numpy_loop import Backward, Weights
@@ -331,6 +331,17 @@ def test_products_with_weights_as_they_lie(dtype, m, n):
                     by_columns(*places, *w, k, 1, n, *c_place, 0, c.strides[1], accumulate)
                 np.testing.assert_array_equal(c[..., n], given[..., n])
                 np.testing.assert_allclose(c[..., :n], expected, atol=TOLERANCES[dtype.name] * 10)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_address_of_an_array(monkeypatch, known):
+    """As NumPy says it, from the array's own memory or, were that laid out differently one day, by asking for it."""
+    assert simd._DATA > 0
+    if not known:
+        monkeypatch.setattr(simd, "_DATA", 0)
+    array = np.arange(60.0).reshape(3, 4, 5)
+    for view in (array, array[1:, 2:, 3], array.T, array[::-1], array[3:], np.float32(1)[None], np.empty(0)):
+        assert address(view) == view.ctypes.data
 
 
 def test_inputs_whose_strides_mean_nothing():

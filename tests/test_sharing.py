@@ -12,7 +12,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import crew, products, sharing
+from gpurnn.executors import crew, products, sharing, threads
 from gpurnn.executors.simd import host
 from gpurnn.recurrent import GRU, LSTM, RNN
 
@@ -158,7 +158,7 @@ def test_a_backward_that_can_start_no_thread_leaves_the_gradients_as_they_were(m
     layer.grads.flat[...] = 1
     with monkeypatch.context() as patch:
         patch.setattr(crew, "_office", crew._Office())
-        patch.setattr(crew, "_pool", none)
+        patch.setattr(threads, "pool", none)
         with pytest.raises(RuntimeError, match="start new thread"):
             backward(np.ones_like(y))
         assert (layer.grads.flat == 1).all()

@@ -1,7 +1,7 @@
 """Threads that do one call's work together, in compiled code from its beginning to its end.
 
 Waking a thread takes as long as tens of millions of floating-point operations.  So a worker waits for its next job in
-compiled code, without Python and its lock, for LINGER turns; only then it goes to sleep, in a pool of Python's.  A call
+compiled code, without Python and its lock, for LINGER turns; only then it goes to sleep, in the pool of `threads`.  A call
 hires its workers, and has them for itself until all have done their parts.
 """
 
@@ -11,12 +11,11 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from gpurnn.environment import MAX_THREADS, cpu_threads
-from gpurnn.executors import cache
+from gpurnn.environment import cpu_threads
+from gpurnn.executors import cache, threads
 from gpurnn.executors.barrier import CACHE_LINE, make_pause, seen, show, swapped
 from gpurnn.executors.cache import Compiled, call
 from gpurnn.executors.simd import address, host, put, word
@@ -89,19 +88,8 @@ class _Office:
 _office = _Office()
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=MAX_THREADS, thread_name_prefix="gpurnn-worker")
-
-
-def _after_fork() -> None:
-    """A forked child has none of its parent's threads."""
-    _office.reset()
-    _pool.cache_clear()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_office.reset)  # it has none of its parent's threads
 
 
 @functools.cache
@@ -184,7 +172,7 @@ def run(function: Compiled, numbers: Sequence[int], shares: Sequence[Sequence[in
         _hire()(addresses, len(workers))
         for worker in workers:
             if worker.state == CALLED:
-                _pool().submit(worker.work)
+                threads.pool().submit(worker.work)
         _share()(function.address, values, addresses, len(workers))
     except BaseException:  # no memory, no thread, or an interrupt from the keyboard
         _office.dismiss(workers)

@@ -1,4 +1,4 @@
-"""Large products on a pool of threads, and BLAS held to one thread while we work.  What is compiled has a `crew`.
+"""One owned pool of threads, large products on them, and BLAS held to one thread while we work.
 
 After a two-thread product OpenBLAS's workers spin for about 100 ms and take the core that our next loop wants.  So BLAS
 runs on one thread inside our operations, large products are split over this pool (NumPy releases the interpreter lock
@@ -17,19 +17,20 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from gpurnn import backend
-from gpurnn.environment import cpu_threads
+from gpurnn.environment import MAX_THREADS, cpu_threads
 
 PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
 
 
 @functools.cache
-def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=size, thread_name_prefix="gpurnn")
+def pool() -> ThreadPoolExecutor:
+    """The one that all threads come from: for parts of large products, and for the workers of the `crew`."""
+    return ThreadPoolExecutor(max_workers=MAX_THREADS, thread_name_prefix="gpurnn")
 
 
 def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
     """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised."""
-    others = [_pool(max(1, cpu_threads() - 1)).submit(work, part) for part in parts[1:]]
+    others = [pool().submit(work, part) for part in parts[1:]]
     try:
         work(parts[0])
     finally:
@@ -69,7 +70,7 @@ one_blas_thread = _OneBlasThread()
 
 def _after_fork() -> None:
     """A forked child has none of its parent's threads."""
-    _pool.cache_clear()
+    pool.cache_clear()
     one_blas_thread.reset()
 
 
