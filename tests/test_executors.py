@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit, types
-from numba.extending import intrinsic
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import choose, compiled, crew, memory, numpy_loop, products, simd
-from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import make_gemm, may_lie, reduction, reduction_size
+from gpurnn.executors import choose, compiled, memory, numpy_loop, products
 from gpurnn.executors.numpy_loop import Backward, Weights
-from gpurnn.executors.packing import make_pack_gates, make_pack_rows, packed_size, panel_columns
-from gpurnn.executors.simd import Emitter, address, host, vector_loop
 from gpurnn.sequence import prepare_lengths, run
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -219,131 +213,6 @@ def test_chunks_of_time(monkeypatch, dtype):
         compare(GRU_CELL, (11, 5, 3, 7), dtype, reverse=reverse, lengths=[11, 2, 0, 7, 5])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17, 40, 512, 513, 1100])
-def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
-    """Around the edges of a vector, a block of time and batch, a block of a gate's units.
-
-    Slots as a cell of three gates has them whose gate 2 is split: r of it, 0 and 1 joint, x of it; and one slot more.
-    """
-    rng = np.random.default_rng(rows)
-    H, I, orders = 200, 70, np.array([[2, 0, 1], [0, 1, 2]])
-    slots, h, x = (rng.standard_normal((rows, n)).astype(dtype) for n in (5 * H, H, I))
-    sums, weight_hh, weight_ih = (np.ones(shape, dtype) for shape in (4 * H, (3 * H, H), (3 * H, I)))
-    for first, last in ((0, 17), (17, 433), (433, 4 * H)):
-        work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
-        places = map(address, (slots, orders, h, x, sums, weight_hh, weight_ih))
-        crew.run(reduction(np.dtype(dtype)), (rows, H, I, 5, 3, 1, *places), [(first, last, address(work))])
-    limit = 1e-5 if dtype == "float32" else 1e-13
-    wide = slots.astype("float64").reshape(rows, 5, H)
-    for found, b, gates, order in ((weight_hh, h, wide[:, :3], orders[0]), (weight_ih, x, wide[:, 1:4], orders[1])):
-        expected = np.empty((3, H, b.shape[1]))
-        expected[order] = np.einsum("kgj,kn->gjn", gates, b)
-        np.testing.assert_allclose(
-            found, 1 + expected.reshape(found.shape), atol=limit * np.abs(expected).max(), rtol=0
-        )
-    np.testing.assert_allclose(sums, 1 + wide[:, :4].sum(0).ravel(), atol=limit * rows, rtol=0)
-
-
-def panels(matrix):
-    """The packed form of a matrix: wide panels, then panels of one vector, each row-major, the last filled up with zeros."""
-    wide, width, parts = panel_columns(matrix.dtype), host().width(matrix.dtype), []
-    while matrix.shape[1]:
-        columns = wide if matrix.shape[1] >= wide else width
-        panel, matrix = matrix[:, :columns], matrix[:, columns:]
-        parts.append(np.pad(panel, ((0, 0), (0, columns - panel.shape[1]))).ravel())
-    return np.concatenate(parts)
-
-
-SHAPES_TO_PACK = [(1, 1), (3, 2), (17, 33), (64, 64), (15, 130), (130, 15), (40, 200)]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("order", [(0,), (2, 0, 1), (1, 2)])
-@pytest.mark.parametrize("shape", SHAPES_TO_PACK)
-@pytest.mark.parametrize("parts", [1, 3])
-def test_packing_rows(dtype, shape, order, parts):
-    """Some columns of a matrix, the gates of its rows in an order of one's own, or as they lie."""
-    dtype = np.dtype(dtype)
-    H, n = shape
-    matrix = np.arange(3 * H * (n + 7), dtype=dtype).reshape(3 * H, n + 7) + 1
-    first = matrix[:, 5:].ctypes.data, matrix.strides[0]
-    out = np.full(packed_size(len(order) * H, n, dtype) + 5, np.nan, dtype)
-    numbers = np.array(order)
-    for place, gates in ((numbers.ctypes.data, order), (0, range(len(order)))):
-        for part in range(parts):
-            make_pack_rows(dtype).python(*first, place, len(order), H, n, part, parts, out.ctypes.data)
-        rows = np.concatenate([matrix[gate * H : (gate + 1) * H, 5 : 5 + n] for gate in gates])
-        np.testing.assert_array_equal(out[:-5], panels(rows))
-        assert np.isnan(out[-5:]).all()
-        out[:-5] = np.nan
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("order", [(0,), (2, 0, 1), (1, 2), (3, 2, 1, 0)])
-@pytest.mark.parametrize("shape", SHAPES_TO_PACK)
-@pytest.mark.parametrize("parts", [1, 3])
-def test_packing_gates(dtype, shape, order, parts):
-    """The transpose of gates of a weight matrix: all their units side by side, or some units, gate by gate."""
-    dtype = np.dtype(dtype)
-    k, H = shape
-    weights = np.arange(4 * H * k, dtype=dtype).reshape(4, H, k) + 1
-    numbers, pack = np.array(order), make_pack_gates(dtype).python
-    for unit, end_unit in {(0, H), (0, (H + 1) // 2), (H // 3, H)}:
-        units = weights[list(order), unit:end_unit]
-        whole = end_unit - unit == H
-        expected = panels(units.reshape(-1, k).T) if whole else np.concatenate([panels(gate.T) for gate in units])
-        out = np.full(len(expected) + 5, np.nan, dtype)
-        for part in range(parts):
-            pack(
-                weights.ctypes.data, k, numbers.ctypes.data, len(order), H, unit, end_unit, part, parts, out.ctypes.data
-            )  # fmt: skip
-        np.testing.assert_array_equal(out[:-5], expected)
-        assert np.isnan(out[-5:]).all()
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("n", [1, 3, 8, 15, 16, 33, 70])
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13])
-def test_products_with_weights_as_they_lie(dtype, m, n):
-    """W by its rows (`dot`) and by its columns (`gemm`), in the middle of NaN: nothing beside them is read into a sum."""
-    dtype, rng = np.dtype(dtype), np.random.default_rng(m + n)
-    by_rows, by_columns = dot(dtype).python, make_gemm(dtype).python
-    for k in (1, 5, 16, 40):
-        for accumulate in (0, 1):
-            steps = 2
-            a = np.full((steps, m, k + 1), np.nan, dtype)
-            a[..., :k] = rng.standard_normal((steps, m, k))
-            rows, columns = (np.full((count + 2, width + 2), np.nan, dtype) for count, width in ((n, k), (k, n)))
-            rows[1:-1, 1:-1] = rng.standard_normal((n, k))
-            columns[1:-1, 1:-1] = rows[1:-1, 1:-1].T
-            given = rng.standard_normal((steps, m, n + 1)).astype(dtype)
-            expected = a[..., :k].astype(float) @ rows[1:-1, 1:-1].T + accumulate * given[..., :n].astype(float)
-            places = (steps, a.ctypes.data, a.strides[0], a.strides[1], m)
-            for name in ("rows", "columns") if may_lie(n, dtype) else ("rows",):
-                c = given.copy()
-                c_place = (c.ctypes.data, c.strides[0])
-                if name == "rows":
-                    w = rows[1:, 1:].ctypes.data, rows.strides[0]
-                    by_rows(*places, *w, k, n, *c_place, c.strides[1], accumulate)
-                else:
-                    w = columns[1:, 1:].ctypes.data, columns.strides[0]
-                    by_columns(*places, *w, k, 1, n, *c_place, 0, c.strides[1], accumulate)
-                np.testing.assert_array_equal(c[..., n], given[..., n])
-                np.testing.assert_allclose(c[..., :n], expected, atol=TOLERANCES[dtype.name] * 10)
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_the_address_of_an_array(monkeypatch, known):
-    """As NumPy says it, from the array's own memory or, were that laid out differently one day, by asking for it."""
-    assert simd._DATA > 0
-    if not known:
-        monkeypatch.setattr(simd, "_DATA", 0)
-    array = np.arange(60.0).reshape(3, 4, 5)
-    for view in (array, array[1:, 2:, 3], array.T, array[::-1], array[3:], np.float32(1)[None], np.empty(0)):
-        assert address(view) == view.ctypes.data
-
-
 def test_inputs_whose_strides_mean_nothing():
     """A dimension of length 1 may have any stride, in an array that calls itself contiguous."""
     p = problem(LSTM_CELL, 5, 1, 3, 20)
@@ -410,123 +279,26 @@ def test_saturation_and_denormals(dtype, size):
             assert np.abs(got[name] - value).max() <= TOLERANCES[dtype] * scale, name
 
 
-# SIMD functions
-
-
-def vector_function(operation, dtype):
-    """`operation(emit, vector)`, emitted and compiled, as a function on arrays."""
-
-    @intrinsic
-    def apply(typing, count, source, target):
-        def codegen(context, builder, signature, args):
-            n, read, write = args
-
-            def body(emit, offset, mask):
-                value = operation(emit, emit.load(builder.add(read, offset), mask))
-                emit.store(value, builder.add(write, offset), mask)
-
-            vector_loop(builder, np.dtype(dtype), n, body)
-            return context.get_dummy_value()
-
-        return types.void(types.intp, types.intp, types.intp), codegen
-
-    @njit
-    def on_arrays(x, y):
-        apply(x.size, x.ctypes.data, y.ctypes.data)
-
-    def function(x):
-        x = np.ascontiguousarray(x, dtype)
-        y = np.full_like(x, np.nan)
-        on_arrays(x, y)
-        return y
-
-    return function
-
-
-def spread(low, high, dtype):
-    """Evenly spaced values, and both signs of all magnitudes, within [low, high]."""
-    magnitudes = np.logspace(-30, 3, 100_001)
-    values = np.concatenate([np.linspace(low, high, 500_001), magnitudes, -magnitudes])
-    values = values[(values >= low) & (values <= high)].astype(dtype)
-    return values[(values >= dtype.type(low)) & (values <= dtype.type(high))]
-
-
-FINEST = np.longdouble  # 64 bits of mantissa on x86; where it is float64, its own rounding is within the limits below
-
-
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 3.5e-7), ("float64", 3e-16)])
-def test_tanh(dtype, limit):
-    tanh = vector_function(Emitter.tanh, dtype)
-    x = spread(-30, 30, np.dtype(dtype))
-    y, exact = tanh(x), np.tanh(x.astype(FINEST))
-    assert np.abs(y - exact).max() <= limit
-    assert (np.abs(y - exact) <= limit * np.abs(exact)).all()
-    assert np.abs(y).max() <= 1
-    np.testing.assert_array_equal(tanh(-x), -y)
-    ends = tanh([np.nan, np.inf, -np.inf, 20, -20, 0])
-    np.testing.assert_array_equal(ends, [np.nan, 1, -1, 1, -1, 0])  # exactly 1, so that 1 - tanh**2 is 0
-
-
-@pytest.mark.parametrize(
-    ("dtype", "low", "high"), [("float32", -87.3365, 88.7228), ("float64", -708.3964, 709.782712893)]
-)
-def test_exp(dtype, low, high):
-    exp = vector_function(Emitter.exp, dtype)
-    x = spread(low, high, np.dtype(dtype))
-    exact = np.exp(x.astype(FINEST))
-    assert (np.abs(exp(x) - exact) <= 1.5 * np.finfo(dtype).eps * exact).all()
-    ends = exp([high + 0.001, 1e30, np.inf, low - 0.001, -1e30, -np.inf, np.nan, 0, -0.0])
-    np.testing.assert_array_equal(ends, [np.inf] * 3 + [0] * 3 + [np.nan, 1, 1])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_log_and_sqrt(dtype):
-    x = np.logspace(-37, 37, 200_001).astype(dtype)
-    for operation, exact in ((Emitter.log, np.log(x.astype(FINEST))), (Emitter.sqrt, np.sqrt(x.astype(FINEST)))):
-        function = vector_function(operation, dtype)
-        assert (np.abs(function(x) - exact) <= np.finfo(dtype).eps * np.abs(exact)).all()
-        assert np.isnan(function([np.nan, -1.0])).all()
-        assert function([np.inf])[0] == np.inf
-    np.testing.assert_array_equal(vector_function(Emitter.log, dtype)([0.0, -0.0]), [-np.inf, -np.inf])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_maximum_minimum_and_clamp_let_nan_through_from_either_side(dtype):
-    x = np.array([-2, -0.5, 0.5, 2, np.inf, -np.inf, np.nan], dtype)
-    for left, right in ((0.5, None), (None, 0.5), (np.nan, None), (None, np.nan)):
-        for name in ("maximum", "minimum"):
-
-            def apply(emit, value, name=name, left=left, right=right):
-                operands = [value if side is None else emit.constant(side) for side in (left, right)]
-                return getattr(emit, name)(*operands)
-
-            operands = [x if side is None else np.dtype(dtype).type(side) for side in (left, right)]
-            np.testing.assert_array_equal(vector_function(apply, dtype)(x), getattr(np, name)(*operands))
-    clamp = vector_function(lambda emit, value: emit.clamp(value, emit.constant(0.75)), dtype)
-    np.testing.assert_array_equal(clamp(x), np.clip(x, -0.75, 0.75))
-
-
 WIDTHS = ("16", "32")
 
 
 def test_narrower_vectors():
-    chosen = (
-        "test_every_cell_agrees[lstm-float32]",
-        "test_every_cell_agrees[gru-float64]",
-        "test_tanh",
-        "test_packing_rows",
-        "test_packing_gates",
+    nested(
+        "tests/test_executors.py::test_every_cell_agrees[lstm-float32]",
+        "tests/test_executors.py::test_every_cell_agrees[gru-float64]",
+        "tests/test_simd.py::test_tanh",
+        "tests/test_products.py::test_packing_rows",
+        "tests/test_products.py::test_packing_gates",
     )
-    nested(*(f"{Path(__file__)}::{test}" for test in chosen))
 
 
 @pytest.mark.slow
 def test_narrower_vectors_everywhere():
-    nested(str(Path(__file__)), "-k", "not narrower")
+    nested("tests/test_executors.py", "tests/test_simd.py", "tests/test_products.py", "-k", "not narrower")
 
 
 def nested(*arguments):
-    """Runs tests of this file with each of the narrower vectors, side by side."""
+    """Runs tests with each of the narrower vectors, side by side."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     started = [
         subprocess.Popen(
@@ -537,13 +309,6 @@ def nested(*arguments):
     outputs = [process.communicate()[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
-
-
-def test_the_width_asked_for_is_checked():
-    code = "from gpurnn.executors.simd import host; host()"
-    env = os.environ | {"GPURNN_VECTOR_BYTES": "24"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert "GPURNN_VECTOR_BYTES: expected 16, 32 or 64, got '24'" in done.stderr
 
 
 # Options of backward

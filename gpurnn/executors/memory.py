@@ -2,7 +2,7 @@
 
 What goes back to the system comes again as empty pages, each with a fault when it is first touched: in a training step of
 a small layer that takes as long as all the work.  So large blocks are kept.  One is free again when no array refers to it;
-together they never hold more than was once in use at a time, and free ones no more than KEPT.
+together they never hold more than was once in use at a time.  When none fits, what is free beyond KEPT is given back.
 """
 
 import math
