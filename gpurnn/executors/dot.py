@@ -9,12 +9,10 @@ import itertools
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
-from gpurnn.executors.simd import I32, I64, Emitter, host, least
+from gpurnn.executors.simd import I32, I64, Emitter, host, instruction, least
 
 COLUMNS = 8  # rows of W that are read side by side
 
@@ -55,7 +53,8 @@ def _micro_kernel(dtype: np.dtype, rows: int, columns: int):
     """C[rows, columns] = A[rows, k] W[columns, k]^T + (C if accumulate else 0); of columns the first `count` are there."""
     width, size = host().width(dtype), dtype.itemsize
 
-    def emit_kernel(b: ir.IRBuilder, a, lda, w, ldw, k, c, ldc, count, accumulate):
+    @instruction
+    def kernel(b: ir.IRBuilder, a, lda, w, ldw, k, c, ldc, count, accumulate):
         emit, out = Emitter(b, dtype, width), Emitter(b, dtype, columns)
         last = b.sub(count, I64(1))
         a_rows = [b.add(a, b.mul(lda, I64(r))) for r in range(rows)]
@@ -100,14 +99,6 @@ def _micro_kernel(dtype: np.dtype, rows: int, columns: int):
             place = b.add(c, b.mul(ldc, I64(r)))
             value = _lane_sums(emit, totals[r * columns : (r + 1) * columns])
             out.store(out.add(value, out.load(place, given)), place, there)
-
-    @intrinsic
-    def kernel(typing, a, lda, w, ldw, k, c, ldc, count, accumulate):
-        def codegen(context, builder, signature, args):
-            emit_kernel(builder, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 9), codegen
 
     return kernel
 

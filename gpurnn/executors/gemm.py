@@ -10,13 +10,11 @@ import itertools
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
 from gpurnn.executors.packing import make_pack_rows, make_transpose, packed_size, panel_columns, panel_vectors
-from gpurnn.executors.simd import I64, Emitter, host, least, vector_loop, word, words
+from gpurnn.executors.simd import I64, Emitter, host, instruction, least, vector_loop, word, words
 
 TILE_ROWS = (6, 4, 3, 2, 1)
 REDUCED_ROWS, REDUCED_COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
@@ -97,24 +95,19 @@ def _tile(dtype: np.dtype):
     wide panel or over `count` columns of a narrow one.
     """
 
-    @intrinsic
-    def tile(typing, wide, rows, a, lda, w, ldw, k, c, ldc, count, accumulate):
-        def codegen(context, b, signature, args):
-            wide, rows, *numbers = args
-            emit = Emitter(b, dtype, host().width(dtype))
-            which = b.add(b.mul(rows, I64(2)), b.select(b.icmp_signed("!=", wide, I64(0)), I64(1), I64(0)))
-            after = b.append_basic_block("after")
-            switch = b.switch(which, after)
-            for count, is_wide in itertools.product(TILE_ROWS, (False, True)):
-                block = b.append_basic_block(f"tile{count}{'wide' if is_wide else 'narrow'}")
-                switch.add_case(I64(2 * count + is_wide), block)
-                b.position_at_end(block)
-                _emit_tile(b, emit, count, panel_vectors() if is_wide else 1, not is_wide, numbers)
-                b.branch(after)
-            b.position_at_end(after)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 11), codegen
+    @instruction
+    def tile(b, wide, rows, *numbers):
+        emit = Emitter(b, dtype, host().width(dtype))
+        which = b.add(b.mul(rows, I64(2)), b.select(b.icmp_signed("!=", wide, I64(0)), I64(1), I64(0)))
+        after = b.append_basic_block("after")
+        switch = b.switch(which, after)
+        for count, is_wide in itertools.product(TILE_ROWS, (False, True)):
+            block = b.append_basic_block(f"tile{count}{'wide' if is_wide else 'narrow'}")
+            switch.add_case(I64(2 * count + is_wide), block)
+            b.position_at_end(block)
+            _emit_tile(b, emit, count, panel_vectors() if is_wide else 1, not is_wide, numbers)
+            b.branch(after)
+        b.position_at_end(after)
 
     return tile
 
@@ -164,19 +157,13 @@ def may_lie(n: int, dtype: np.dtype) -> bool:
 def _add_row(dtype: np.dtype):
     """target += source, n elements."""
 
-    @intrinsic
-    def add_row(typing, n, source, target):
-        def codegen(context, builder, signature, args):
-            count, given, result = args
+    @instruction
+    def add_row(builder, n, source, target):
+        def body(emit, offset, mask):
+            at = builder.add(target, offset)
+            emit.store(emit.add(emit.load(at, mask), emit.load(builder.add(source, offset), mask)), at, mask)
 
-            def body(emit, offset, mask):
-                at = builder.add(result, offset)
-                emit.store(emit.add(emit.load(at, mask), emit.load(builder.add(given, offset), mask)), at, mask)
-
-            vector_loop(builder, dtype, count, body)
-            return context.get_dummy_value()
-
-        return types.void(types.intp, types.intp, types.intp), codegen
+        vector_loop(builder, dtype, n, body)
 
     return add_row
 

@@ -8,11 +8,9 @@ import functools
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, Emitter, host, least, word
+from gpurnn.executors.simd import I64, Emitter, host, instruction, least, word
 
 
 def panel_vectors() -> int:
@@ -38,7 +36,8 @@ def _make_turn(dtype: np.dtype):
     """
     width = host().width(dtype)
 
-    def emit_turn(b: ir.IRBuilder, source, stride, rows, columns, out, out_stride, lanes):
+    @instruction
+    def move(b: ir.IRBuilder, source, stride, rows, columns, out, out_stride, lanes):
         emit = Emitter(b, dtype, width)
 
         def first(count, index, limit):
@@ -47,14 +46,6 @@ def _make_turn(dtype: np.dtype):
         block = [emit.load(b.add(source, b.mul(stride, I64(r))), first(columns, r, rows)) for r in range(width)]
         for r, value in enumerate(emit.transposed(block)):
             emit.store(value, b.add(out, b.mul(out_stride, I64(r))), first(lanes, r, columns))
-
-    @intrinsic
-    def move(typing, source, stride, rows, columns, out, out_stride, lanes):
-        def codegen(context, builder, signature, args):
-            emit_turn(builder, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 7), codegen
 
     def turn(source, stride, rows, columns, out, out_stride, lanes):
         move(source, stride, rows, columns, out, out_stride, lanes)
@@ -118,16 +109,11 @@ def make_pack_rows(dtype: np.dtype):
     """
     width, wide, size = host().width(dtype), panel_columns(dtype), dtype.itemsize
 
-    @intrinsic
-    def move(typing, source, count, out):
+    @instruction
+    def move(builder, source, count, out):
         """`count` elements and zeros for the rest of a vector."""
-
-        def codegen(context, builder, signature, args):
-            emit = Emitter(builder, dtype, width)
-            emit.store(emit.load(args[0], emit.first_lanes(args[1])), args[2])
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 3), codegen
+        emit = Emitter(builder, dtype, width)
+        emit.store(emit.load(source, emit.first_lanes(count)), out)
 
     def pack_rows(matrix, stride, order, gates, H, n, part, parts, out):
         panels, k = (n + wide - 1) // wide, gates * H

@@ -7,14 +7,12 @@ import functools
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
-from gpurnn.executors.simd import I64, Emitter, evaluate, host, vector_loop
+from gpurnn.executors.simd import I32, I64, Emitter, evaluate, host, instruction, vector_loop
 
 
 @functools.cache
@@ -28,7 +26,8 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     slot_of_r = {g: k for k, g in enumerate(trace.r_order)}
     slot_of_x = {g: trace.x_start + k for k, g in enumerate(trace.x_order)}
 
-    def emit_row(b: ir.IRBuilder, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
+    @instruction
+    def row(b: ir.IRBuilder, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
         def at(base, number, step):
             return b.add(base, b.mul(step, I64(number)))
 
@@ -60,14 +59,6 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
 
         vector_loop(b, dtype, n, body)
 
-    @intrinsic
-    def row(typing, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
-        def codegen(context, builder, signature, args):
-            emit_row(builder, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 10), codegen
-
     def forward_rows(m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
         for i in range(m):
             at = i * stride
@@ -91,9 +82,8 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     writes = {k: trace.dr[g].index for k, g in enumerate(trace.r_order)}
     writes |= {trace.x_start + k: trace.dx[g].index for k, g in enumerate(trace.x_order)}
 
-    def emit_row(
-        b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride
-    ):
+    @instruction
+    def row(b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride):
         def at(base, number, step):
             return b.add(base, b.mul(step, I64(number)))
 
@@ -128,16 +118,6 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
 
         vector_loop(b, dtype, n, body)
 
-    @intrinsic
-    def row(
-        typing, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride
-    ):
-        def codegen(context, builder, signature, args):
-            emit_row(builder, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 13), codegen
-
     def backward_rows(
         m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride,
         dstate_stride,
@@ -158,34 +138,28 @@ def squares(dtype: np.dtype) -> Compiled:
     dL/dstate_t over n units of m batch rows to the float64 at `flow`, a state's `flow_stride` apart.  dL/dh_t is dstate + dy.
     """
 
-    @intrinsic
-    def row(typing, n, a, b, total):
-        """The sum of (a + b)^2; of a^2 where b is 0."""
+    @instruction
+    def row(builder, n, first, second, total):
+        """The sum of (first + second)^2; of first^2 where second is 0."""
+        width = host().width(dtype)
+        wide = ir.VectorType(ir.DoubleType(), width)
+        lanes = cgutils.alloca_once_value(builder, ir.Constant(wide, [0.0] * width))
 
-        def codegen(context, builder, signature, args):
-            count, first, second, at = args
-            width = host().width(dtype)
-            wide = ir.VectorType(ir.DoubleType(), width)
-            lanes = cgutils.alloca_once_value(builder, ir.Constant(wide, [0.0] * width))
+        def square(both, emit, offset, mask):
+            values = [emit.load(builder.add(address, offset), mask) for address in ((first, second)[: 1 + both])]
+            doubles = [builder.fpext(value, wide) if dtype.itemsize == 4 else value for value in values]
+            term = builder.fadd(*doubles) if both else doubles[0]
+            builder.store(builder.fadd(builder.load(lanes), builder.fmul(term, term)), lanes)
 
-            def square(both, emit, offset, mask):
-                values = [emit.load(builder.add(address, offset), mask) for address in ((first, second)[: 1 + both])]
-                doubles = [builder.fpext(value, wide) if dtype.itemsize == 4 else value for value in values]
-                term = builder.fadd(*doubles) if both else doubles[0]
-                builder.store(builder.fadd(builder.load(lanes), builder.fmul(term, term)), lanes)
-
-            with builder.if_else(builder.icmp_signed("!=", second, I64(0))) as (with_second, without):
-                with with_second:
-                    vector_loop(builder, dtype, count, functools.partial(square, True))
-                with without:
-                    vector_loop(builder, dtype, count, functools.partial(square, False))
-            sums = builder.load(lanes)
-            parts = [builder.extract_element(sums, ir.Constant(ir.IntType(32), lane)) for lane in range(width)]
-            place = builder.inttoptr(at, ir.DoubleType().as_pointer())
-            builder.store(builder.fadd(builder.load(place), functools.reduce(builder.fadd, parts)), place)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 4), codegen
+        with builder.if_else(builder.icmp_signed("!=", second, I64(0))) as (with_second, without):
+            with with_second:
+                vector_loop(builder, dtype, n, functools.partial(square, True))
+            with without:
+                vector_loop(builder, dtype, n, functools.partial(square, False))
+        sums = builder.load(lanes)
+        parts = [builder.extract_element(sums, I32(lane)) for lane in range(width)]
+        place = builder.inttoptr(total, ir.DoubleType().as_pointer())
+        builder.store(builder.fadd(builder.load(place), functools.reduce(builder.fadd, parts)), place)
 
     def squares(m, dy_row, n, states, dstate, dstate_stride, stride, dy, flow, flow_stride):
         for i in range(m):
@@ -202,21 +176,16 @@ def clamp(dtype: np.dtype) -> Compiled:
     within plus and minus the float64 at `limit`, in place.
     """
 
-    @intrinsic
-    def row(typing, n, values, limit):
-        def codegen(context, builder, signature, args):
-            count, base, at = args
-            scalar = builder.load(builder.inttoptr(at, ir.DoubleType().as_pointer()))
+    @instruction
+    def row(builder, n, values, limit):
+        scalar = builder.load(builder.inttoptr(limit, ir.DoubleType().as_pointer()))
 
-            def body(emit, offset, mask):
-                address = builder.add(base, offset)
-                narrow = scalar if dtype.itemsize == 8 else builder.fptrunc(scalar, emit.scalar)
-                emit.store(emit.clamp(emit.load(address, mask), emit.splat(narrow)), address, mask)
+        def body(emit, offset, mask):
+            address = builder.add(values, offset)
+            narrow = scalar if dtype.itemsize == 8 else builder.fptrunc(scalar, emit.scalar)
+            emit.store(emit.clamp(emit.load(address, mask), emit.splat(narrow)), address, mask)
 
-            vector_loop(builder, dtype, count, body)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 3), codegen
+        vector_loop(builder, dtype, n, body)
 
     def clamp(m, n, states, dstate, dstate_stride, stride, limit):
         for i in range(m):

@@ -273,35 +273,54 @@ def _place_of_data() -> int:
 _DATA = _place_of_data()
 
 
-@intrinsic
-def least(typing, a, b):
+def instruction(emit: Callable) -> Any:
+    """`emit(builder, *numbers)`, of whole numbers, as a function for compiled code: what it emits stands where it is called."""
+
+    @intrinsic
+    def instruction(typing, *numbers):
+        def codegen(context, builder, signature, args):
+            emit(builder, *cgutils.unpack_tuple(builder, args[0]))
+            return context.get_dummy_value()
+
+        return types.void(types.StarArgTuple([types.intp] * len(numbers))), codegen
+
+    return instruction
+
+
+def number(emit: Callable) -> Any:
+    """An `instruction` that gives a whole number."""
+
+    @intrinsic
+    def number(typing, *numbers):
+        def codegen(context, builder, signature, args):
+            return emit(builder, *cgutils.unpack_tuple(builder, args[0]))
+
+        return types.intp(types.StarArgTuple([types.intp] * len(numbers))), codegen
+
+    return number
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """To an int64."""
+    return builder.inttoptr(address, I64.as_pointer())
+
+
+@number
+def least(builder, a, b):
     """The smaller of two whole numbers.  Numba compiles its `min` anew for every function that uses it."""
-
-    def codegen(context, builder, signature, args):
-        return builder.select(builder.icmp_signed("<", *args), *args)
-
-    return types.intp(types.intp, types.intp), codegen
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-@intrinsic
-def word(typing, address):
+@number
+def word(builder, address):
     """The int64 that stands there."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load(builder.inttoptr(args[0], I64.as_pointer()))
-
-    return types.int64(types.intp), codegen
+    return builder.load(pointer(builder, address))
 
 
-@intrinsic
-def put(typing, address, value):
+@instruction
+def put(builder, address, value):
     """Writes an int64 there."""
-
-    def codegen(context, builder, signature, args):
-        builder.store(args[1], builder.inttoptr(args[0], I64.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), codegen
+    builder.store(value, pointer(builder, address))
 
 
 def words(count: int):
