@@ -11,7 +11,7 @@ import numpy as np
 
 from gpurnn import backend, faults
 from gpurnn.arguments import check_unused, checked, generator, probability, supported, switch, whole
-from gpurnn.executors.threads import product
+from gpurnn.executors.threads import clear, product
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
 from gpurnn.sequence import prepare_lengths
@@ -29,7 +29,7 @@ class Layer:
 
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""
-        self.grads.flat[...] = 0
+        clear(self.grads.flat)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The parameters by name, as NumPy arrays of their own.  Raises what `gpurnn.synchronize` raises."""

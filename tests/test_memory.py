@@ -8,6 +8,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.executors import memory
+from gpurnn.parameters import ALIGNMENT
 from gpurnn.recurrent import LSTM
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -28,7 +29,7 @@ def place(array):
 
 
 def held(blocks):
-    return sum(block.nbytes for block in blocks._blocks)
+    return sum(block.nbytes - ALIGNMENT for block in blocks._blocks)
 
 
 def test_what_nobody_refers_to_is_used_again(blocks):
@@ -42,6 +43,11 @@ def test_what_nobody_refers_to_is_used_again(blocks):
     del view
     assert place(memory.empty((SIZE // 2 + 1,), FLOAT32)) == where
     assert held(blocks) == 2 * 4 * SIZE
+
+
+def test_large_arrays_begin_with_a_cache_line(blocks):
+    arrays = [memory.empty((size,), FLOAT32) for size in range(SIZE, SIZE + 200, 7)]
+    assert all(place(array) % ALIGNMENT == 0 for array in arrays)
 
 
 def test_arrays_in_use_at_one_time_are_apart(blocks):

@@ -5,9 +5,11 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.executors import crew
+from gpurnn.executors.combine import COLUMNS, combine
 from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import make_gemm, may_lie, reduction, reduction_size
+from gpurnn.executors.gemm import make_gemm, may_lie
 from gpurnn.executors.packing import make_pack_gates, make_pack_rows, packed_size, panel_columns
+from gpurnn.executors.reduction import FEW_ROWS, few_are_summed, reduction, reduction_size
 from gpurnn.executors.simd import address, host
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -16,7 +18,7 @@ TOLERANCES = {"float64": 1e-12, "float32": 2e-5}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17, 40, 512, 513, 1100])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 16, 17, 40, 512, 513, 1100])
 def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     """Around the edges of a vector, a block of time and batch, a block of a gate's units.
 
@@ -29,7 +31,8 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     for first, last in ((0, 17), (17, 433), (433, 4 * H)):
         work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
         places = map(address, (slots, orders, h, x, sums, weight_hh, weight_ih))
-        crew.run(reduction(np.dtype(dtype)), (rows, H, I, 5, 3, 1, *places), [(first, last, address(work))])
+        by = combine(np.dtype(dtype)).address if few_are_summed(rows) else 0
+        crew.run(reduction(np.dtype(dtype)), (rows, H, I, 5, 3, 1, by, *places), [(first, last, address(work))])
     limit = 1e-5 if dtype == "float32" else 1e-13
     wide = slots.astype("float64").reshape(rows, 5, H)
     for found, b, gates, order in ((weight_hh, h, wide[:, :3], orders[0]), (weight_ih, x, wide[:, 1:4], orders[1])):
@@ -127,3 +130,23 @@ def test_products_with_weights_as_they_lie(dtype, m, n):
                     by_columns(*places, *w, k, 1, n, *c_place, 0, c.strides[1], accumulate)
                 np.testing.assert_array_equal(c[..., n], given[..., n])
                 np.testing.assert_allclose(c[..., :n], expected, atol=TOLERANCES[dtype.name] * 10)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("n", [1, 15, 64, COLUMNS - 1, COLUMNS + 40])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9, 16])
+def test_combinations_of_rows(dtype, m, n):
+    """Between NaN: nothing beside the matrices is read into a sum, nor what C holds where it is not wanted."""
+    dtype, rng = np.dtype(dtype), np.random.default_rng(m + n)
+    for k in (1, 2, 3, 4, 5, 8, 70):
+        a, w, c = (np.full((rows + 2, columns + 3), np.nan, dtype) for rows, columns in ((m, k), (k, n), (m, n)))
+        left, right, inside = a[1:-1, 1:-2], w[1:-1, 2:-1], c[1:-1, 1:-2]
+        left[...], right[...] = rng.standard_normal((m, k)), rng.standard_normal((k, n))
+        for accumulate in (0, 1):
+            given = rng.standard_normal((m, n)).astype(dtype)
+            inside[...] = given if accumulate else np.nan
+            expected = left.astype(float) @ right + accumulate * given.astype(float)
+            numbers = (left.ctypes.data, a.strides[0], m, right.ctypes.data, w.strides[0], k, n)
+            combine(dtype).python(*numbers, inside.ctypes.data, c.strides[0], accumulate)
+            np.testing.assert_allclose(inside, expected, atol=TOLERANCES[dtype.name] * 10)
+            assert np.isnan(c).sum() == c.size - inside.size

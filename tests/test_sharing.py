@@ -89,7 +89,10 @@ def test_what_is_short_stays_with_one_thread_and_few_rows_share_units(monkeypatc
     assert shared(64, 1, 32, 32) == "one"
     assert shared(5000, 1, 1, 64) == "one"
     assert shared(1, 16, 64, 64) == "one"
-    assert shared(1, 1, 512, 512) == "one"
+    assert shared(1, 1, 200, 200) == shared(1, 1, 512, 512, RNN_CELLS["tanh"]) == "one"
+    assert (
+        shared(1, 1, 512, 512) == shared(1, 4, 1024, 1024, RNN_CELLS["tanh"]) == "units"
+    )  # to read them takes its time
     assert shared(20, 1, 512, 512) == shared(64, 4, 256, 256) == shared(20, 5, 512, 512) == "units"
     assert shared(100, 5, 128, 128) == "rows"
     assert shared(1000, 8, 64, 64) == shared(50, 64, 512, 512) == shared(1000, 4, 64, 64) == "rows"
@@ -99,7 +102,9 @@ def test_what_is_short_stays_with_one_thread_and_few_rows_share_units(monkeypatc
 
 @pytest.mark.parametrize("by_units", [False, True])
 @pytest.mark.parametrize("clip, lengths", [(None, None), (0.05, None), (0.05, "ragged")])
-@pytest.mark.parametrize("T, N, I, H", [(7, 1, 5, 32), (9, 3, 64, 97), (40, 2, 33, 200), (5, 7, 1, 300)])
+@pytest.mark.parametrize(
+    "T, N, I, H", [(1, 1, 530, 97), (7, 1, 5, 32), (9, 3, 64, 97), (40, 2, 33, 200), (5, 7, 1, 300)]
+)
 @pytest.mark.parametrize("layer", [RNN, GRU, LSTM])
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("packing", [0, 10**9])

@@ -14,12 +14,13 @@ import numpy as np
 
 from gpurnn.cells import Cell
 from gpurnn.executors import crew, layout, memory, sharing
+from gpurnn.executors.combine import combine
 from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import reduction, reduction_size
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
 from gpurnn.executors.loops import backward_loop, forward_loop, orders
 from gpurnn.executors.numpy_loop import Backward, States, Weights
 from gpurnn.executors.products import packed_backward, packed_forward, packing_pays, packing_pays_backwards
+from gpurnn.executors.reduction import few_are_summed, reduction, reduction_size
 from gpurnn.executors.rows import backward_rows, clamp, forward_rows, squares
 from gpurnn.executors.simd import address
 
@@ -100,16 +101,19 @@ def backward(
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
-    passed = np.stack(dstate).astype(dtype, copy=False)
+    passed = memory.empty((cell.states, N, H), dtype)
+    for own, value in zip(passed, dstate, strict=True):
+        own[...] = value
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
-    own = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
+    sums = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
     clamp_at = clamp(dtype).address if options.clip is not None else 0
     squares_at = squares(dtype).address if options.flow is not None else 0
     limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
     lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
+    combine_one = combine(dtype).address if T * N == 1 else 0
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
     gradient_x = (memory.zeros if is_ragged(tape.rows, N) else memory.empty)((T, N, I), dtype)
     given = (
@@ -120,11 +124,11 @@ def backward(
         backward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, tape.reverse, _chunk(T, N),
-            backward_rows(cell, dtype).address, *apart, clamp_at, squares_at, *tape.rest.strides[:2], *dy.strides[:2],
-            *map(address, given),
+            backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
+            *dy.strides[:2], *map(address, given),
         ),
         [
-            (*plan.packing(part), *_numbers(*share), *places[part], own[0] + part * own[1], own[2] + part * own[3])
+            (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
             for part, share in enumerate(plan.shares)
         ],
     )  # fmt: skip
@@ -144,10 +148,11 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
     h_before = tape.h[1:] if tape.reverse else tape.h[:T]
     sums = np.zeros((split + cell.gates) * H, dtype)
     work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
+    combine_few = combine(dtype).address if few_are_summed(T * N) else 0
     given = slots, orders(cell), h_before, tape.x, sums, grads.weight_hh, grads.weight_ih
     crew.run(
         reduction(dtype),
-        (T * N, H, I, trace.slots, cell.gates, split, *map(address, given)),
+        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given)),
         [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
     )
     if grads.bias_hh is not None and grads.bias_ih is not None:

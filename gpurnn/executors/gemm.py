@@ -12,13 +12,10 @@ import numpy as np
 from llvmlite import ir
 
 from gpurnn.executors import cache
-from gpurnn.executors.cache import Compiled
-from gpurnn.executors.packing import make_pack_rows, make_transpose, packed_size, panel_columns, panel_vectors
-from gpurnn.executors.simd import I64, Emitter, host, instruction, least, vector_loop, word, words
+from gpurnn.executors.packing import panel_columns, panel_vectors
+from gpurnn.executors.simd import I64, Emitter, host, instruction, least
 
 TILE_ROWS = (6, 4, 3, 2, 1)
-REDUCED_ROWS, REDUCED_COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
-FEW_SUMMED = 8  # rows: of so few a sum takes as long as its gradients' memory, and is walked through along that
 PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle
 
 
@@ -70,7 +67,7 @@ def _emit_tile(b: ir.IRBuilder, emit: Emitter, rows: int, vectors: int, masked: 
         return position_here, row_here, sums_here
 
     for place in c_at:  # C is wanted at the end, and may by then be on its way from memory
-        emit.prefetch_to_write(place)
+        emit.prefetch(place, to_write=True)
     reached = loop("main", I64(0), w, [[emit.constant(0)] * len(tile)] * chains)
     if chains > 1:
         reached = loop("rest", *reached)
@@ -152,74 +149,3 @@ def make_gemm(dtype: np.dtype):
 def may_lie(n: int, dtype: np.dtype) -> bool:
     """Whether B of n columns can be read where it lies: not if a vector at its end would be read beyond it."""
     return host().masks or n % host().width(dtype) == 0
-
-
-def _add_row(dtype: np.dtype):
-    """target += source, n elements."""
-
-    @instruction
-    def add_row(builder, n, source, target):
-        def body(emit, offset, mask):
-            at = builder.add(target, offset)
-            emit.store(emit.add(emit.load(at, mask), emit.load(builder.add(source, offset), mask)), at, mask)
-
-        vector_loop(builder, dtype, n, body)
-
-    return add_row
-
-
-def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
-    """Elements of a reduction's workspace: for a block of d transposed, of h and of x packed."""
-    rows = min(K, REDUCED_ROWS)
-    return REDUCED_COLUMNS * REDUCED_ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
-
-
-@functools.cache
-def reduction(dtype: np.dtype) -> Compiled:
-    """reduce(values, part): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
-
-    See `crew.run`.  The numbers: K, time and batch; H, I; S, how many slots; G, the gates, and how many are split; addresses:
-
-    slots   (K, S*H)       gradients: of r in the first G slots, of x in G slots from `split` on
-    orders  (2, G)         whose gate they are, those of r and those of x
-    h (K, H), x (K, I)     what the weights were multiplied by
-    sums    ((split+G)*H,) the column sums, gradients of the biases, are added to it
-    weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
-
-    A part's share: first, last, and the address of `work`, room of `reduction_size`.
-    """
-    gemm, transpose, pack, add_row = make_gemm(dtype), make_transpose(dtype), make_pack_rows(dtype), _add_row(dtype)
-    size, width, read, read_share = dtype.itemsize, host().width(dtype), words(17), words(3)
-
-    def reduce(values, part):
-        _, _, _, shares, K, H, I, S, gates, split, slots, orders, h, x, sums, weight_hh, weight_ih = read(values)
-        first, last, work = read_share(values + shares + part * 24)
-        stride, x_orders = S * H * size, orders + (gates - split) * 8
-        blocks = (K + REDUCED_ROWS - 1) // REDUCED_ROWS
-        packed_h = work + REDUCED_COLUMNS * REDUCED_ROWS * size
-        packed_x = packed_h + least(K, REDUCED_ROWS) * ((H + width - 1) // width) * width * size
-        for block in range(blocks):
-            begin, end = K * block // blocks, K * (block + 1) // blocks
-            k = end - begin
-            d_stride = (k + width - 1) // width * width * size
-            pack(h + begin * H * size, H * size, 0, 1, k, H, 0, 1, packed_h)
-            pack(x + begin * I * size, I * size, 0, 1, k, I, 0, 1, packed_x)
-            most = REDUCED_COLUMNS if k > FEW_SUMMED else TILE_ROWS[0]
-            column = first
-            while column < last:
-                slot = column // H
-                unit = column - slot * H
-                count = least(most, least(last - column, H - unit))
-                d = slots + begin * stride + column * size
-                for row in range(k):
-                    add_row(count, d + row * stride, sums + column * size)
-                transpose(d, stride, k, count, work, d_stride)
-                if slot < gates:
-                    to = weight_hh + (word(orders + slot * 8) * H + unit) * H * size
-                    gemm(1, work, 0, d_stride, count, packed_h, 0, k, 1, H, to, 0, 0, H * size, 1)
-                if slot >= split:
-                    to = weight_ih + (word(x_orders + slot * 8) * H + unit) * I * size
-                    gemm(1, work, 0, d_stride, count, packed_x, 0, k, 1, I, to, 0, 0, I * size, 1)
-                column += count
-
-    return cache.external(reduce, dtype.str, host())

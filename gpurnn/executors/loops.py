@@ -121,6 +121,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     What it has not in common with `forward_loop`:
     states             how many the cell has
     ldw_*              0, or the bytes of a row of that matrix where it is not packed but read as it lies
+    combine            the address of `combine.combine` if there is but one row in all, else 0
     clamp              0, or the address of `rows.clamp`: dstate may carry no more than `limit` from one step to the one before
     squares            0, or the address of `rows.squares`: sums of squares of dL/dstate_t over rows and units, added to `flow`
     dy_step, dy_row    in bytes, from step to step and from row to row in dy
@@ -134,12 +135,12 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     those of W_hh; dparams (P, H), which is added to, and flow (states, T) in float64.
     """
     pack, give_back, meet, size = make_pack_rows(dtype), make_give_back(dtype), make_meet(), dtype.itemsize
-    read, read_share = words(35), words(12)
+    read, read_share = words(36), words(12)
 
     def backward(values, part):
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, states, reverse, chunk, cell_rows, ldw_ih, ldw_hh,
-            clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
+            combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
             params, limit, weight_ih, weight_hh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
@@ -177,15 +178,17 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                 if units < H:
                     met += parties
                     meet(barrier, met)
-                give_back(ldw_hh, 1, at, 0, next_row, m, w_hh, H, units, orders, gates, dstate + row, 0, stride, 1)
+                give_back(
+                    ldw_hh, combine, 1, at, 0, next_row, m, w_hh, H, units, orders, gates, dstate + row, 0, stride, 1
+                )  # fmt: skip
                 if clamp:
                     call(clamp, m, units, states, dstate + row, h_step, stride, limit)
             steps, m = end - begin, least(word(rows + begin * 8), last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m
             give_back(
-                ldw_ih, steps, slots_at + split * stride, N * next_row, next_row, m, w_ih, H, columns, x_orders, gates,
-                dx + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
+                ldw_ih, combine, steps, slots_at + split * stride, N * next_row, next_row, m, w_ih, H, columns, x_orders,
+                gates, dx + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
             )  # fmt: skip
 
     return cache.external(backward, dtype.str, host())

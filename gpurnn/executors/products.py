@@ -16,21 +16,19 @@ from gpurnn.executors.packing import packed_size
 from gpurnn.executors.simd import host, word
 
 # Whether packing pays: a product with weights as they lie loses STEP + its rows in each step, packing takes PACKING.  Both
-# are in units of whole passes measured, RNN and LSTM of 64 to 512 units, batches of 1 to 64, 2 to 70 steps.
-STEP, PACKING = 3, 300
+# are in units of whole passes measured, RNN and LSTM of 64 to 1400 units, batches of 1 to 64, 1 to 64 steps.
+STEP, PACKING = 12, 300
 SHORT = 48  # terms of a dot product whose time is that of adding up the lanes
-LONG_ROW = 1024  # bytes; a panel of a few columns of longer rows is read the slower, the further apart they lie
 
 
 def packing_pays(steps: int, rows: int, k: int) -> bool:
-    """Whether weights (n, k) should be packed that `rows` rows meet in each of `steps` steps, for `dot` else."""
+    """Whether weights (n, k) should be packed that `rows` rows meet in each of `steps` steps; `dot` reads them else."""
     return steps * (STEP + rows) * (k + SHORT) >= PACKING * k
 
 
 def packing_pays_backwards(steps: int, rows: int, n: int, dtype: np.dtype) -> bool:
-    """The same for weights (k, n), whose rows `gemm` reads as they lie."""
-    apart = max(1.0, n * dtype.itemsize / LONG_ROW)
-    return not may_lie(n, dtype) or steps * (STEP + rows) * apart**2 >= PACKING
+    """The same for weights (k, n), which `gemm` reads else, or `combine` for one row."""
+    return steps * (STEP + rows) >= PACKING or not may_lie(n, dtype)
 
 
 @functools.cache
@@ -59,20 +57,23 @@ def make_project(dtype: np.dtype):
 
 @functools.cache
 def make_give_back(dtype: np.dtype):
-    """give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, order, gates, c, c_step, ldc, accumulate): what gates' gradients
-    D mean for a state, or for x.
+    """give_back(ldw, combine, steps, d, d_step, ldd, m, weights, H, n, order, gates, c, c_step, ldc, accumulate): what gates'
+    gradients D mean for a state, or for x.
 
     At each of `steps`, m rows of C (+)= D W, n columns of W with the gates of its rows in `order`.  weights: those columns
-    as `pack_rows` leaves them, and ldw 0; or where they begin in W as it lies, its rows ldw bytes apart.
+    as `pack_rows` leaves them, and ldw 0; or where they begin in W as it lies, its rows ldw bytes apart, and `combine`
+    0 or, for one row in all, the address of `combine.combine`.
     """
     gemm, size = make_gemm(dtype), dtype.itemsize
 
-    def give_back(ldw, steps, d, d_step, ldd, m, weights, H, n, order, gates, c, c_step, ldc, accumulate):
+    def give_back(ldw, combine, steps, d, d_step, ldd, m, weights, H, n, order, gates, c, c_step, ldc, accumulate):
         if ldw:
             for place in range(gates):
                 at, w = d + place * H * size, weights + word(order + place * 8) * H * ldw
-                added = 1 if place else accumulate
-                gemm(steps, at, d_step, ldd, m, w, ldw, H, 1, n, c, c_step, 0, ldc, added)
+                if combine:
+                    call(combine, at, ldd, m, w, ldw, H, n, c, ldc, accumulate + place)
+                else:
+                    gemm(steps, at, d_step, ldd, m, w, ldw, H, 1, n, c, c_step, 0, ldc, accumulate + place)
         else:
             gemm(steps, d, d_step, ldd, m, weights, 0, gates * H, 1, n, c, c_step, 0, ldc, accumulate)
 

@@ -21,6 +21,7 @@ from gpurnn.executors.threads import shares
 
 PARALLEL_FLOPS = 12_000_000  # of a pass: a second thread pays from 5 million on if it is awake, asleep from 30
 PARALLEL_SUM_FLOPS = 30_000_000  # of a sum behind a loop that had one thread: the others sleep
+FEWEST_ROWS = 8  # to read a weight takes as long as to use it for so many
 PACKING_FLOPS = 25  # so many are done in the time in which one weight is packed
 UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more than a second thread gains
 ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
@@ -51,7 +52,7 @@ def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtyp
     """Who does what in a pass through time."""
     whole, recurrent = Share(slice(0, N), slice(0, H), slice(0, I)), cell.gates * H * H
     weights = recurrent + cell.gates * H * I
-    flops = 2 * T * N * weights
+    flops = 2 * max(T * N, FEWEST_ROWS) * weights
     with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
     if with_packing < PARALLEL_FLOPS:
         return Plan([whole])

@@ -97,11 +97,12 @@ class Emitter:
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         return self.builder.call(function, [pointer, I32(self.dtype.itemsize), mask, self.constant(0)])
 
-    def prefetch_to_write(self, address: ir.Value) -> None:
+    def prefetch(self, address: ir.Value, to_write: bool = False) -> None:
+        """What stands there may be on its way to the nearest cache; it need not be memory of ours."""
         pointer = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        self.builder.call(function, [pointer, I32(1), I32(3), I32(1)])
+        self.builder.call(function, [pointer, I32(int(to_write)), I32(3), I32(1)])
 
     def store(self, value: ir.Value, address: ir.Value, mask: ir.Value | None = None) -> None:
         pointer = self.builder.inttoptr(address, self.type.as_pointer())

@@ -6,6 +6,7 @@ in them), and the caller's setting comes back when the last of our operations en
 """
 
 import functools
+import importlib
 import itertools
 import os
 import threading
@@ -20,6 +21,7 @@ from gpurnn import backend
 from gpurnn.environment import MAX_THREADS, cpu_threads
 
 PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
+PARALLEL_BYTES = 1 << 22  # nor fewer zeros; the forward pass behind them has use for a thread that is awake
 
 
 @functools.cache
@@ -120,3 +122,11 @@ def product(a: Any, b: Any) -> Any:
         return a @ b
     with one_blas_thread:
         return matmul(a, b)
+
+
+def clear(buffer: Any) -> None:
+    """buffer[...] = 0 on either backend, for a buffer of `Parameters`."""
+    if backend.name == "cuda" or buffer.nbytes < PARALLEL_BYTES:
+        buffer[...] = 0
+    else:
+        importlib.import_module("gpurnn.executors.clear").clear(buffer)
