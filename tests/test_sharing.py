@@ -94,7 +94,7 @@ def test_what_is_short_stays_with_one_thread_and_few_rows_share_units(monkeypatc
         shared(1, 1, 512, 512) == shared(1, 4, 1024, 1024, RNN_CELLS["tanh"]) == "units"
     )  # to read them takes its time
     assert shared(20, 1, 512, 512) == shared(64, 4, 256, 256) == shared(20, 5, 512, 512) == "units"
-    assert shared(100, 5, 128, 128) == "rows"
+    assert shared(100, 5, 128, 128) == "units" and shared(100, 6, 128, 128) == "rows"
     assert shared(1000, 8, 64, 64) == shared(50, 64, 512, 512) == shared(1000, 4, 64, 64) == "rows"
     assert shared(1000, 8, 64, 64, RNN_CELLS["tanh"]) == "rows"
     assert shared(0, 8, 64, 64) == shared(8, 0, 64, 64) == "one"

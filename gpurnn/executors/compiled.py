@@ -173,7 +173,7 @@ def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]
 
 def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, training: bool) -> np.ndarray:
     """The states beyond h, (S-1, T+1, N, H).  Without training their stride in time is 0: each step replaces the last."""
-    if training:
+    if training or count == 0:
         return allocate((count, T + 1, N, H), dtype)
     place = allocate((count, N, H), dtype)
     return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))

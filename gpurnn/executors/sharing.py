@@ -25,7 +25,7 @@ FEWEST_ROWS = 8  # to read a weight takes as long as to use it for so many
 PACKING_FLOPS = 25  # so many are done in the time in which one weight is packed
 UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more than a second thread gains
 ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
-ENOUGH_ROWS_CACHED = 2.5  # the same where the second-level cache of each thread has room for all of W_hh
+ENOUGH_ROWS_CACHED = 3.0  # the same where the second-level cache of each thread has room for all of W_hh
 CACHED = 1 << 20  # bytes
 
 
