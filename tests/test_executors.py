@@ -110,7 +110,7 @@ def compare(cell, shape, dtype="float64", *, bias=True, seed=0, **options):
     """The compiled executor in `dtype`, with weights packed and as they lie, against the oracle in float64."""
     expected = results(problem(cell, *shape, bias=bias, seed=seed), "numpy", **options)
     for never_worth_it in (0, 10**9):
-        with mock.patch.object(products, "PACKING", never_worth_it):
+        with mock.patch.multiple(products, PACKING=never_worth_it, COPYING=never_worth_it):
             got = results(problem(cell, *shape, bias=bias, seed=seed, dtype=dtype), "compiled", **options)
         assert all(value.dtype == dtype for name, value in got.items() if not name.startswith("flow"))
         assert_agree(got, expected, TOLERANCES[dtype])

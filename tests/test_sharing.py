@@ -114,7 +114,8 @@ def test_shared_work_gives_what_numpy_gives(monkeypatch, layer, T, N, I, H, leng
     for name in ("PARALLEL_FLOPS", "PARALLEL_SUM_FLOPS", "ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"):
         monkeypatch.setattr(sharing, name, (1e18 if by_units else 1) if name.startswith("ENOUGH") else 0)
     monkeypatch.setattr(sharing, "UNITS_FLOPS", 1 if by_units else 1e18)
-    monkeypatch.setattr(products, "PACKING", packing)
+    for name in ("PACKING", "COPYING"):
+        monkeypatch.setattr(products, name, packing)
     plan = sharing.plan_loop(LSTM_CELL, full(T, N), T, N, I, H, FLOAT32)
     assert plan.by_units == by_units and len(plan.shares) == min(count, H // host().width(FLOAT32) if by_units else N)
     rng = np.random.default_rng(T)

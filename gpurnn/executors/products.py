@@ -15,10 +15,11 @@ from gpurnn.executors.gemm import make_gemm, may_lie
 from gpurnn.executors.packing import packed_size
 from gpurnn.executors.simd import host, word
 
-# Whether packing pays: a product with weights as they lie loses STEP + its rows in each step, packing takes PACKING.  Both
-# are in units of whole passes measured, RNN and LSTM of 64 to 1400 units, batches of 1 to 64, 1 to 64 steps.
-STEP, PACKING = 12, 300
-SHORT = 48  # terms of a dot product whose time is that of adding up the lanes
+# Whether packing pays: a product with weights as they lie loses STEP + its rows in each step; packing takes PACKING, or
+# COPYING where nothing has to be transposed.  All are in units of whole passes measured, RNN and LSTM of 64 to 1400 units,
+# batches of 1 to 64, 1 to 64 steps.
+STEP, PACKING, COPYING = 12, 400, 300
+SHORT = 300  # terms of a dot product in whose time it begins, and adds up its lanes
 
 
 def packing_pays(steps: int, rows: int, k: int) -> bool:
@@ -28,7 +29,7 @@ def packing_pays(steps: int, rows: int, k: int) -> bool:
 
 def packing_pays_backwards(steps: int, rows: int, n: int, dtype: np.dtype) -> bool:
     """The same for weights (k, n), which `gemm` reads else, or `combine` for one row."""
-    return steps * (STEP + rows) >= PACKING or not may_lie(n, dtype)
+    return steps * (STEP + rows) >= COPYING or not may_lie(n, dtype)
 
 
 @functools.cache
