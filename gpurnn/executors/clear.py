@@ -20,18 +20,14 @@ STREAMED = 1 << 25  # bytes; more would not stay in a cache, and written past it
 def _clear(streamed: bool) -> Compiled:
     """clear(values, part), see `crew.run`.  A part's share: where its cache lines begin, and where they end."""
     read, read_share = words(4), words(2)
-    dtype = np.dtype(np.float64)
-    vectors = ALIGNMENT // host().register_bytes
+    dtype, vector = np.dtype(np.float64), host().register_bytes
 
     @instruction
     def clear_line(b: ir.IRBuilder, line):
         emit = Emitter(b, dtype, host().width(dtype))
-        for vector in range(vectors):
-            store = b.store(
-                emit.constant(0),
-                b.inttoptr(b.add(line, I64(vector * host().register_bytes)), emit.type.as_pointer()),
-                align=host().register_bytes,
-            )
+        for offset in range(0, ALIGNMENT, vector):
+            place = b.inttoptr(b.add(line, I64(offset)), emit.type.as_pointer())
+            store = b.store(emit.constant(0), place, align=vector)
             if streamed:
                 store.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
 
@@ -56,8 +52,5 @@ def clear(buffer: np.ndarray) -> None:
     """buffer[...] = 0, of one that begins and ends with a cache line as those of `Parameters` do."""
     begin = address(buffer)
     cuts = shares(buffer.nbytes // ALIGNMENT, cpu_threads())
-    crew.run(
-        _clear(buffer.nbytes > STREAMED),
-        (),
-        [(begin + cut.start * ALIGNMENT, begin + cut.stop * ALIGNMENT) for cut in cuts],
-    )
+    lines = [(begin + cut.start * ALIGNMENT, begin + cut.stop * ALIGNMENT) for cut in cuts]
+    crew.run(_clear(buffer.nbytes > STREAMED), (), lines)

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
-from gpurnn.executors.simd import I64, Emitter, host, instruction, least, vector_loop
+from gpurnn.executors.simd import I64, Emitter, host, instruction, least, switch, vector_loop
 
 COLUMNS = 512  # of C at once: what is read of W, and for few rows all of C, stays in the first-level cache
 SIDE_BY_SIDE = 4  # rows of W
@@ -57,15 +57,9 @@ def combine(dtype: np.dtype) -> Compiled:
 
     @instruction
     def add(b, rows, terms, *numbers):
-        after = b.append_basic_block("after")
-        switch = b.switch(b.add(b.mul(rows, I64(8)), terms), after)
-        for count, of in itertools.product((most, 1), (SIDE_BY_SIDE, 1)):
-            block = b.append_basic_block(f"rows{count}terms{of}")
-            switch.add_case(I64(8 * count + of), block)
-            b.position_at_end(block)
-            _emit_rows(b, dtype, count, of, numbers)
-            b.branch(after)
-        b.position_at_end(after)
+        sizes = itertools.product((most, 1), (SIDE_BY_SIDE, 1))
+        cases = {8 * count + of: functools.partial(_emit_rows, b, dtype, count, of, numbers) for count, of in sizes}
+        switch(b, b.add(b.mul(rows, I64(8)), terms), cases)
 
     def combine(a, lda, m, w, ldw, k, n, c, ldc, accumulate):
         for column in range(0, n, COLUMNS):

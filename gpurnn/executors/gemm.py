@@ -7,13 +7,14 @@ stays in registers.  The micro-kernels are LLVM IR that Numba compiles; the loop
 
 import functools
 import itertools
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
 
 from gpurnn.executors import cache
 from gpurnn.executors.packing import panel_columns, panel_vectors
-from gpurnn.executors.simd import I64, Emitter, host, instruction, least
+from gpurnn.executors.simd import I64, Emitter, host, instruction, least, switch
 
 TILE_ROWS = (6, 4, 3, 2, 1)
 PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle
@@ -89,22 +90,19 @@ def _emit_tile(b: ir.IRBuilder, emit: Emitter, rows: int, vectors: int, masked: 
 
 def _tile(dtype: np.dtype):
     """tile(wide, rows, a, lda, w, ldw, k, c, ldc, count, accumulate): the micro-kernel of `rows`, one of TILE_ROWS, over a
-    wide panel or over `count` columns of a narrow one.
+    panel that is wide, 1, or over `count` columns of one that is not, 0.
     """
 
     @instruction
     def tile(b, wide, rows, *numbers):
-        emit = Emitter(b, dtype, host().width(dtype))
-        which = b.add(b.mul(rows, I64(2)), b.select(b.icmp_signed("!=", wide, I64(0)), I64(1), I64(0)))
-        after = b.append_basic_block("after")
-        switch = b.switch(which, after)
-        for count, is_wide in itertools.product(TILE_ROWS, (False, True)):
-            block = b.append_basic_block(f"tile{count}{'wide' if is_wide else 'narrow'}")
-            switch.add_case(I64(2 * count + is_wide), block)
-            b.position_at_end(block)
-            _emit_tile(b, emit, count, panel_vectors() if is_wide else 1, not is_wide, numbers)
-            b.branch(after)
-        b.position_at_end(after)
+        emit, sizes = Emitter(b, dtype, host().width(dtype)), itertools.product(TILE_ROWS, (0, 1))
+        cases = {
+            2 * count + is_wide: partial(
+                _emit_tile, b, emit, count, panel_vectors() if is_wide else 1, not is_wide, numbers
+            )
+            for count, is_wide in sizes
+        }
+        switch(b, b.add(b.mul(rows, I64(2)), wide), cases)
 
     return tile
 

@@ -7,7 +7,7 @@ would otherwise fall to run-time alias checks, and `math.tanh` costs 12 ns an el
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -339,6 +339,19 @@ def words(count: int):
         return result(types.intp), codegen
 
     return read
+
+
+def switch(builder: ir.IRBuilder, which: ir.Value, cases: Mapping[int, Callable[[], None]]) -> None:
+    """Emits every case; the one whose number `which` is runs, or none."""
+    after = builder.append_basic_block("after")
+    branches = builder.switch(which, after)
+    for number, emit in cases.items():
+        block = builder.append_basic_block(f"case{number}")
+        branches.add_case(I64(number), block)
+        builder.position_at_end(block)
+        emit()
+        builder.branch(after)
+    builder.position_at_end(after)
 
 
 def evaluate(
