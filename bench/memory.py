@@ -19,6 +19,7 @@ from pathlib import Path
 from bench.cases import Case, find
 from bench.peers import implementations
 from bench.problem import make
+from gpurnn.executors.memory import release
 
 STEPS = 3
 TIMEOUT = 300  # s
@@ -60,7 +61,8 @@ def measure(case: Case, phase: str, name: str) -> int:
 
 
 def _give_back_free_memory() -> None:
-    """What the C library keeps of freed memory would be used again unseen."""
+    """What our executor and the C library keep of freed memory would be used again unseen."""
+    release()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -107,6 +107,15 @@ def test_threads_never_have_one_block_at_a_time(blocks):
     assert held(blocks) <= 2 * 4 * 4 * SIZE  # each thread has its last array until it has the next
 
 
+def test_released_is_what_nobody_refers_to(blocks):
+    kept, free = memory.zeros((SIZE,), FLOAT32), memory.empty((2 * SIZE,), FLOAT32)
+    del free
+    memory.release()
+    assert held(blocks) == 4 * SIZE
+    memory.empty((SIZE,), FLOAT32)[:] = 1
+    assert not kept.any()
+
+
 def test_outputs_stay_when_a_layer_is_called_again():
     layer = LSTM(32, 128, rng=0)
     x = np.random.default_rng(0).standard_normal((40, 16, 32)).astype(np.float32)

@@ -56,11 +56,22 @@ class _Blocks:
             blocks.append(np.empty(size, np.uint8))
             return blocks[-1]
 
+    def release(self) -> None:
+        with self._lock:
+            used = [place for place in range(len(self._blocks)) if _references(self._blocks, place) > _UNUSED]
+            self._blocks = [self._blocks[place] for place in used]
+            self._peak = sum(block.nbytes for block in self._blocks)
+
 
 _blocks = _Blocks()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_blocks.reset)
+
+
+def release() -> None:
+    """Gives back all that is free."""
+    _blocks.release()
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
