@@ -37,7 +37,18 @@ PROGRAM = """
     names = {{e.data["dispatcher"].py_func.__name__ for _, e in compilations.buffer if e.is_start}}
     print(sorted(names & {names}), float(np.abs(y).sum()), float(np.abs(dx).sum()))
 """
-ENTRIES = ["backward", "backward_rows", "dot", "forward", "forward_rows", "gemm", "give_back", "meet", "pack_gates"]
+ENTRIES = [
+    "add",
+    "backward",
+    "backward_rows",
+    "combine",
+    "forward",
+    "forward_rows",
+    "gemm",
+    "give_back",
+    "meet",
+    "pack_gates",
+]
 ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
