@@ -16,7 +16,7 @@ import pytest
 from gpurnn import backend
 from gpurnn.executors import cache, crew, threads
 from gpurnn.executors.barrier import make_meet
-from gpurnn.executors.simd import address, put, word, words
+from gpurnn.executors.simd import address, host, put, word, words
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
@@ -43,7 +43,7 @@ def task(meets):
                 met += parties
                 meet(step, met)
 
-    return cache.external(add_up, "test", meets)
+    return cache.external(add_up, "test", meets, host())
 
 
 def add_up(parts, steps=1, meets=False):
