@@ -16,7 +16,8 @@ import pytest
 from gpurnn import backend
 from gpurnn.executors import cache, crew, threads
 from gpurnn.executors.barrier import make_meet
-from gpurnn.executors.simd import address, host, put, word, words
+from gpurnn.executors.instructions import put, word, words
+from gpurnn.executors.simd import address, host
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 

@@ -12,7 +12,8 @@ from numba import types
 from numba.core import cgutils
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, host, instruction, number, pointer
+from gpurnn.executors.instructions import instruction, number, pointer
+from gpurnn.executors.simd import I64, host
 
 CACHE_LINE = 128  # bytes: two of them, where processors fetch lines in pairs
 SPINS = 1000  # before the CPU is offered: some ten microseconds

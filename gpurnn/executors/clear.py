@@ -9,7 +9,8 @@ from numba.core import cgutils
 from gpurnn.environment import cpu_threads
 from gpurnn.executors import cache, crew
 from gpurnn.executors.cache import Compiled
-from gpurnn.executors.simd import I32, I64, Emitter, address, host, instruction, words
+from gpurnn.executors.instructions import instruction, words
+from gpurnn.executors.simd import I32, I64, Emitter, address, host
 from gpurnn.executors.threads import shares
 from gpurnn.parameters import ALIGNMENT
 

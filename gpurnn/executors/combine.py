@@ -13,7 +13,8 @@ from llvmlite import ir
 
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
-from gpurnn.executors.simd import I64, Emitter, host, instruction, least, switch, vector_loop
+from gpurnn.executors.instructions import instruction, least, switch
+from gpurnn.executors.simd import I64, Emitter, host, vector_loop
 
 COLUMNS = 512  # of C at once: what is read of W, and for few rows all of C, stays in the first-level cache
 SIDE_BY_SIDE = 4  # rows of W

@@ -18,7 +18,8 @@ from gpurnn.environment import cpu_threads
 from gpurnn.executors import cache, threads
 from gpurnn.executors.barrier import CACHE_LINE, make_pause, seen, show, swapped
 from gpurnn.executors.cache import Compiled, call
-from gpurnn.executors.simd import address, host, put, word
+from gpurnn.executors.instructions import put, word
+from gpurnn.executors.simd import address, host
 
 ASLEEP, IDLE, HIRED, CALLED, JOB = range(5)  # CALLED: hired in its sleep, and to be woken
 LINGER = 20_000  # turns: half a millisecond

@@ -12,7 +12,8 @@ from llvmlite import ir
 
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
-from gpurnn.executors.simd import I32, I64, Emitter, host, instruction, least
+from gpurnn.executors.instructions import instruction, least
+from gpurnn.executors.simd import I32, I64, Emitter, host
 
 COLUMNS = 8  # rows of W that are read side by side
 

@@ -13,8 +13,9 @@ import numpy as np
 from llvmlite import ir
 
 from gpurnn.executors import cache
+from gpurnn.executors.instructions import instruction, least, switch
 from gpurnn.executors.packing import panel_columns, panel_vectors
-from gpurnn.executors.simd import I64, Emitter, host, instruction, least, switch
+from gpurnn.executors.simd import I64, Emitter, host
 
 TILE_ROWS = (6, 4, 3, 2, 1)
 PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle

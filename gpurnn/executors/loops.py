@@ -13,9 +13,10 @@ from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.barrier import make_meet
 from gpurnn.executors.cache import Compiled, call
+from gpurnn.executors.instructions import least, word, words
 from gpurnn.executors.packing import make_pack_gates, make_pack_rows
 from gpurnn.executors.products import make_give_back, make_project
-from gpurnn.executors.simd import host, least, word, words
+from gpurnn.executors.simd import host
 
 
 @functools.cache

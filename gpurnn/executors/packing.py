@@ -10,7 +10,8 @@ import numpy as np
 from llvmlite import ir
 
 from gpurnn.executors import cache
-from gpurnn.executors.simd import I64, Emitter, host, instruction, least, word
+from gpurnn.executors.instructions import instruction, least, word
+from gpurnn.executors.simd import I64, Emitter, host
 
 
 def panel_vectors() -> int:

@@ -12,8 +12,9 @@ from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.cache import call
 from gpurnn.executors.gemm import make_gemm, may_lie
+from gpurnn.executors.instructions import word
 from gpurnn.executors.packing import packed_size
-from gpurnn.executors.simd import host, word
+from gpurnn.executors.simd import host
 
 # Whether packing pays: a product with weights as they lie loses STEP + its rows in each step; packing takes PACKING, or
 # COPYING where nothing has to be transposed.  All are in units of whole passes measured, RNN and LSTM of 64 to 1400 units,

@@ -10,8 +10,9 @@ import numpy as np
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled, call
 from gpurnn.executors.gemm import make_gemm
+from gpurnn.executors.instructions import instruction, least, word, words
 from gpurnn.executors.packing import make_pack_rows, make_transpose, packed_size
-from gpurnn.executors.simd import host, instruction, least, vector_loop, word, words
+from gpurnn.executors.simd import host, vector_loop
 
 ROWS, COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
 FEW_ROWS = 8  # a sum of so few takes as long as its gradients' memory, and goes along that

@@ -12,7 +12,8 @@ from numba.core import cgutils
 from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
-from gpurnn.executors.simd import I32, I64, Emitter, evaluate, host, instruction, vector_loop
+from gpurnn.executors.instructions import instruction
+from gpurnn.executors.simd import I32, I64, Emitter, evaluate, host, vector_loop
 
 
 @functools.cache
