@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.ptx.clocks import BLOCK, CLUSTER, DEVICE
+from tests.ptx.clocks import BLOCK, CLUSTER, DEVICE, EVERY, SHARED
 from tests.ptx.convert import EIGHTS
 from tests.ptx.elementwise import BITS, INTEGERS
 from tests.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW
@@ -215,16 +215,32 @@ def fence(m: Modifiers, x: Operands):
         m.flag("global", "shared::cta", "shared::cluster")
         m.operands(0)
         return lambda active: None
-    m.one("acq_rel", "sc", default="acq_rel")
-    scope = SCOPES[m.one(*SCOPES)]
+    how = m.one("acq_rel", "sc", "acquire", "release", default="acq_rel")
+    memory = EVERY
+    for restriction, wanted in (("shared::cta", "release"), ("shared::cluster", "acquire")):
+        if m.flag(f"sync_restrict::{restriction}"):
+            memory = SHARED
+            if how != wanted or not m.flag("cluster"):
+                raise m.unknown(f"restricted to {restriction}, it is fence.{wanted} of scope cluster")
+    scope = CLUSTER if memory == SHARED else SCOPES[m.one(*SCOPES)]
     m.operands(0)
-    return lambda active: x.clocks.fence(active.threads, scope)
+    return _fence(x, scope, memory, acquires=how != "release", releases=how != "acquire")
+
+
+def _fence(x: Operands, scope: int, memory: int = EVERY, acquires: bool = True, releases: bool = True):
+    def execute(active):
+        if acquires:
+            x.clocks.acquire_fence(active.threads, scope, memory)
+        if releases:
+            x.clocks.release_fence(active.threads, scope, memory)
+
+    return execute
 
 
 def membar(m: Modifiers, x: Operands):
     scope = {"cta": BLOCK, "gl": DEVICE, "sys": DEVICE}[m.one("cta", "gl", "sys")]
     m.operands(0)
-    return lambda active: x.clocks.fence(active.threads, scope)
+    return _fence(x, scope)
 
 
 def nanosleep(m: Modifiers, x: Operands):

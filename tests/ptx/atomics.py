@@ -81,7 +81,7 @@ def _in_turn(addresses, old, values, function):
 
 def _order_atomics(x: Operands, how: Semantics, threads, addresses) -> None:
     """Each thread's turn sees what the turns before it published."""
-    if not (how.acquires or how.releases or x.clocks.published or x.clocks.fenced[BLOCK][threads].any()):
+    if not (how.acquires or how.releases or x.clocks.published or x.clocks.fenced[BLOCK][:, threads].any()):
         return
     for k in range(len(threads)):
         thread, address = threads[k : k + 1], addresses[k : k + 1]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.ptx.clocks import BLOCK, CLUSTER, Clocks, joined
+from tests.ptx.clocks import BLOCK, CLUSTER, SHARED, Clocks, joined
 from tests.ptx.errors import BarrierMisuse, OutOfBounds, PeerExited
 from tests.ptx.mbarriers import Mbarriers
 from tests.ptx.memory import Space
@@ -111,7 +111,7 @@ class Clusters:
         blocks = np.unique(self.clocks.group(threads, BLOCK))
         lanes = self.clocks.sizes[BLOCK]
         for block in blocks[self.gone.reshape(-1, lanes)[blocks].all(1)].tolist():
-            row = self.clocks.view(np.arange(block * lanes, (block + 1) * lanes))
+            row = self.clocks.view(np.arange(block * lanes, (block + 1) * lanes))[SHARED]
             thread = int(threads[self.clocks.group(threads, BLOCK) == block][0])
             self.memory.leave(block, row, thread)
             self.mbarriers.leave(block, row, thread)

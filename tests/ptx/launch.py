@@ -40,7 +40,7 @@ class Launch:
         self.lanes = 32 * self.warps
         self.threads = self.blocks * self.lanes
         self.executed = 0
-        clocks = Clocks(self.blocks, self.warps, self.per_block, cluster)
+        clocks = Clocks(self.blocks, self.warps, self.per_block, cluster, memories=1 + _restricts(module))
         symbols = memory.load(module)
         shared, size = self._shared(module, dynamic_shared, symbols)
         local, places = self._local(module)
@@ -151,6 +151,12 @@ def grains(module: Module) -> dict[str, int]:
             for name in smallest.keys() & named or smallest:
                 smallest[name] = min(smallest[name], size)
     return smallest
+
+
+def _restricts(module: Module) -> bool:
+    """Whether the kernel has fences that are restricted to shared memory."""
+    every = (i for function in module.functions.values() for i in function.instructions if i.opcode == "fence")
+    return any(m.startswith("sync_restrict") for i in every for m in i.modifiers)
 
 
 def _access_size(instruction: Instruction) -> int:

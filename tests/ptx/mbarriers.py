@@ -193,6 +193,6 @@ class Mbarriers:
 
     def _tick(self, agent: int, tick: int) -> np.ndarray:
         """A row of one who knows nothing but the agent up to a tick."""
-        row = np.zeros(int(self.clocks.home[agent]) + 1, np.int32)
-        row[-1] = tick
+        row = np.zeros((len(self.clocks.known), int(self.clocks.home[agent]) + 1), np.int32)
+        row[:, -1] = tick
         return row

@@ -7,7 +7,7 @@ of each warp of the cluster, and whether several of its lanes read the word with
 
 import numpy as np
 
-from tests.ptx.clocks import BLOCK, CLUSTER, DEVICE, LAST, STRENGTH, WHO, Clocks
+from tests.ptx.clocks import BLOCK, CLUSTER, DEVICE, EVERY, LAST, SHARED, STRENGTH, WHO, Clocks
 from tests.ptx.errors import Race
 
 MANY_LANES = 1 << 28  # of a reader's stamp: more than one of its warp
@@ -22,6 +22,7 @@ class Tracker:
 
     def __init__(self, clocks: Clocks, size: int, grain: int, window: int | None, place):
         self.clocks, self.grain, self.window, self.place = clocks, grain, window, place
+        self.memory = SHARED if window else EVERY
         grains, self.warps = size // grain, clocks.warps_per_block
         self.writer = np.zeros(grains, np.int64)  # stamps; 0: nobody
         self.reader = np.zeros((grains, self.warps if window else 1), np.int64)
@@ -112,13 +113,13 @@ class Tracker:
 
     def _known(self, threads, stamps) -> np.ndarray:
         """Whether each thread knows of the access, or of all the lanes' accesses, that a stamp stands for."""
-        ordered = self.clocks.knows(threads, stamps)
+        ordered, known = self.clocks.knows(threads, stamps, self.memory), self.clocks.known[self.memory]
         many = stamps & MANY_LANES != 0
         if many.any():
             warps = (stamps & WHO) >> 5
-            rows = self.clocks.known[threads >> 5, warps]
+            rows = known[threads >> 5, warps]
             own = self.clocks.row[threads]
-            rows = np.where(own >= 0, np.maximum(rows, self.clocks.known[own, warps]), rows)
+            rows = np.where(own >= 0, np.maximum(rows, known[own, warps]), rows)
             ordered = np.where(many, rows > stamps >> 32, ordered)
         return ordered
 
