@@ -31,6 +31,18 @@ TOOLS = (
 )
 DIGEST = 32  # bytes
 
+# What kernels are written in that came with PTX 8.6 and sm_90, and what stands for it where either is missing: the
+# mbarrier's own ordering in place of the fences around it, which says more than is needed and takes longer.
+SINCE = (8, 6), (9, 0)
+OLDER = {
+    "fence.acquire.gpu;": "fence.acq_rel.gpu;",
+    "fence.release.sync_restrict::shared::cta.cluster;": "",
+    "fence.acquire.sync_restrict::shared::cluster.cluster;": "",
+    "mbarrier.arrive.relaxed.cluster.": "mbarrier.arrive.release.cluster.",
+    "mbarrier.arrive.expect_tx.relaxed.cta.": "mbarrier.arrive.expect_tx.release.cta.",
+    "mbarrier.try_wait.parity.relaxed.cluster.": "mbarrier.try_wait.parity.acquire.cluster.",
+}
+
 
 class Source(NamedTuple):
     """What a factory returns: a Numba function and how it is launched.
@@ -131,7 +143,7 @@ def assemble(text: str, capability: tuple[int, int]) -> tuple[bytes, dict[str, i
 
     chip = f"sm_{capability[0]}{capability[1]}"
     try:
-        readable = ObjectCode.from_ptx(_as_old_as(_assembler(), text).encode())
+        readable = ObjectCode.from_ptx(_as_old_as(_assembler(), text, capability).encode())
         linker = Linker(readable, options=LinkerOptions(arch=chip, verbose=True))
         code = bytes(linker.link("cubin").code)
     except Exception as error:  # nvJitLink's kind, or the driver's where that assembles in its place
@@ -158,8 +170,17 @@ def _assembler() -> tuple[int, int]:
     return (9, minor) if major >= 13 else (8, minor if minor < 6 else minor - 1)  # CUDA 12.6 had no PTX of its own
 
 
-def _as_old_as(newest: tuple[int, int], text: str) -> str:
-    """The PTX under a version that the assembler reads: NVVM may be newer than it, and nothing here needs a new one."""
+def older(text: str) -> str:
+    """The PTX in words that every version knows which has what it is about."""
+    for new, old in OLDER.items():
+        text = text.replace(new, old)
+    return text
+
+
+def _as_old_as(newest: tuple[int, int], text: str, capability: tuple[int, int]) -> str:
+    """The PTX under a version that the assembler reads, and in words that it and the chip know: NVVM may be newer."""
+    if newest < SINCE[0] or capability < SINCE[1]:
+        text = older(text)
     written = re.search(r"^\.version (\d+)\.(\d+)$", text, re.MULTILINE)
     if written is None or tuple(map(int, written.groups())) <= newest:
         return text

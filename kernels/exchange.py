@@ -1,6 +1,8 @@
 """How the blocks of a group give each other a step's vector.
 
-Each thread sends the words it has computed; `wait` returns when the whole vector stands in this block's shared memory.
+Each thread sends the words it has computed; `release` says that this block has sent all of its own, and is called right
+behind the last of them, before stores and loads that have time; `wait` returns when the whole vector stands in this block's
+shared memory.
 
     alone      one block: a barrier.
     flagged    through the L2 cache, the word itself being the flag: memory begins as EMPTY, a pattern that no number
@@ -17,7 +19,7 @@ empties has fenced since, at f+4, so at f+8 nobody reads step j any more.  And t
 j+32, have fenced since the first word that was sent after the emptying.  (Plain stores empty, so the interpreter that
 tests run kernels in can see whether all this orders them.)  A step's way, store to load, has no fence.
 
-A wait that never ends (a block that is not running) gives up after TRIES and reports it in `fault`; it does not hang.
+A wait that never ends (a block that is not running) is given up after LIMIT and reported in `fault`: see `waiting`.
 """
 
 from collections.abc import Callable
@@ -28,6 +30,8 @@ from numba.cuda import types
 
 from . import tiles
 from .ptx import (
+    acquire,
+    acquire_shared,
     add_release,
     cluster_arrive,
     cluster_wait,
@@ -42,6 +46,7 @@ from .ptx import (
     mbarrier_init,
     mbarrier_passed,
     of_block,
+    release_shared,
     store_async,
     store_global_u,
     store_relaxed_u,
@@ -49,10 +54,12 @@ from .ptx import (
     store_shared_u,
 )
 from .tiles import Shape, Tile, layout
+from .waiting import FLAGS, waiting
 
 i64, u32, u64 = types.int64, types.uint32, types.uint64
 KINDS = ("clustered", "flagged", "counted")
-TRIES = 1 << 24  # some ten seconds
+LIMIT = 4_000_000_000  # nanoseconds of a wait, which takes a microsecond
+LOOK = {"clustered": 16, "flagged": 256, "counted": 256}  # tries; one of a cluster's may last some milliseconds itself
 MOST_AT_ONCE = 4  # loads of a thread on their way: 16 KB of a block of 256, which is what L2 needs to be busy
 LINE = 32  # words, of a counter
 EMPTY, NUMBERLESS = 0xFFFFFFFF, 0x7FFFFFFF  # a NaN that arithmetic and conversions never give, and the one they do
@@ -60,9 +67,10 @@ SLOTS, PERIOD = 32, 4
 
 
 class Exchange(NamedTuple):
-    """open(vector): before the first step.  spot(vector, row, k): where the word with element k of a row goes.
+    """open(vector, fault): before the first step.  spot(vector, row, k): where the word with element k of a row goes.
 
     send(mail, vector, spot, k, step, word): `word` to `spot`, k elements further, for the vector after step `step`.
+    release(mail, vector, step), left(vector, step): behind the sends, for all threads; where `left`, the block has to leave.
     wait(mail, vector, step, fault).  close(): after the last.  buffers: of the vector in shared memory; the product of
     step i reads buffer i % buffers, and step i's words go to the next one.
     """
@@ -71,6 +79,8 @@ class Exchange(NamedTuple):
     open: Callable
     spot: Callable
     send: Callable
+    release: Callable
+    left: Callable
     wait: Callable
     close: Callable
 
@@ -106,14 +116,29 @@ def buffers(kind: str, shape: Shape, free_when_done: bool) -> int:
 
 
 def shared_bytes(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> int:
-    """Of a block: the vector's buffers, and the mbarriers of a cluster."""
+    """Of a block: the vector's buffers, the flags of who leaves, and the mbarriers of a cluster."""
     gates = 16 if shape.blocks > 1 and kind == "clustered" else 0
-    return buffers(kind, shape, free_when_done) * tiles.vector_bytes(shape, tile) + gates
+    return _flags(kind, shape, tile, free_when_done) + (FLAGS if shape.blocks > 1 else 0) + gates
+
+
+def _flags(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> int:
+    """Where the flags stand, in bytes behind the vector."""
+    return buffers(kind, shape, free_when_done) * tiles.vector_bytes(shape, tile)
 
 
 @cuda.jit(device=True)
 def _nothing():
     pass
+
+
+@cuda.jit(device=True)
+def _nothing_to_release(mail, vector, step):
+    pass
+
+
+@cuda.jit(device=True)
+def _stays(vector, step):
+    return False
 
 
 def _local(shape, tile):
@@ -136,7 +161,7 @@ def _alone(shape, tile):
     spot, place = _local(shape, tile)
 
     @cuda.jit(device=True)
-    def open(vector):
+    def open(vector, fault):
         pass
 
     @cuda.jit(device=True)
@@ -147,7 +172,24 @@ def _alone(shape, tile):
     def wait(mail, vector, step, fault):
         cuda.syncthreads()
 
-    return Exchange(2, open, spot, send, wait, _nothing)
+    return Exchange(2, open, spot, send, _nothing_to_release, _stays, wait, _nothing)
+
+
+def _waiting(kind, shape, tile, free_when_done):
+    """`waiting`, and its open and left for a vector behind which the flags stand."""
+    FLAGS_AT, patience = _flags(kind, shape, tile, free_when_done), waiting(LIMIT, LOOK[kind])
+    begin, gone = patience.open, patience.left
+
+    @cuda.jit(device=True)
+    def open(vector, fault):
+        if cuda.threadIdx.x == 0:
+            begin(u32(vector + FLAGS_AT), fault)
+
+    @cuda.jit(device=True)
+    def left(vector, step):
+        return gone(u32(vector + FLAGS_AT), step)
+
+    return FLAGS_AT, patience, open, left
 
 
 def _in_global(shape, tile):
@@ -156,14 +198,10 @@ def _in_global(shape, tile):
     WORDS, GRAIN = lay.words, lay.grain
 
     @cuda.jit(device=True)
-    def open(vector):
-        pass
-
-    @cuda.jit(device=True)
     def spot(vector, row, k):
         return u32((row * WORDS + k // GRAIN) * 4)
 
-    return open, spot
+    return spot
 
 
 def collected(kind: str, shape: Shape, tile: Tile) -> int:
@@ -176,31 +214,36 @@ def _at_once(shape: Shape, tile: Tile) -> int:
     return 4 * min(MOST_AT_ONCE, -(-tile.rows * lay.words // 4 // lay.threads))
 
 
-def _collect(shape, tile, load, until_full):
-    """Brings a slot into shared memory, 16 bytes at a time, several on their way; waits until none of it is EMPTY."""
+def _collect(shape, tile, load, patience):
+    """Brings a slot into shared memory, 16 bytes at a time, several on their way.
+
+    patience: None, or a `Waiting`; then it waits until none of it is EMPTY.
+    """
     lay = layout(shape, tile)
     THREADS, QUARTER, ROW = lay.threads, lay.words // 4, lay.stride * lay.size
     PIECES, WORDS = tile.rows * QUARTER, _at_once(shape, tile)
-    AT_ONCE = WORDS // 4
+    AT_ONCE, UNTIL_FULL = WORDS // 4, patience is not None
+    begun, hopeless, give_up = (patience or waiting(LIMIT, 1))[1:4]
 
     @cuda.jit(device=True)
-    def collect(slot, into, fault):
+    def collect(slot, into, flags, step, fault):
         tid = u32(cuda.threadIdx.x)
         words = cuda.local.array(WORDS, u32)
         for first in range(0, PIECES, THREADS * AT_ONCE):
-            tries, missing = u32(0), True
+            tries, since, missing = u32(0), u64(0), True
             while missing:
                 missing = False
                 for k in range(AT_ONCE):
                     piece = u32(min(u32(first + k * THREADS) + tid, u32(PIECES - 1)))
                     a, b, c, d = load(slot + u64(piece) * u64(16))
                     words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3] = a, b, c, d
-                if until_full:
+                if UNTIL_FULL:
                     for k in range(WORDS):
                         missing |= words[k] == u32(EMPTY)
-                    tries += u32(1)
-                    if tries > u32(TRIES):
-                        store_relaxed_u(global_address(fault, 0), u32(1))
+                    tries = u32(tries + u32(1))
+                    since = begun(tries, since)
+                    if missing and hopeless(tries, since, fault):
+                        give_up(flags, step, fault)
                         missing = False
             for k in range(AT_ONCE):
                 piece = u32(first + k * THREADS) + tid
@@ -213,11 +256,11 @@ def _collect(shape, tile, load, until_full):
 
 
 def _flagged(shape, tile, free_when_done):
-    lay = layout(shape, tile)
-    open, spot = _in_global(shape, tile)
+    lay, spot = layout(shape, tile), _in_global(shape, tile)
+    FLAGS_AT, patience, open, left = _waiting("flagged", shape, tile, free_when_done)
     GRAIN, SLOT = lay.grain, 4 * tile.rows * lay.words
     BUFFERS, BUFFER = buffers("flagged", shape, free_when_done), tiles.vector_bytes(shape, tile)
-    collect = _collect(shape, tile, load_relaxed_4u, True)
+    collect = _collect(shape, tile, load_relaxed_4u, patience)
 
     @cuda.jit(device=True)
     def send(mail, vector, spot, k, step, word):
@@ -229,21 +272,25 @@ def _flagged(shape, tile, free_when_done):
                 store_global_u(address + u64((step - back & SLOTS - 1) * SLOT), u32(EMPTY))
 
     @cuda.jit(device=True)
-    def wait(mail, vector, step, fault):
+    def release(mail, vector, step):
         if step % PERIOD == 0:
             fence()
+
+    @cuda.jit(device=True)
+    def wait(mail, vector, step, fault):
         slot = global_address(mail, 0) + u64((step & SLOTS - 1) * SLOT)
-        collect(slot, u32(vector + (step + 1 & BUFFERS - 1) * BUFFER), fault)
+        collect(slot, u32(vector + (step + 1 & BUFFERS - 1) * BUFFER), u32(vector + FLAGS_AT), step, fault)
         cuda.syncthreads()
 
-    return Exchange(BUFFERS, open, spot, send, wait, _nothing)
+    return Exchange(BUFFERS, open, spot, send, release, left, wait, _nothing)
 
 
 def _counted(shape, tile, free_when_done):
-    lay = layout(shape, tile)
-    open, spot = _in_global(shape, tile)
+    lay, spot = layout(shape, tile), _in_global(shape, tile)
+    FLAGS_AT, patience, open, left = _waiting("counted", shape, tile, free_when_done)
+    begun, hopeless, give_up = patience.begun, patience.hopeless, patience.give_up
     GRAIN, SLOT, BLOCKS = lay.grain, 4 * tile.rows * lay.words, shape.blocks
-    collect = _collect(shape, tile, load_global_4u, False)
+    collect = _collect(shape, tile, load_global_4u, None)
 
     @cuda.jit(device=True)
     def send(mail, vector, spot, k, step, word):
@@ -251,28 +298,36 @@ def _counted(shape, tile, free_when_done):
         store_global_u(address, word)
 
     @cuda.jit(device=True)
-    def wait(mail, vector, step, fault):
+    def release(mail, vector, step):
         cuda.syncthreads()  # what all threads stored comes before what one releases
         if cuda.threadIdx.x == 0:
-            counter = global_address(mail, 0)
-            add_release(counter, u32(1))
-            tries = u32(0)
-            while load_relaxed_u(counter) < u32((step + 1) * BLOCKS) and tries <= u32(TRIES):
-                tries += u32(1)
-            if tries > u32(TRIES):
-                store_relaxed_u(global_address(fault, 0), u32(1))
-            fence()
+            add_release(global_address(mail, 0), u32(1))
+
+    @cuda.jit(device=True)
+    def wait(mail, vector, step, fault):
+        flags = u32(vector + FLAGS_AT)
+        if cuda.threadIdx.x == 0:
+            counter, tries, since = global_address(mail, 0), u32(0), u64(0)
+            while load_relaxed_u(counter) < u32((step + 1) * BLOCKS):
+                tries = u32(tries + u32(1))
+                since = begun(tries, since)
+                if hopeless(tries, since, fault):
+                    give_up(flags, step, fault)
+                    break
+            acquire()
         cuda.syncthreads()
-        collect(global_address(mail, LINE) + u64((step & 1) * SLOT), vector, fault)
+        collect(global_address(mail, LINE) + u64((step & 1) * SLOT), vector, flags, step, fault)
         cuda.syncthreads()
 
-    return Exchange(1, open, spot, send, wait, _nothing)
+    return Exchange(1, open, spot, send, release, left, wait, _nothing)
 
 
 def _clustered(shape, tile, free_when_done):
     spot, place = _local(shape, tile)
+    FLAGS_AT, patience, begin, left = _waiting("clustered", shape, tile, free_when_done)
+    begun, hopeless, give_up = patience.begun, patience.hopeless, patience.give_up
     BLOCKS, BYTES = shape.blocks, 4 * tile.rows * layout(shape, tile).words
-    GATES = 2 * tiles.vector_bytes(shape, tile)
+    GATES = FLAGS_AT + FLAGS
 
     @cuda.jit(device=True)
     def gate(vector, step):
@@ -280,7 +335,8 @@ def _clustered(shape, tile, free_when_done):
         return u32(vector + (GATES + 8 * (step & 1)))
 
     @cuda.jit(device=True)
-    def open(vector):
+    def open(vector, fault):
+        begin(vector, fault)
         if cuda.threadIdx.x == 0:
             mbarrier_init(gate(vector, 0), u32(BLOCKS + 1))
             mbarrier_init(gate(vector, 1), u32(BLOCKS + 1))
@@ -295,21 +351,28 @@ def _clustered(shape, tile, free_when_done):
             store_async(of_block(here, u32(block)), word, of_block(counted, u32(block)))
 
     @cuda.jit(device=True)
-    def wait(mail, vector, step, fault):
+    def release(mail, vector, step):
         cuda.syncthreads()  # nobody of this block reads the step's vector or partial sums any more
         if cuda.threadIdx.x < BLOCKS:
+            release_shared()
             mbarrier_arrive(of_block(gate(vector, step), u32(cuda.threadIdx.x)))
         if cuda.threadIdx.x == 0:
             mbarrier_expect(gate(vector, step), u32(BYTES))
-        tries = u32(0)
-        while mbarrier_passed(gate(vector, step), u32(step >> 1 & 1)) == u32(0) and tries <= u32(TRIES):
-            tries += u32(1)
-        if tries > u32(TRIES):
-            store_relaxed_u(global_address(fault, 0), u32(1))
+
+    @cuda.jit(device=True)
+    def wait(mail, vector, step, fault):
+        tries, since = u32(0), u64(0)
+        while mbarrier_passed(gate(vector, step), u32(step >> 1 & 1)) == u32(0):
+            tries = u32(tries + u32(1))
+            since = begun(tries, since)
+            if hopeless(tries, since, fault):
+                give_up(u32(vector + FLAGS_AT), step, fault)
+                break
+        acquire_shared()
 
     @cuda.jit(device=True)
     def close():
         cluster_arrive()
         cluster_wait()
 
-    return Exchange(2, open, spot, send, wait, close)
+    return Exchange(2, open, spot, send, release, left, wait, close)

@@ -69,7 +69,8 @@ def forward(trace, *, H, tile, blocks, exchange, training):
     make, lay = product(shape, tile), layout(shape, tile)
     post = exchanges.exchange(exchange, shape, tile, make.barriers)
     place, fetch, word, multiply = make.place, make.fetch, make.word, make.multiply
-    open, address, send, wait, close = post.open, post.spot, post.send, post.wait, post.close
+    open, address, send, release, left = post.open, post.spot, post.send, post.release, post.left
+    wait, close = post.wait, post.close
     cell, column, initial = (
         pointwise.forward(trace, f32, _accuracy(tile)),
         columns(lay).column,
@@ -136,7 +137,7 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                 own[p * P + k] = params[k * H + u]
             for g in range(G):
                 x[p * G + g] = now[slot_at[p] + (START + g) * H] if length[p] > 0 else f32(0)
-        open(vector)
+        open(vector, fault)
         cuda.syncthreads()
         for i in range(steps):
             t = steps - 1 - i if reverse else i
@@ -165,6 +166,10 @@ def forward(trace, *, H, tile, blocks, exchange, training):
             if i + 1 < steps and owner:
                 for k in range(SENT):
                     send(mail, vector, spot[k], 0, i, word(outgoing, k))
+            if i + 1 < steps:
+                release(mail, vector, i)
+                if left(vector, i):
+                    break
             for p in range(PAIRS):
                 if t < length[p]:
                     h_after[state_at[p]] = results[p * OUTPUTS]
@@ -204,7 +209,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
     make, lay = product(shape, tile), layout(shape, tile)
     post = exchanges.exchange(exchange, shape, tile, make.barriers)
     place, fetch, word, multiply = make.place, make.fetch, make.word, make.multiply
-    open, address, send, wait, close = post.open, post.spot, post.send, post.wait, post.close
+    open, address, send, release, left = post.open, post.spot, post.send, post.release, post.left
+    wait, close = post.wait, post.close
     cell, column = pointwise.backward(trace, f32, _accuracy(tile)), columns(lay).column
     BLOCKS, ROWS, UNITS, WIDTH, THREADS, GRAIN = blocks, tile.rows, lay.units, lay.width, lay.threads, lay.grain
     PAIRS, WORDS, AT, BUFFERS = make.pairs, max(1, make.registers), make.vector, post.buffers
@@ -286,7 +292,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                 ready[p * READ + k] = f32(0)
             if length[p] > 0:
                 load(ready, p, places, arrays, strides, 0 if reverse else steps - 1)
-        open(vector)
+        open(vector, fault)
         cuda.syncthreads()
         for i in range(steps):
             t = i if reverse else steps - 1 - i
@@ -315,6 +321,9 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                         outgoing[p] = written[p * WRITTEN + g] if length[p] > 0 else f32(0)
                     for k in range(SENT):
                         send(mail, vector, spot[k], g * WIDTH, i, word(outgoing, k))
+            release(mail, vector, i)
+            if left(vector, i):
+                break
             for p in range(PAIRS):
                 if t < length[p]:
                     for k in range(WRITTEN):

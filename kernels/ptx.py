@@ -178,6 +178,7 @@ mma_tf32 = _mma("mma_tf32", "m16n8k8", "tf32")
 
 load_global_4f = instruction("load_global_4f", "ld.global.v4.f32 {$0,$1,$2,$3}, [$4];", (f32,) * 4, (u64,))
 load_global_4u = instruction("load_global_4u", "ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u64,))
+load_shared_u = instruction("load_shared_u", "ld.shared.u32 $0, [$1];", (u32,), (u32,))
 load_shared_2f = instruction("load_shared_2f", "ld.shared.v2.f32 {$0,$1}, [$2];", (f32,) * 2, (u32,))
 load_shared_4f = instruction("load_shared_4f", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (f32,) * 4, (u32,))
 load_shared_4u = instruction("load_shared_4u", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,) * 4, (u32,))
@@ -200,21 +201,28 @@ load_relaxed_4u = instruction(
 store_relaxed_u = instruction("store_relaxed_u", "st.relaxed.gpu.global.u32 [$0], $1;", (), (u64, u32))
 add_release = instruction("add_release", "red.release.gpu.global.add.u32 [$0], $1;", (), (u64, u32))
 fence = instruction("fence", "fence.acq_rel.gpu;", (), ())
+acquire = instruction("acquire", "fence.acquire.gpu;", (), ())
+global_timer = instruction("global_timer", "mov.u64 $0, %globaltimer;", (u64,), ())  # nanoseconds
+raise_flag = instruction("raise_flag", "st.relaxed.cta.shared::cta.u32 [$0], 1;", (), (u32,))  # several threads may
 
-# Between blocks of a cluster (sm_90), from one shared memory into another.
+# Between blocks of a cluster (sm_90), from one shared memory into another.  What an arrival publishes and a wait learns is
+# in shared memory only, and the two fences say so: `.release` and `.acquire` on the mbarrier's own instructions would wait
+# for every store to global memory, and drop all of L1.
 cluster_arrive = instruction("cluster_arrive", "barrier.cluster.arrive.release.aligned;", (), ())
 cluster_wait = instruction("cluster_wait", "barrier.cluster.wait.acquire.aligned;", (), ())
 of_block = instruction("of_block", "mapa.shared::cluster.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
 mbarrier_init = instruction("mbarrier_init", "mbarrier.init.shared::cta.b64 [$0], $1;", (), (u32, u32))
+release_shared = instruction("release_shared", "fence.release.sync_restrict::shared::cta.cluster;", (), ())
+acquire_shared = instruction("acquire_shared", "fence.acquire.sync_restrict::shared::cluster.cluster;", (), ())
 mbarrier_arrive = instruction(
-    "mbarrier_arrive", "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", (), (u32,)
+    "mbarrier_arrive", "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [$0];", (), (u32,)
 )
 mbarrier_expect = instruction(
-    "mbarrier_expect", "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;", (), (u32, u32)
+    "mbarrier_expect", "mbarrier.arrive.expect_tx.relaxed.cta.shared::cta.b64 _, [$0], $1;", (), (u32, u32)
 )
 mbarrier_passed = instruction(
     "mbarrier_passed",
-    "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }",
+    "{ .reg .pred p; mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }",
     (u32,),
     (u32, u32),
 )

@@ -168,7 +168,7 @@ def check_exchange(kind, text):
             "alone": set(),
             "flagged": {"st.relaxed.gpu", "ld.relaxed.gpu"},
             "counted": {"ld.relaxed.gpu", "red.release.gpu"} | given_up,
-            "clustered": {"st.async", "mbarrier"} | given_up,
+            "clustered": {"st.async", "mbarrier", "ld.relaxed.gpu"} | given_up,
         }[kind]
     )
 
