@@ -47,6 +47,7 @@ from .ptx import (
     mbarrier_passed,
     of_block,
     release_shared,
+    sleep,
     store_async,
     store_global_u,
     store_relaxed_u,
@@ -61,6 +62,7 @@ KINDS = ("clustered", "flagged", "counted")
 LIMIT = 4_000_000_000  # nanoseconds of a wait, which takes a microsecond
 LOOK = {"clustered": 16, "flagged": 256, "counted": 256}  # tries; one of a cluster's may last some milliseconds itself
 MOST_AT_ONCE = 4  # loads of a thread on their way: 16 KB of a block of 256, which is what L2 needs to be busy
+LANDING = 100_000  # nanoseconds, in which words come to rest that nobody waits for any more
 LINE = 32  # words, of a counter
 EMPTY, NUMBERLESS = 0xFFFFFFFF, 0x7FFFFFFF  # a NaN that arithmetic and conversions never give, and the one they do
 SLOTS, PERIOD = 32, 4
@@ -70,7 +72,8 @@ class Exchange(NamedTuple):
     """open(vector, fault): before the first step.  spot(vector, row, k): where the word with element k of a row goes.
 
     send(mail, vector, spot, k, step, word): `word` to `spot`, k elements further, for the vector after step `step`.
-    release(mail, vector, step), left(vector, step): behind the sends, for all threads; where `left`, the block has to leave.
+    release(mail, vector, step): behind the sends, for all threads.  left(vector, step): whether the block has to leave, for
+    all threads alike; behind `release`, and for step 0 before the first step too.
     wait(mail, vector, step, fault).  close(): after the last.  buffers: of the vector in shared memory; the product of
     step i reads buffer i % buffers, and step i's words go to the next one.
     """
@@ -324,7 +327,7 @@ def _counted(shape, tile, free_when_done):
 
 def _clustered(shape, tile, free_when_done):
     spot, place = _local(shape, tile)
-    FLAGS_AT, patience, begin, left = _waiting("clustered", shape, tile, free_when_done)
+    FLAGS_AT, patience, begin, gone = _waiting("clustered", shape, tile, free_when_done)
     begun, hopeless, give_up = patience.begun, patience.hopeless, patience.give_up
     BLOCKS, BYTES = shape.blocks, 4 * tile.rows * layout(shape, tile).words
     GATES = FLAGS_AT + FLAGS
@@ -369,6 +372,13 @@ def _clustered(shape, tile, free_when_done):
                 give_up(u32(vector + FLAGS_AT), step, fault)
                 break
         acquire_shared()
+
+    @cuda.jit(device=True)
+    def left(vector, step):
+        if gone(vector, step):
+            sleep(u32(LANDING))  # what others have sent lands while this block still has its memory
+            return True
+        return False
 
     @cuda.jit(device=True)
     def close():

@@ -139,6 +139,8 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                 x[p * G + g] = now[slot_at[p] + (START + g) * H] if length[p] > 0 else f32(0)
         open(vector, fault)
         cuda.syncthreads()
+        if left(vector, 0):
+            steps = i64(0)
         for i in range(steps):
             t = steps - 1 - i if reverse else i
             multiply(weights, u32(vector + (i & BUFFERS - 1) * BUFFER), sums)
@@ -294,6 +296,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                 load(ready, p, places, arrays, strides, 0 if reverse else steps - 1)
         open(vector, fault)
         cuda.syncthreads()
+        if left(vector, 0):
+            steps = i64(0)
         for i in range(steps):
             t = i if reverse else steps - 1 - i
             following = t + 1 if reverse else t - 1

@@ -203,6 +203,7 @@ add_release = instruction("add_release", "red.release.gpu.global.add.u32 [$0], $
 fence = instruction("fence", "fence.acq_rel.gpu;", (), ())
 acquire = instruction("acquire", "fence.acquire.gpu;", (), ())
 global_timer = instruction("global_timer", "mov.u64 $0, %globaltimer;", (u64,), ())  # nanoseconds
+sleep = instruction("sleep", "nanosleep.u32 $0;", (), (u32,))
 raise_flag = instruction("raise_flag", "st.relaxed.cta.shared::cta.u32 [$0], 1;", (), (u32,))  # several threads may
 
 # Between blocks of a cluster (sm_90), from one shared memory into another.  What an arrival publishes and a wait learns is

@@ -37,6 +37,7 @@ class Interpreted:
 
     seed: int | None = None
     launches = 0
+    executed = 0  # instructions, each counted once for each thread
 
     def __init__(self, recipe: build.Recipe):
         self.source, self.module = program(recipe)
@@ -53,10 +54,12 @@ class Interpreted:
             given.append(
                 self._address(argument, name, memory, spans) if kind == "u64" and argument > 1 << 32 else argument
             )
-        run(self.module, blocks, self.source.threads, given, memory, self.source.shared, self.seed, self.source.cluster)
+        threads, shared, cluster = self.source.threads, self.source.shared, self.source.cluster
+        report = run(self.module, blocks, threads, given, memory, shared, self.seed, cluster)
         for address, buffer in spans.values():
             buffer[...] = memory.get(address, buffer)
         Interpreted.launches += 1
+        Interpreted.executed += report.executed
 
     def _address(self, pointer: int, name: str, memory: Memory, spans: dict) -> int:
         """Where the interpreter has what `pointer` points to.  Arguments beyond 4 G are addresses, smaller ones numbers."""

@@ -42,7 +42,9 @@ class Clocks:
         self.sizes = {BLOCK: lanes, CLUSTER: lanes * cluster, DEVICE: blocks * lanes}
         self.population = np.tile(np.minimum(32, per_block - 32 * np.arange(warps_per_block)), blocks)
         self.clock = np.ones(warps, np.int64)  # from 1 on: a stamp of 0 is nobody's
-        self.known = np.zeros((memories, warps, warps), np.int32)  # [.., u, v]: the first tick of v that u knows nothing of
+        self.known = np.zeros(
+            (memories, warps, warps), np.int32
+        )  # [.., u, v]: the first tick of v that u knows nothing of
         self.home = np.arange(self.threads, dtype=np.int32) >> 5  # the column of a thread's warp, or of an agent
         self.column = np.full(self.threads, -1, np.int32)  # a thread's own, and its own row; -1: none
         self.row = np.full(self.threads, -1, np.int32)
