@@ -13,11 +13,13 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 import gpurnn
 from gpurnn.cells import CELLS
+from gpurnn.kernels import build
 from gpurnn.kernels.tiles import Ffma, Mma
 from tests import mutants
-from tests.interpreted import interpreted
+from tests.interpreted import CAPABILITY, interpreted
 from tests.mutants import Case, Wrong, catch, check, plant, run
 from tests.ptx.errors import BarrierMisuse, Deadlock, OutOfBounds, PeerExited, Race, Uninitialised
+from tests.ptx.parse import parse
 
 SMALL = {"cell": CELLS["rnn_identity"], "H": 13, "back": False}
 # Two groups, the second with one row of two.  A row of the vector is 16 words, and as many of padding; of 8 lanes two
@@ -272,6 +274,20 @@ def test_the_kernels_as_they_are(case):
     check(CASES[case], seed=0)
     with interpreted():
         gpurnn.synchronize()  # nobody gave up
+
+
+@pytest.mark.parametrize("case", ["clustered", pytest.param("counted", marks=pytest.mark.slow)])
+def test_the_words_of_older_tools(case, monkeypatch):
+    """What stands for fences that came later orders as much."""
+
+    def program(recipe):
+        source = recipe.factory(recipe.trace, **dict(recipe.constants))
+        text = build.ptx(source, "kernel", CAPABILITY)
+        assert source.cluster == 1 or build.older(text) != text
+        return source, parse(build.older(text))
+
+    monkeypatch.setattr("tests.interpreted.program", program)
+    check(CASES[case], seed=1)
 
 
 @pytest.mark.parametrize("name", [*MUTANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MUTANTS)])

@@ -4,12 +4,7 @@ The list below is what is published as checked; `-m slow` builds the long one.  
 """
 
 import functools
-import re
-import shutil
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +15,7 @@ from gpurnn.cells import CELLS
 from gpurnn.executors.tuning import registers
 from gpurnn.kernels import build, packing, persistent, plan, step, tiles
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
+from tests import sass
 
 ARCHITECTURES = ((8, 0), (9, 0))
 NEWER = ((10, 0), (12, 0))
@@ -46,22 +42,9 @@ LONG = [
 ]
 
 
-def tool(name):
-    """NVIDIA's disassembler, from its wheel or from a toolkit."""
-    for folder in (Path(path) for path in sys.path):
-        for place in ("nvidia/cu13/bin", "nvidia/cuda_nvdisasm/bin"):
-            if (folder / place / name).exists():
-                return folder / place / name
-    return shutil.which(name)
-
-
 def opcodes(cubin, tmp_path):
-    """Of the machine code, counted by their first word and whole.  Fails where there is none to count."""
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(cubin)
-    text = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
-    assert len(found) > 20, "an empty disassembly would pass every check below"
+    """Of the machine code, counted by their first word and whole."""
+    found = [instruction.opcode for instruction in sass.listing(cubin, tmp_path)]
     return Counter(word.split(".")[0] for word in found) + Counter(found)
 
 
@@ -152,8 +135,28 @@ def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None)
         assert any(code.startswith("LDG.E.128") for code in codes) or tile.kept == 0
         assert any(code.startswith("LDS.128") for code in codes)
         assert codes["BAR"] >= (1 if alone else 2)
-        check_exchange(dict(recipe.constants)["exchange"], text)
+        kind = dict(recipe.constants)["exchange"]
+        check_exchange(kind, text)
+        check_fences(kind, sass.step_loop(sass.listing(built(recipe, capability)[2], tmp_path)), capability)
     return len(recipes)
+
+
+def check_fences(kind, loop, capability):
+    """A step has the fences that its exchange cannot do without, and none of them waits for what has time.
+
+    A fence of the device waits for all that its thread has stored, and an acquire drops all of L1.
+    """
+    codes = [instruction.opcode for instruction in loop]
+    fences = sum(code.startswith("MEMBAR") and code.endswith(("GPU", "SYS")) for code in codes)
+    dropped = sum(code.startswith("CCTL.IVALL") for code in codes)
+    old = capability < (9, 0) and kind == "counted"  # its acquire is a whole fence there
+    assert (fences, dropped) == {"flagged": (1, 1), "counted": (1 + old, 1)}.get(kind, (0, 0))
+    if fences:  # behind what is sent, before what is stored and loaded for later
+        fence = next(k for k, code in enumerate(codes) if code.startswith("MEMBAR") and code.endswith("GPU"))
+        sent = max((k for k, i in enumerate(codes[:fence]) if i.startswith("STG")), default=-1)
+        loads = [k for k, code in enumerate(codes) if code.startswith("LDG") and "STRONG" not in code]
+        stores = [k for k, code in enumerate(codes) if code.startswith("STG") and "STRONG" not in code and k > sent]
+        assert 0 <= sent < fence < min(loads) and fence < min(stores)
 
 
 def check_exchange(kind, text):
@@ -213,6 +216,16 @@ def test_blocks_that_wait_for_each_other_are_launched_together(kind, tmp_path):
     for kernel in (build.build(recipe, (9, 0), tmp_path) for _ in range(2)):  # built, and from the disk
         assert kernel.cluster == (3 if kind == "clustered" else 1)
         assert kernel.cooperative == (kind in ("flagged", "counted"))
+
+
+@pytest.mark.parametrize("kind", ["counted", "clustered"])
+def test_the_words_of_older_tools_assemble(kind, tmp_path):
+    """They wait for stores to global memory and drop L1, which is why they are only for older tools."""
+    options = {"H": 9, "tile": Ffma(1, 4, 1, 0), "blocks": 3, "exchange": kind, "training": False}
+    text = built(build.recipe(persistent.forward, CELLS["rnn_tanh"].trace, **options), (9, 0))[1]
+    codes = opcodes(build.assemble(build.older(text), (9, 0))[0], tmp_path)
+    now = opcodes(build.assemble(text, (9, 0))[0], tmp_path)
+    assert sum(codes[code] for code in codes if code.startswith("MEMBAR")) > now["MEMBAR"]
 
 
 @pytest.mark.slow

@@ -210,6 +210,8 @@ KINDS = [
     {"kind": "v2.b64", "value": "{%rd5, %rd5}", "each": 16, "bytes": 1024},
     {"kind": "v4.b32", "value": "{%r8, %r8, %r8, %r8}", "each": 16, "bytes": 1024},
     {"wait": wait(how=".relaxed.cluster") + "fence.acq_rel.cluster;"},
+    {"wait": wait(how=".relaxed.cluster") + "fence.acquire.cluster;"},
+    {"wait": wait(how=".relaxed.cluster") + "fence.acquire.sync_restrict::shared::cluster.cluster;"},
     {"bytes": "64; @%p1 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r2], 192", "count": 1, "slow": True},
     {"count": 2, "bytes": "300; @%p1 mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r2], 44; @%p1 " + ARRIVE},
 ]
@@ -259,6 +261,58 @@ def test_asynchronous_stores_gone_wrong(name):
             send(seed, change)
 
 
+# Block 0 reads (or writes) a word of its own, says so to block 1's mbarrier, and block 1 writes (or reads) the word.
+HAND_OVER = (
+    INIT.replace("bar.sync 0;", MEET)
+    + """
+    mov.u32 %r4, %cluster_ctarank; setp.eq.u32 %p3, %r4, 0; mapa.shared::cluster.u32 %r5, %r2, 1; mapa.shared::cluster.u32 %r6, %r3, 0;
+    add.u64 %rd1, %ptr0, %own; @%p3 bra FIRST;
+    {wait} {acquire} {second} bra END;
+    FIRST: {first} {release} mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%r5];
+    END: {last}"""
+)
+RELEASES = {
+    "restricted": "fence.release.sync_restrict::shared::cta.cluster;",
+    "alone": "fence.release.cluster;",
+    "whole": "fence.acq_rel.cluster;",
+    "wrong": "fence.acquire.cluster;",
+    "none": "",
+}
+ACQUIRES = {
+    "restricted": "fence.acquire.sync_restrict::shared::cluster.cluster;",
+    "alone": "fence.acquire.cluster;",
+    "whole": "fence.acq_rel.cluster;",
+    "wrong": "fence.release.cluster;",
+    "none": "",
+}
+WORDS = {
+    "shared, read first": ("ld.shared.u32 %r8, [%r3];", "st.shared::cluster.u32 [%r6], 7;"),
+    "shared, written first": ("st.shared.u32 [%r3], 7;", "ld.shared::cluster.u32 %r8, [%r6];"),
+    "global, read first": ("ld.global.u32 %r8, [%rd1];", "st.global.u32 [%rd1], 7;"),
+    "global, written first": ("st.global.u32 [%rd1], 7;", "ld.global.u32 %r8, [%rd1];"),
+}
+
+
+PAIRS = [("restricted", other) for other in ACQUIRES] + [("alone", "restricted"), ("wrong", "alone"), ("none", "whole")]
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize(("release", "acquire"), [*PAIRS, ("alone", "alone")])
+def test_what_fences_around_an_mbarrier_order(release, acquire, words):
+    """Those that are restricted to shared memory order that, and nothing else."""
+    first, second = WORDS[words]
+    parts = {"first": first, "second": second, "release": RELEASES[release], "acquire": ACQUIRES[acquire]}
+    body = HAND_OVER.format(count=64, wait=wait(how=".relaxed.cluster"), last=MEET, **parts)
+    wholly = "restricted" not in (release, acquire) or words.startswith("shared")
+    fine = wholly and not {"wrong", "none"} & {release, acquire}
+    for seed in SEEDS[:2]:
+        if fine:
+            launch(body, np.zeros(64, "u4"), grid=2, block=64, module=TILE, seed=seed, cluster=2)
+        else:
+            with pytest.raises(Race):
+                launch(body, np.zeros(64, "u4"), grid=2, block=64, module=TILE, seed=seed, cluster=2)
+
+
 def test_forms_that_do_not_exist():
     for body in (
         "mbarrier.arrive.release.cluster.shared::cluster.b64 %rd1, [%r2];",
@@ -268,6 +322,9 @@ def test_forms_that_do_not_exist():
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b64 [%r1], {%rd1, %rd1, %rd1, %rd1}, [%r2];",
         "mbarrier.arrive_drop.shared.b64 %rd1, [%r2];",
         "ld.global.v4.u64 {%rd1, %rd2, %rd3, %rd4}, [%ptr0];",
+        "fence.acquire.sync_restrict::shared::cta.cluster;",
+        "fence.release.sync_restrict::shared::cta.gpu;",
+        "fence.acq_rel.sync_restrict::shared::cluster.cluster;",
     ):
         with pytest.raises(UnknownInstruction, match="line"):
             launch(FIRST + body, ("u4", 64), module=TILE)
