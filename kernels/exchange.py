@@ -23,10 +23,8 @@ A wait that never ends (a block that is not running) gives up after TRIES and re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from numba import cuda
-from numba.cuda import types
-
 from . import tiles
+from .numba_cuda import cuda, types
 from .ptx import (
     add_release,
     cluster_arrive,
