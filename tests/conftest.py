@@ -7,6 +7,8 @@ import pytest
 from gpurnn import backend
 from gpurnn.cells import CELLS, Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
 
+ON_A_GPU = 4  # processes: each keeps a context and a memory pool of its own
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
@@ -23,6 +25,12 @@ def same_backend():
     before = backend.name, backend.xp
     yield
     assert (backend.name, backend.xp) == before
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: a process for each CPU, but a GPU is shared by ON_A_GPU of them, whatever the number of its CPUs."""
+    return ON_A_GPU if backend.name == "cuda" else None
 
 
 def pytest_configure(config):
