@@ -11,11 +11,14 @@ ON_A_GPU = 4  # processes: each keeps a context and a memory pool of its own
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Each cell compiles once per session, in a folder of the session's own unless GPURNN_CACHE_DIR names one."""
+def compile_cache(tmp_path_factory, worker_id):
+    """Each cell compiles once per session, in a folder that its processes share, unless GPURNN_CACHE_DIR names one."""
     with pytest.MonkeyPatch.context() as patch:
         if "GPURNN_CACHE_DIR" not in os.environ:
-            patch.setenv("GPURNN_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+            own = tmp_path_factory.getbasetemp()
+            folder = (own if worker_id == "master" else own.parent) / "compiled"
+            folder.mkdir(exist_ok=True)
+            patch.setenv("GPURNN_CACHE_DIR", str(folder))
         yield
 
 
