@@ -1,5 +1,6 @@
 """CUDA kernels, written in Numba.  Installed as `gpurnn.kernels`; depends on Numba's tools alone, never on the rest of gpurnn.
 
+numba_cuda the one door to `numba.cuda`
 ptx        inline PTX, one row per instruction; code that is written out, not unrolled
 pointwise  a cell's expression graph as code on registers
 products   weight_hh on one SM, times a step's vector: exact float32, and bfloat16 on tensor cores
