@@ -10,9 +10,10 @@ The chips' figures are nominal ones, of NVIDIA's data sheets (dense, without spa
 """
 
 import argparse
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench import cases, floors, results
 from bench.cases import Case
@@ -103,8 +104,7 @@ def directions(case: Case, gpu: Gpu) -> list[Prediction]:
 
 def _on_chip(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> Prediction | None:
     cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
-    pair = registers(cell, transposed)
-    choice = plan.best(plan.choices(case.H, case.gates, transposed, case.N, case.dtype, pair, chip, alone))
+    choice = _choice(case.H, case.gates, transposed, case.N, case.dtype, registers(cell, transposed), chip, alone)
     if choice is None:
         return None
     shape = Shape(case.H, case.gates, transposed, choice.blocks)
@@ -120,6 +120,12 @@ def _on_chip(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> Pred
         0 if alone else 1,
         1e6 * choice.cost.cycles / chip.clock,
     )
+
+
+@functools.cache
+def _choice(*question: Any) -> plan.Choice | None:
+    """As `plan.choices` asks it: chips that differ in their memory alone, and both phases, have one answer."""
+    return plan.best(plan.choices(*question))
 
 
 def _by_step(case: Case, transposed: bool, chip: plan.Chip) -> Prediction:

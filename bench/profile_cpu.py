@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 import gpurnn
 from bench.cases import Case
@@ -143,6 +142,8 @@ def _products(case: Case, seconds: float) -> dict[str, Times]:
 def _best(work: Callable[[], Any], seconds: float) -> float:
     """The better median of one BLAS thread and of all."""
     medians = []
+    from threadpoolctl import threadpool_limits
+
     for limit in (threadpool_limits(1, user_api="blas"), nullcontext()):
         with limit:
             work()

@@ -3,12 +3,14 @@
 `runs/<name>/` holds `config.toml`, written once, `model.safetensors`, `metrics.jsonl` and figures.  Whatever a training
 has to know to go on is in `model.safetensors`, so that one rename commits all of it or none: the model's tensors under
 their own names, the optimiser's under `optimizer/`, carried states under `state/`, and step, random state and the like
-as JSON in the file's metadata.  Nothing read here is ever unpickled or executed.
+as JSON in the file's metadata.  Nothing read here is ever unpickled or executed.  safetensors is imported where tensors
+are read or written: who keeps none does without.
 """
 
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -19,9 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
-import tomli_w
 
 fcntl: Any
 try:
@@ -173,8 +172,11 @@ def clean(folder: StrPath, older_than: float = 0.0) -> None:
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """`config` as TOML, which has no null: options that are None are left out."""
-    return tomli_w.dumps(_without_none(config)).encode()
+    """`config`, options by name, as lines of TOML, which has no null: options that are None are left out.
+
+    Raises TypeError for a value that is not a text, a number, true or false.
+    """
+    return "".join(_toml_line(name, value) for name, value in config.items() if value is not None).encode()
 
 
 def read_config(path: StrPath) -> dict[str, Any]:
@@ -255,11 +257,15 @@ def _tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | 
         arrays[name] = array = np.asarray(tensor, order="C")
         if array.dtype.newbyteorder("<") not in DTYPES.values() or name == "__metadata__":
             raise ValueError(f"{name}: expected a tensor of type {', '.join(DTYPES)}, got {array.dtype}")
-    return safetensors.numpy.save(arrays, metadata)
+    from safetensors.numpy import save as saved
+
+    return saved(arrays, metadata)
 
 
 def _read_tensors(path: StrPath) -> tuple[Tensors, dict[str, Any] | None]:
     """The tensors and our part of the metadata, None where there is none.  One read: the file may be replaced."""
+    import safetensors
+
     data = Path(path).read_bytes()
     try:
         tensors = {name: _array(name, **entry) for name, entry in safetensors.deserialize(data)}
@@ -334,7 +340,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return value
+def _toml_line(name: str, value: Any) -> str:
+    if not isinstance(value, str | bool | int | float):
+        raise TypeError(f"{name}: expected a text, a number, true or false, got {value!r}")
+    key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_text(name)
+    return f"{key} = {_toml_text(value) if isinstance(value, str) else str(value).lower()}\n"
+
+
+def _toml_text(text: str) -> str:
+    """As JSON writes it, but for DEL, which TOML wants escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -36,6 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
         notes = getattr(error, "__notes__", [])
         print("; ".join([f"gpurnn: error: {message or type(error).__name__}", *notes]), file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("gpurnn"):
+            raise
+        print(f"gpurnn: error: this needs {error.name}, which is not installed: pip install it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("gpurnn: interrupted", file=sys.stderr)
         return train_command.INTERRUPTED[signal.SIGINT]

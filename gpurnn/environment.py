@@ -120,8 +120,10 @@ def _installed(distributions: tuple[str, ...]) -> str:
 
 def _blas() -> str:
     """The BLAS that NumPy calls: its own copy where other packages loaded theirs beside it."""
-    import threadpoolctl
-
+    try:
+        import threadpoolctl
+    except ModuleNotFoundError:
+        return "unknown: threadpoolctl is not installed"
     loaded = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
     own = [library for library in loaded if "numpy" in library["filepath"]] or loaded
     return "; ".join(map(_blas_library, own)) or "unknown"

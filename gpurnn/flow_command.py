@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints verdicts, a table and biases; leaves flow.json and flow_*.png, .svg in the run folder."""
-    from gpurnn import character_model, checkpoint, diagnose, losses
+    from gpurnn import character_model, checkpoint, diagnose, losses, plot
     from gpurnn.metrics import plain, read_metrics
 
     folder = Path(options.folder)
@@ -52,8 +52,12 @@ def run(options: argparse.Namespace) -> int:
         "norms_by_lag": curves, "terms_by_lag": terms, "biases": biases,
     }  # fmt: skip
     checkpoint.write_atomically(folder / "flow.json", json.dumps(plain(result), indent=1).encode() + b"\n")
-    _draw(folder, model, config, len(alphabet), curves, terms, metrics)
-    print(f"figures   {folder}/flow_*.png and .svg; all numbers in {folder / 'flow.json'}")
+    figures = f"{folder}/flow_*.png and .svg"
+    if reason := plot.why_not():
+        figures = f"none: {reason}"
+    else:
+        _draw(folder, model, config, len(alphabet), curves, terms, metrics)
+    print(f"figures   {figures}; all numbers in {folder / 'flow.json'}")
     return 0
 
 

@@ -19,7 +19,10 @@ def run(options: argparse.Namespace) -> int:
     """Runs the tour; returns the process's exit code."""
     from gpurnn.arguments import whole
     from gpurnn.lab import tour
+    from gpurnn.plot import why_not
 
+    if reason := why_not():
+        raise ValueError(f"the tour is a page of figures, and {reason}")
     if not options.out:
         raise ValueError("--out: expected a folder, got an empty name")
     began = time.perf_counter()

@@ -111,12 +111,12 @@ def _trained(training: Any, folder: Path) -> int:
     baseline = _baseline(training)
     with _signals() as caught, _progress(training, caught) as report:
         train(training, folder, stop=lambda: bool(caught), report=report)
-    _draw(folder, training, baseline)
+    figures = _draw(folder, training, baseline)
     if caught and training.progress < 1:
         again = f"gpurnn train --resume {shlex.quote(str(folder))}"
         print(f"stopped and saved at step {training.steps_done}; go on with: {again}")
         return caught[0]
-    _finish(training, folder, baseline)
+    _finish(training, folder, baseline, figures)
     return 0
 
 
@@ -223,18 +223,14 @@ def _signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _progress(training: Any, caught: list[int]) -> Iterator[Any]:
-    """A live line on a terminal; elsewhere a line at each validation.  A reader of it who leaves stops the run."""
-    from tqdm import tqdm
+    """A live line on a terminal; elsewhere, and without tqdm, a line at each validation.
 
-    live = sys.stderr is not None and sys.stderr.isatty()
-    validation, gradient = ("val", "grad") if live else ("validation", "gradient")  # to fit into 80 columns
+    A reader of those lines who leaves stops the run.
+    """
+    bar = _bar(training)
+    validation, gradient = ("val", "grad") if bar is not None else ("validation", "gradient")  # to fit into 80 columns
     of_all = f"/{training.config.steps}" if training.config.steps else ""
     known: dict[str, Any] = {}
-    # The bar is the budget, whether in steps or minutes, and takes what the figures leave of the terminal's width.
-    layout = "{bar} {remaining}{postfix}"
-    bar = tqdm(total=1.0, initial=training.progress, bar_format=layout, disable=not live, dynamic_ncols=True)
-    if live:
-        bar.set_postfix_str("compiling or loading the cell")
 
     def report(line: dict[str, Any]) -> None:
         known.update({name: value for name, value in line.items() if value is not None})
@@ -242,35 +238,51 @@ def _progress(training: Any, caught: list[int]) -> Iterator[Any]:
         parts += [f"{validation} {_short(known['validation'])}"] if "validation" in known else []
         parts += [f"{known['chars_per_second']:,} chars/s"] if "chars_per_second" in known else []
         parts += [f"{gradient} {known['grad_norm']:.2g}"] if "grad_norm" in known else []
-        for sentence in line.get("news", []):
-            bar.write(f"warning   {sentence}")  # on its own line, above a live bar
-        if live:
-            bar.set_postfix_str(", ".join([f"step {line['step']}{of_all}", *parts]), refresh=False)
-            bar.update(training.progress - bar.n)
-        elif "validation" in line:
-            try:
+        try:
+            for sentence in line.get("news", []):
+                (print if bar is None else bar.write)(f"warning   {sentence}")  # on its own line, above a live bar
+            if bar is not None:
+                bar.set_postfix_str(", ".join([f"step {line['step']}{of_all}", *parts]), refresh=False)
+                bar.update(training.progress - bar.n)
+            elif "validation" in line:
                 print(f"step {line['step']:6d}  {training.seconds:6.1f} s  " + ", ".join(parts), flush=True)
-            except OSError:
-                caught.append(CLOSED_PIPE)
+        except OSError:
+            caught.append(CLOSED_PIPE)
 
-    with bar:
+    with contextlib.nullcontext() if bar is None else bar:
         yield report
+
+
+def _bar(training: Any) -> Any:
+    """The live line: the budget, whether in steps or minutes, and what the figures leave of the terminal's width."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return None
+    layout = "{bar} {remaining}{postfix}"
+    bar = tqdm(total=1.0, initial=training.progress, bar_format=layout, dynamic_ncols=True)
+    bar.set_postfix_str("compiling or loading the cell")
+    return bar
 
 
 def _short(bits: float) -> str:
     return f"{bits:.3f}" if bits < 1000 else f"{bits:.3g}"
 
 
-def _draw(folder: Path, training: Any, baseline: float | None) -> None:
-    """loss.png and gradient_flow.png, from metrics.jsonl."""
+def _draw(folder: Path, training: Any, baseline: float | None) -> str:
+    """Draws loss.png and gradient_flow.png, from metrics.jsonl; returns where they are, or why there are none."""
     from gpurnn import checkpoint, plot
     from gpurnn.metrics import read_metrics
 
+    if reason := plot.why_not():
+        return f"none: {reason}; with it, gpurnn train --resume {shlex.quote(str(folder))} draws them"
     metrics = read_metrics(folder / checkpoint.METRICS)
     plot.loss_curve(metrics, folder / "loss.png", baseline=baseline)
     recorded = [line for line in metrics if "flow" in line and "reach" in line]
     if not recorded:
-        return
+        return str(folder / "loss.png")
     picked = recorded if len(recorded) < 3 else [recorded[0], recorded[len(recorded) // 2], recorded[-1]]
     layers = range(len(picked[0]["flow"]))
     names = [f"step {line['step']}" + (f", layer {k}" if len(layers) > 1 else "") for line in picked for k in layers]
@@ -278,9 +290,10 @@ def _draw(folder: Path, training: Any, baseline: float | None) -> None:
     longest = max(map(len, reaches))
     padded = [[math.nan] * (longest - len(curve)) + curve for curve in reaches]  # a run's first windows have less past
     plot.gradient_flow(flows, folder / "gradient_flow.png", last=padded, labels=names)
+    return f"{folder / 'loss.png'}, {folder / 'gradient_flow.png'}"
 
 
-def _finish(training: Any, folder: Path, baseline: float | None) -> None:
+def _finish(training: Any, folder: Path, baseline: float | None, figures: str) -> None:
     """The result on the whole validation text, a sample, and where everything is."""
     import numpy as np
 
@@ -302,9 +315,7 @@ def _finish(training: Any, folder: Path, baseline: float | None) -> None:
         guess = math.log2(len(training.corpus.alphabet))
         if bits > 2 * guess:
             print(f"warning   guessing takes {guess:.3f}: this has diverged; a lower --lr or --clip-norm may do better")
-    print(
-        f"figures   {folder / 'loss.png'}, {folder / 'gradient_flow.png'}\nsample    (more: gpurnn sample {folder})\n"
-    )
+    print(f"figures   {figures}\nsample    (more: gpurnn sample {folder})\n")
     alphabet, rng = training.corpus.alphabet, np.random.default_rng(training.config.seed)
     prompt = character_model.first_prompt(alphabet)
     tokens = character_model.sample(training.model, alphabet, prompt, SAMPLE_LENGTH, SAMPLE_TEMPERATURE, rng)

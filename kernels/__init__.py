@@ -1,10 +1,12 @@
 """CUDA kernels, written in Numba.  Installed as `gpurnn.kernels`; depends on Numba's tools alone, never on the rest of gpurnn.
 
+numba_cuda the one door to `numba.cuda`
 ptx        inline PTX, one row per instruction; code that is written out, not unrolled
 pointwise  a cell's expression graph as code on registers
 products   weight_hh on one SM, times a step's vector: exact float32, and bfloat16 on tensor cores
 step       one time step of any cell          resident   all time steps of any cell, in one block
-plan       which tile a resident kernel gets
+exchange   how the blocks of a group give each other a step       waiting    when they give up, and leave
+plan       which tile, blocks and exchange a kernel gets
 losses     embedding     norms     optim: the rest of a training step, flat buffers 16 bytes at a time (`vectors`)
 faults     the record of what went wrong, on the device
 build      Numba -> PTX -> cubin, and the cache on disk          launch   raw pointers on CuPy's stream

@@ -122,7 +122,7 @@ def build(recipe: Recipe, capability: tuple[int, int], folder: Path | None = Non
 
 def ptx(source: Source, name: str, capability: tuple[int, int]) -> str:
     """The PTX that Numba emits, its entry called `name`."""
-    from numba import cuda
+    from .numba_cuda import cuda
 
     options = {"cc": capability, "device": False, "abi": "numba", "output": "ptx"}
     with _without_device(capability):
@@ -190,7 +190,7 @@ def _as_old_as(newest: tuple[int, int], text: str, capability: tuple[int, int]) 
 @contextlib.contextmanager
 def _without_device(capability: tuple[int, int]) -> Iterator[None]:
     """Device functions ask the current device for its capability while they are compiled; this answers for it."""
-    from numba.cuda import dispatcher
+    from .numba_cuda import dispatcher
 
     real = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)

@@ -2,11 +2,9 @@
 
 import math
 
-from numba import cuda
-from numba.cuda import types
-
 from .build import Source
 from .faults import FIRST, RECORD
+from .numba_cuda import cuda, types
 from .ptx import global_address, u64
 from .vectors import least
 

@@ -25,10 +25,8 @@ A wait that never ends (a block that is not running) is given up after LIMIT and
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from numba import cuda
-from numba.cuda import types
-
 from . import tiles
+from .numba_cuda import cuda, types
 from .ptx import (
     acquire,
     acquire_shared,

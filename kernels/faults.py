@@ -11,10 +11,8 @@ order; one thread behind them, in a launch of its own, makes a fault of it.
 
 import math
 
-from numba import cuda
-from numba.cuda import types
-
 from .build import Source
+from .numba_cuda import cuda, types
 from .vectors import finite
 
 SITE, POSITION, VALUE, FIRST, NOW = range(5)

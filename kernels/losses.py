@@ -13,11 +13,10 @@ A row whose largest logit is inf, -inf or NaN comes out as NaN without being loo
 import math
 
 import numpy as np
-from numba import cuda
-from numba.cuda import types
 
 from .build import Source
 from .faults import FIRST, RECORD, VALUES
+from .numba_cuda import cuda, types
 from .ptx import f32, global_address, instruction, u32, u64
 from .vectors import division, least
 

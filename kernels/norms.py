@@ -9,11 +9,9 @@ float64's squares may overflow or vanish: values beyond 2^+-500 are summed apart
 
 import math
 
-from numba import cuda
-from numba.cuda import types
-
 from .build import Source
 from .faults import FIRST, RECORD, VALUES, settle_first
+from .numba_cuda import cuda, types
 from .ptx import global_address, u64
 from .vectors import WIDTH, accesses, finite, least
 

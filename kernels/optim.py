@@ -7,11 +7,9 @@ would be off by more than a rounding.  Where the record holds a fault nothing ch
 not be finite keeps its value, and the first such position goes to the record's FIRST.
 """
 
-from numba import cuda
-from numba.cuda import types
-
 from .build import Source
 from .faults import FIRST, RECORD, SITE
+from .numba_cuda import cuda, types
 from .ptx import global_address, u64
 from .vectors import WIDTH, accesses, division, finite, least
 

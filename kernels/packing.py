@@ -1,9 +1,7 @@
 """weight_hh, put into the order in which the threads of a product read it: once before each pass through time."""
 
-from numba import cuda
-from numba.cuda import types
-
 from .build import Source
+from .numba_cuda import cuda, types
 from .products import columns
 from .ptx import pack_bf16, pack_f16, round_tf32
 from .tiles import Ffma, Shape, Tile, layout, packed_words

@@ -13,12 +13,10 @@ length, longest first, so a group stops at its first row's end.  Work on persist
 et al., "Persistent RNNs: stashing recurrent weights on-chip", ICML 2016.
 """
 
-from numba import cuda
-from numba.cuda import types
-
 from . import exchange as exchanges
 from . import pointwise, tiles
 from .build import Source
+from .numba_cuda import cuda, types
 from .products import columns, product
 from .ptx import advance, shared_address, store_shared_u
 from .tiles import Ffma, Shape, layout

@@ -7,8 +7,8 @@ and writes its results to another: indices are constants, so both become registe
 
 import numpy as np
 from llvmlite import ir
-from numba.cuda import cgutils, types
-from numba.cuda.extending import intrinsic
+
+from .numba_cuda import cgutils, intrinsic, types
 
 APPROXIMATE = "approximate"  # float32 by the special function unit: tanh good to 2^-11, for products in bfloat16
 EXACT = "exact"  # NVIDIA's libdevice, within a few units in the last place

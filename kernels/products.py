@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import cuda
-from numba.cuda import types
 
 from . import tiles
+from .numba_cuda import cuda, types
 from .ptx import (
     exchange,
     global_address,

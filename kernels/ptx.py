@@ -7,9 +7,8 @@ Semantics: NVIDIA's PTX ISA.  What Numba expresses itself (scalar loads and stor
 from typing import Any
 
 from llvmlite import ir
-from numba.cuda import cgutils, types
-from numba.cuda.extending import intrinsic
-from numba.cuda.typing import signature
+
+from .numba_cuda import cgutils, intrinsic, signature, types
 
 f32, f64, u32, u64 = types.float32, types.float64, types.uint32, types.uint64
 GLOBAL, SHARED = 1, 3

@@ -7,11 +7,9 @@ One thread has one unit of one batch row, all its gates; units run along the thr
 The layout of the slots is that of a traced cell: `r of the split gates | joint gates | x of the split gates`, each H wide.
 """
 
-from numba import cuda
-from numba.cuda import types
-
 from . import pointwise
 from .build import Source
+from .numba_cuda import cuda, types
 
 THREADS = 256
 

@@ -5,9 +5,7 @@ Sizes are multiples of WIDTH values and addresses of 16 bytes, as those of `gpur
 
 import math
 
-from numba import cuda
-from numba.cuda import types
-
+from .numba_cuda import cuda, types
 from .ptx import f32, f64, global_address, instruction, load_global_4f, u64
 
 store_global_4f = instruction("store_global_4f", "st.global.v4.f32 [$0], {$1,$2,$3,$4};", (), (u64,) + (f32,) * 4)

@@ -10,10 +10,8 @@ block, and before the flag's next turn another one.  A block that begins raises 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from numba import cuda
-from numba.cuda import types
-
 from .faults import GAVE_UP
+from .numba_cuda import cuda, types
 from .ptx import (
     global_address,
     global_timer,

@@ -7,13 +7,18 @@ import pytest
 from gpurnn import backend
 from gpurnn.cells import CELLS, Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
 
+ON_A_GPU = 4  # processes: each keeps a context and a memory pool of its own
+
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Each cell compiles once per session, in a folder of the session's own unless GPURNN_CACHE_DIR names one."""
+def compile_cache(tmp_path_factory, worker_id):
+    """Each cell compiles once per session, in a folder that its processes share, unless GPURNN_CACHE_DIR names one."""
     with pytest.MonkeyPatch.context() as patch:
         if "GPURNN_CACHE_DIR" not in os.environ:
-            patch.setenv("GPURNN_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+            own = tmp_path_factory.getbasetemp()
+            folder = (own if worker_id == "master" else own.parent) / "compiled"
+            folder.mkdir(exist_ok=True)
+            patch.setenv("GPURNN_CACHE_DIR", str(folder))
         yield
 
 
@@ -23,6 +28,12 @@ def same_backend():
     before = backend.name, backend.xp
     yield
     assert (backend.name, backend.xp) == before
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: a process for each CPU, but a GPU is shared by ON_A_GPU of them, whatever the number of its CPUs."""
+    return ON_A_GPU if backend.name == "cuda" else None
 
 
 def pytest_configure(config):

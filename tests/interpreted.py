@@ -3,17 +3,26 @@
 A launch copies the allocations that its pointers lie in, each as a span of its own, into the interpreter's memory, runs
 the PTX that Numba emitted, and copies them back.  So every kernel of every executor is run with bounds, alignment, races,
 divergence, deadlock and reads of what was never written checked.
+
+The PTX is kept in the cache folder, which the processes of a session share, under the key of its machine code and the
+versions of what ran Numba.  Kernels that a test has changed, in their module or in one that they call, are not.
 """
 
 import functools
+import importlib
+import os
+import pkgutil
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gpurnn.kernels
 from gpurnn import faults
-from gpurnn.executors import device
+from gpurnn.executors import cache, device
 from gpurnn.kernels import build
 from tests import fake_cupy
 from tests.fake_cupy.backend import as_backend
@@ -26,10 +35,39 @@ CAPABILITY = (9, 0)
 RUNNING = 132  # blocks at once
 
 
+def _state(name: str) -> dict[str, tuple[int, int]]:
+    """What a kernel's module is made of, and the code of its functions."""
+    everything = vars(importlib.import_module(name)).items()
+    return {
+        key: (id(value), id(getattr(value, "__code__", None))) for key, value in everything if not key.startswith("__")
+    }
+
+
+AS_WRITTEN = {name: _state(name) for _, name, _ in pkgutil.iter_modules(gpurnn.kernels.__path__, "gpurnn.kernels.")}
+
+
 @functools.lru_cache(maxsize=256)
 def program(recipe: build.Recipe):
     source = recipe.factory(recipe.trace, **dict(recipe.constants))
-    return source, parse(build.ptx(source, f"gpurnn_{source.function.__name__}", CAPABILITY))
+    path = _kept(recipe)
+    if path and path.exists():
+        return source, parse(path.read_text())
+    text = build.ptx(source, f"gpurnn_{source.function.__name__}", CAPABILITY)
+    if path:
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(path)
+    return source, parse(text)
+
+
+def _kept(recipe: build.Recipe) -> Path | None:
+    """Where the recipe's PTX is or will be; None where a test has changed the kernels."""
+    factory, folder = recipe.factory, cache.folder()
+    own = AS_WRITTEN.get(factory.__module__, {}).get(factory.__name__, (None,))[0] == id(factory)
+    if folder is None or not own or any(_state(name) != state for name, state in AS_WRITTEN.items()):
+        return None
+    versions = f"{platform.python_version()}-numpy{np.__version__}"
+    return folder / f"{factory.__name__}-{build._key(recipe, CAPABILITY)}-{versions}.ptx"
 
 
 class Interpreted:

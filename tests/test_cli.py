@@ -77,6 +77,35 @@ def test_train_leaves_a_whole_run(text, tmp_path, capsys):
     assert TrainConfig.from_mapping(checkpoint.read_config(folder / "config.toml"), "").data == str(text)
 
 
+def test_without_figures_and_live_lines(text, tmp_path, capsys, monkeypatch):
+    """Packages that a result does not need: a run goes without, and gets its figures later."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as lacking:
+        for name in ("matplotlib", "tqdm"):
+            lacking.setitem(sys.modules, name, None)
+        lacking.setattr("sys.stderr.isatty", lambda: True)
+        assert main(["train", "--data", str(text), *SMALL, "--run", str(run)]) == 0
+        output = capsys.readouterr().out
+        assert "figures   none: matplotlib is not installed; with it, gpurnn train --resume" in output
+        assert "step      8" in output and "bits/char on all" in output
+        assert main(["flow", str(run), "--steps", "9"]) == 0
+        assert "figures   none: matplotlib is not installed; all numbers in" in capsys.readouterr().out
+        assert "the tour is a page of figures, and matplotlib is not" in refused(
+            capsys, "lab", "--out", tmp_path / "lab"
+        )
+        assert not list(tmp_path.rglob("*.png")) and not (tmp_path / "lab").exists()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "loss.png").exists() and "gradient_flow.png" in capsys.readouterr().out
+
+
+def test_what_a_command_needs_and_lacks_is_named(text, tmp_path, capsys, monkeypatch):
+    for name in ("safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run = tmp_path / "run"
+    assert "this needs safetensors" in refused(capsys, "train", "--data", text, *SMALL, "--run", run)
+    assert not run.exists()
+
+
 def test_resume_and_extend(run, capsys):
     assert main(["train", "--resume", str(run)]) == 0
     assert "nothing left to do: 8 steps are done" in capsys.readouterr().out

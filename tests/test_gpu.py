@@ -231,7 +231,7 @@ def forward_launch(N, T, H):
     sweep = device.begin(LSTM_CELL, draw(T, N, 3), weights, state, np.full(T, N), False, False, "float32")
     tape, carried = sweep.tape, cupy.stack(state)
     final = carried.copy()
-    run = on_chip._Run.of(on_chip.RESIDENT, persistent.forward, tape, sweep.weight_hh, transposed=False, training=False)
+    run = on_chip.RESIDENT._pass(persistent.forward, tape, sweep.weight_hh, transposed=False, training=False)
     ((_, _, slots),) = device.pieces(sweep)
     arrays = slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, final, tape.lengths
 
@@ -388,6 +388,7 @@ def text(tmp_path):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_run_resumes_bit_for_bit(cell, text, tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="runs are kept in safetensors files")
     options = ["--cell", cell, "--hidden-size", "40", "--batch", "3", "--k1", "6", "--validation", "0.2"]
     train = ["train", "--data", str(text), *options, "--num-layers", "2", "--dropout", "0.1", "--schedule", "constant"]
     assert main([*train, "--steps", "30", "--run", str(tmp_path / "whole")]) == 0
@@ -417,5 +418,6 @@ def test_tuning_keeps_the_fastest(tmp_path, monkeypatch):
     for transposed in (False, True):
         question = tuning.Question(LSTM_CELL, 200, 16, "bfloat16", transposed, False)
         measured = tuning.tune(question, device.chip())
-        assert len(measured) >= 3 and all(0 < microseconds < 100 for _, microseconds in measured)
+        times = [microseconds for _, microseconds in measured]
+        assert len(measured) >= 3 and times[0] > 0 and times == sorted(times)
         assert tuning.choice(question, device.chip()) == measured[0][0]

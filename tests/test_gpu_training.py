@@ -185,6 +185,8 @@ def test_a_step_never_waits(corpus, monkeypatch):
 
 @pytest.mark.parametrize("k2", [8, 13])
 def test_a_resumed_run_is_the_same_bit_for_bit(k2, corpus, tmp_path):
+    pytest.importorskip("safetensors", reason="runs are kept in safetensors files")
+
     def go(run, steps):
         training = Training(replace(CONFIG, k2=k2, steps=steps), corpus)
         if run.exists():

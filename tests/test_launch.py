@@ -210,8 +210,7 @@ def test_shared_memory_that_is_refused(machine):
 
 
 def scaling(trace, *, factor):
-    from numba import cuda
-    from numba.cuda import types
+    from gpurnn.kernels.numba_cuda import cuda, types
 
     def scale(values, n):
         k = cuda.grid(1)
@@ -414,7 +413,7 @@ def test_ptx_has_our_name_and_nothing_to_be_resolved():
 
 @tools
 def test_compiling_leaves_numba_as_it_was():
-    from numba.cuda import dispatcher
+    from gpurnn.kernels.numba_cuda import dispatcher
 
     before = dispatcher.get_current_device
     build.ptx(scaling(None, factor=2), "gpurnn_scale", (9, 0))

@@ -258,7 +258,7 @@ def test_lint_notices_spills_and_an_empty_disassembly(tmp_path):
 
 
 def _pointer():
-    from numba.cuda import types
+    from gpurnn.kernels.numba_cuda import types
 
     return types.CPointer(types.float32)
 

@@ -1,5 +1,6 @@
 """The package as a whole: what importing it costs, what it offers, how it is mapped."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -14,15 +15,86 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str, *, cwd: Path | None = None) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd or ROOT
-    ).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd or ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_importing_it_is_light():
     heavy = ["numba", "llvmlite", "matplotlib", "safetensors"] + (["cupy"] if backend.name == "numpy" else [])
     loaded = python(f"import sys, gpurnn; print([name for name in {heavy} if name in sys.modules])")
     assert loaded == "[]"
+
+
+BARE = """
+import importlib, pkgutil, sys
+
+class Refuse:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {lacking}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse)
+import bench, gpurnn
+names = [module.name for package in (bench, gpurnn) for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert name.startswith("bench.peers.") and error.name in ("torch", "jax", "flashrnn"), (name, error)
+for name in ("conftest", "test_gpu", "test_gpu_training"):
+    importlib.import_module(f"tests.{name}")
+
+from gpurnn.cli import main
+assert main(["info"]) == 0
+model = gpurnn.SequenceModel(gpurnn.Embedding(5, 3), gpurnn.GRU(3, 4), gpurnn.Linear(4, 5))
+optimizer, tokens = gpurnn.Adam(model), gpurnn.backend.xp.arange(12).reshape(6, 2) % 5
+before = gpurnn.full_bptt(model, tokens[:-1], tokens[1:], gpurnn.softmax_cross_entropy)[0]
+optimizer.step()
+gpurnn.synchronize()
+assert gpurnn.full_bptt(model, tokens[:-1], tokens[1:], gpurnn.softmax_cross_entropy)[0] < before
+print(main(["train", "--steps", "1"]))
+"""
+
+
+def test_a_bare_machine():
+    """NumPy, Numba and the GPU's packages: imports everything but the peers' code, and trains."""
+    pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+    lacking = ("matplotlib", "safetensors", "threadpoolctl", "tqdm", "pynvml", "hypothesis", "torch", "jax", "scipy")
+    said = python(BARE.replace("{lacking}", repr(lacking)))
+    assert "blas          unknown: threadpoolctl is not installed" in said and said.endswith("\n2"), said
+
+
+def test_numba_cuda_has_one_door():
+    """What `kernels/numba_cuda.py` does has to come first."""
+    found = re.compile(r"^\s*(from|import) numba[. ](import )?cuda\b|importorskip\(.numba\.cuda", re.MULTILINE)
+    rooms = (path for room in ("bench", "gpurnn", "kernels", "tests") for path in (ROOT / room).rglob("*.py"))
+    assert {path.name for path in rooms if found.search(path.read_text())} == {"numba_cuda.py"}
+
+
+DOOR = """
+import sys, warnings
+import numpy as np
+warnings.simplefilter("error")
+if hasattr(np, "row_stack"):  # as from NumPy 2.5 on
+    del np.row_stack
+gone = not hasattr(np, "row_stack")
+from gpurnn.kernels import build, plan
+from gpurnn.kernels.numba_cuda import cuda, types
+table = sys.modules["numba.cuda.np.arrayobj"]
+assert hasattr(np, "row_stack") != gone and warnings.filters[0][0] == "error"
+
+def copy(a, b):
+    b[0] = a[0]
+
+pointer = types.CPointer(types.float32)
+print(build.ptx(build.Source(copy, (pointer, pointer), 32), "copy", (9, 0)).count(".entry copy("))
+"""
+
+
+def test_kernels_compile_where_numpy_has_no_row_stack():
+    pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+    assert python(DOOR) == "1"
 
 
 def test_version_needs_no_installation(tmp_path):

@@ -185,7 +185,7 @@ def test_a_budget_in_minutes_ends_and_resumes(text, tmp_path):
     first = go(config, corpus, tmp_path / "run", 5)
     assert 0 < first.progress < 1 and first.optimizer.lr > 0.02 * config.lr
     second = go(config, corpus, tmp_path / "run", 10**9)
-    assert second.progress == 1 and 1.5 <= second.seconds < 4
+    assert second.progress == 1 and second.seconds >= 1.5
     assert second.optimizer.lr == pytest.approx(0.02 * config.lr, rel=0.5), "the schedule ran out with the time"
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from bench.cases import STATES, Case
 from bench.peers.workload import Workload
@@ -22,6 +21,8 @@ class NumpyLoop(Workload):
     """The `numpy-loop` implementation, in float32 with NumPy's own BLAS threads."""
 
     def __init__(self, problem: Problem, phase: str):
+        from threadpoolctl import ThreadpoolController
+
         self.case, self.problem, self.training = problem.case, problem, phase == "training"
         self.weights = named(problem.weights)
         self.last: Arrays = {}

@@ -2,7 +2,8 @@
 
 After a two-thread product OpenBLAS's workers spin for about 100 ms and take the core that our next loop wants.  So BLAS
 runs on one thread inside our operations, large products are split over this pool (NumPy releases the interpreter lock
-in them), and the caller's setting comes back when the last of our operations ends.
+in them), and the caller's setting comes back when the last of our operations ends.  Without threadpoolctl BLAS keeps its
+threads: slower, and right all the same.
 """
 
 import functools
@@ -15,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from gpurnn import backend
 from gpurnn.environment import MAX_THREADS, cpu_threads
@@ -54,14 +54,13 @@ class _OneBlasThread:
     def __enter__(self) -> None:
         with self._lock:
             if self._holders == 0:
-                _let_any_thread_control_blas()
-                self._limit = _controller().limit(limits=1, user_api="blas")
+                self._limit = _limited()
             self._holders += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._holders -= 1
-            if self._holders == 0:
+            if self._holders == 0 and self._limit is not None:
                 _let_any_thread_control_blas()
                 self._limit.restore_original_limits()
                 _let_any_thread_control_blas()
@@ -81,8 +80,21 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
-def _controller() -> ThreadpoolController:
+def _controller() -> Any:
+    """What sets BLAS's threads; None where threadpoolctl is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ModuleNotFoundError:
+        return None
     return ThreadpoolController()
+
+
+def _limited() -> Any:
+    """BLAS on one thread from now on: what restores its threads."""
+    if _controller() is None:
+        return None
+    _let_any_thread_control_blas()
+    return _controller().limit(limits=1, user_api="blas")
 
 
 def _let_any_thread_control_blas() -> None:

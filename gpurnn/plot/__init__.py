@@ -4,6 +4,7 @@ from gpurnn.plot.curves import Panel, by_lag, curves
 from gpurnn.plot.flow import gradient_flow
 from gpurnn.plot.lab import activations, surface, unrolled
 from gpurnn.plot.maps import eigenvalues, flow_map
+from gpurnn.plot.style import why_not
 from gpurnn.plot.training import loss_curve
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "loss_curve",
     "surface",
     "unrolled",
+    "why_not",
 ]

@@ -23,6 +23,15 @@ SIZE, DPI = (8.0, 5.0), 150  # inches, dots per inch
 TICKS = [1, 2, 5, 10]
 
 
+def why_not() -> str | None:
+    """Why no figure can be drawn here; None where one can."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        return "matplotlib is not installed"
+    return None
+
+
 def figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
     from matplotlib.figure import Figure
 

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
+pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+
+from gpurnn.kernels.numba_cuda import cuda, types
 from tests.ptx.errors import Deadlock, OutOfBounds, PtxError, Race, Uninitialised
 from tests.ptx.machine import run
 from tests.ptx.memory import Memory
 from tests.ptx.parse import parse
-
-cuda = pytest.importorskip("numba.cuda", reason="needs numba-cuda")
-types = pytest.importorskip("numba").types
 
 SEEDS = (None, 0, 1, 2)
 THREADS = 64

@@ -11,9 +11,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from numba import cuda
-from numba.cuda import types
-
+from gpurnn.kernels.numba_cuda import cuda, types
 from gpurnn.kernels.ptx import (
     cluster_arrive,
     cluster_wait,
