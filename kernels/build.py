@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import types as python_types
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -30,6 +31,8 @@ TOOLS = (
     "cuda-core",
 )
 DIGEST = 32  # bytes
+
+_compiling = threading.Lock()
 
 
 class Source(NamedTuple):
@@ -168,15 +171,19 @@ def _as_old_as(newest: tuple[int, int], text: str) -> str:
 
 @contextlib.contextmanager
 def _without_device(capability: tuple[int, int]) -> Iterator[None]:
-    """Device functions ask the current device for its capability while they are compiled; this answers for it."""
+    """Device functions ask the current device for its capability while they are compiled; this answers for it.
+
+    One thread at a time: another would take this answer for the real one.
+    """
     from numba.cuda import dispatcher
 
-    real = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = real
+    with _compiling:
+        real = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = real
 
 
 def _key(recipe: Recipe, capability: Sequence[int]) -> str:

@@ -77,6 +77,7 @@ def interpreted(executor: str | None = None, seed: int | None = None) -> Iterato
     with as_backend(executor), pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "_launcher", lambda recipe, number: Interpreted(recipe))
         patch.setattr(Interpreted, "seed", seed)
+        faults.take()
         faults.restart(0)
         yield
 

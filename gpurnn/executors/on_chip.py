@@ -58,7 +58,7 @@ class OnChip(NamedTuple):
             )
         sweep = device.begin(cell, x, weights, state, rows, reverse, training, precision)
         tape = sweep.tape
-        carried = backend.xp.stack(state).astype(x.dtype, copy=False)
+        carried = backend.stacked(state).astype(x.dtype, copy=False)
         run = self._pass(persistent.forward, tape, sweep.weight_hh, transposed=False, training=training)
         rest_state = tape.rest.strides[0] // x.itemsize
         for t0, t1, slots in device.pieces(sweep):
@@ -77,7 +77,7 @@ class OnChip(NamedTuple):
         xp, cell, dtype = backend.xp, tape.cell, tape.x.dtype
         dy = device.with_unit_stride(dy)
         slots = tape.slots.copy() if options.keep else tape.slots
-        passed = xp.stack(dstate).astype(dtype, copy=False)
+        passed = backend.stacked(dstate).astype(dtype, copy=False)
         params, dparams = device.parameters(tape)
         weight_hh = device.ordered_weight_hh(cell, tape.weights)
         run = self._pass(persistent.backward, tape, weight_hh, transposed=True, clip=options.clip is not None)

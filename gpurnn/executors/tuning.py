@@ -9,6 +9,7 @@ nothing, and so is a file that cannot be read.
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def choice(question: Question, chip: Chip) -> Choice | None:
         return None
     known = _read().get(_key(question, chip), {}).get("choice")
     found = next((choice for choice in every if _name(choice) == known), None)
-    if found is None and os.environ.get("GPURNN_TUNE") == "1" and not backend.capturing:
+    if found is None and os.environ.get("GPURNN_TUNE") == "1" and not backend.thread.capturing:
         found = tune(question, chip)[0][0]
     return found or every[0]
 
@@ -88,7 +89,7 @@ def microseconds(question: Question, choice: Choice) -> float:
     state = tuple(xp.zeros((N, H), np.float32) for _ in range(cell.states))
     x = xp.zeros((T, N, 1), np.float32)
     sweep = device.begin(cell, x, weights, state, np.full(T, N), False, True, precision)
-    tape, carried = sweep.tape, xp.stack(state)
+    tape, carried = sweep.tape, backend.stacked(state)
     tape.slots.fill(0)
     rest_state = tape.rest.strides[0] // 4
     if transposed:
@@ -147,6 +148,6 @@ def _write(key: str, found: dict[str, Any]) -> None:
     place = cache.folder()
     if place is None:
         return
-    temporary = Path(place / f".tmp-{os.getpid()}-{FILE}")
+    temporary = Path(place / f".tmp-{os.getpid()}-{threading.get_ident()}-{FILE}")
     temporary.write_text(json.dumps(_read() | {key: found}))
     os.replace(temporary, place / FILE)

@@ -10,6 +10,7 @@ from .memory import allocations as _allocations
 from .memory import counters, poisoned, supported
 from .ndarray import NAMESPACE, Capsule, FakeArray, array_only, from_host, in_order_k, on_device, stored, unwrap
 
+DIRECTLY, LARGE = 8, 2 << 20  # parts that CuPy joins one by one, as it does those of so many bytes each
 ATOMIC = "ilqIQefd"  # the types that CuPy adds atomically
 
 
@@ -173,7 +174,16 @@ def ascontiguousarray(a: FakeArray, dtype: Any = None) -> FakeArray:
 @dispatched
 def concatenate(tup: Iterable[FakeArray], axis: int | None = 0, out: Any = None, *, dtype: Any = None) -> FakeArray:
     hosts = [array_only(part) for part in tup]
+    if _one_kernel(hosts, out.dtype if out is not None else dtype):
+        counters.transfer()
     return stored(np.concatenate(hosts, axis, dtype=dtype), out)
+
+
+def _one_kernel(hosts: list, dtype: Any) -> bool:
+    """Whether CuPy copies the parts by one kernel, which reads their addresses from an array made on the host."""
+    if len(hosts) <= DIRECTLY or len({host.dtype for host in hosts}) > 1 or dtype not in (None, hosts[0].dtype):
+        return False
+    return sum(host.nbytes for host in hosts) < LARGE * len(hosts)
 
 
 @dispatched

@@ -296,6 +296,8 @@ class FakeArray(NDArrayOperatorsMixin):
         return on_device(self._host.argsort(axis, kind="stable"))
 
     def repeat(self, repeats: int, axis: int | None = None) -> "FakeArray":
+        if not isinstance(repeats, int | np.integer):
+            raise NotImplementedError("one number of repeats for each value would be copied to the device")
         return on_device(self._host.repeat(repeats, axis))
 
     # Reductions
