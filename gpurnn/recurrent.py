@@ -165,6 +165,7 @@ class Recurrent(Layer):
                     executor=self.executor,
                     training=training,
                     precision=self.precision,
+                    clip=self.clip_in_time is not None,
                 )
                 outputs.append(y)
                 backwards.append(step_back)

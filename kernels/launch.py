@@ -118,4 +118,4 @@ def _allow_shared(entry: Any, device: int, size: int) -> None:
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (code,) = driver.cuKernelSetAttribute(attribute, size, entry.handle, driver.CUdevice(device))
     if code != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"a block may not have {size} bytes of shared memory: {code.name}")
+        raise DoesNotFit(f"a block may not have {size} bytes of shared memory: {code.name}")

@@ -21,12 +21,15 @@ from gpurnn.executors import cache, device
 from gpurnn.executors.numpy_loop import Weights
 from gpurnn.executors.passes import Pass
 from gpurnn.kernels import build, persistent, plan
+from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
 
 FILE = "tuned.json"
 CANDIDATES = 6
 REPEATS = 5
 MOST_STEPS, MOST_VALUES = 256, 1 << 24  # of a measurement: steps, and values in the slots
+
+_ruled_out: set[tuple] = set()  # choices that the chip turned out not to run, each with its question and chip
 
 
 class Question(NamedTuple):
@@ -53,11 +56,19 @@ def choice(question: Question, chip: Chip) -> Choice | None:
 
 
 def choices(question: Question, chip: Chip) -> list[Choice]:
-    """All that fits, the cheapest by the model first."""
+    """All that fits, the cheapest by the model first.  What was ruled out is not among it."""
     cell, H, N, precision, transposed, alone = question
     pair = registers(cell, transposed)
     every = plan.choices(H, cell.gates, transposed, N, precision, pair, chip, alone)
-    return sorted(every, key=lambda choice: (choice.cost.cycles, choice.blocks))
+    left = [choice for choice in every if (question, chip, choice) not in _ruled_out]
+    return sorted(left, key=lambda choice: (choice.cost.cycles, choice.blocks))
+
+
+def rule_out(question: Question, chip: Chip, choice: Choice, error: DoesNotFit) -> None:
+    """Never gives this answer again in this process.  Raises `error` where it did not: somebody insists on the choice."""
+    if (question, chip, choice) in _ruled_out:
+        raise error
+    _ruled_out.add((question, chip, choice))
 
 
 def candidates(every: list[Choice]) -> list[Choice]:
@@ -72,7 +83,14 @@ def tune(question: Question, chip: Chip) -> list[tuple[Choice, float]]:
 
     Waits for the device.  Raises ValueError where nothing fits.
     """
-    measured = [(choice, microseconds(question, choice)) for choice in candidates(choices(question, chip))]
+    measured, every = [], choices(question, chip)
+    for choice in candidates(every):
+        try:
+            measured.append((choice, microseconds(question, choice)))
+        except DoesNotFit as error:
+            rule_out(question, chip, choice, error)
+    if not measured and every:
+        return tune(question, chip)  # among what is left
     if not measured:
         raise ValueError(f"weight_hh of {question.cell.name} with {question.H} units does not fit this GPU")
     measured.sort(key=lambda pair: pair[1])

@@ -305,8 +305,8 @@ class FakeArray(NDArrayOperatorsMixin):
     def sum(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> "FakeArray":
         return _reduced(self, "sum", out, axis=axis, dtype=dtype, keepdims=keepdims)
 
-    def prod(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> "FakeArray":
-        return _reduced(self, "prod", out, axis=axis, dtype=dtype, keepdims=keepdims)
+    def prod(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool | None = None) -> "FakeArray":
+        return _reduced(self, "prod", out, axis=axis, dtype=dtype, keepdims=bool(keepdims))
 
     def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> "FakeArray":
         return _reduced(self, "mean", out, axis=axis, dtype=dtype, keepdims=keepdims)
