@@ -1,5 +1,7 @@
 """A slice of a GPU, or a small one: what the plan chose does not run there, so the next choice is taken, at last `step`."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 import gpurnn
 from gpurnn import backend, executors
-from gpurnn.cells import LSTM_CELL
+from gpurnn.cells import CELLS
 from gpurnn.executors import device, on_chip, passes, tuning
 from gpurnn.executors.on_chip import PERSISTENT
 from gpurnn.kernels.launch import DoesNotFit
@@ -15,47 +17,46 @@ from tests.interpreted import Interpreted, interpreted
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="written for the stand-in")
 
-H, N = 96, 4
-FLOAT32 = np.dtype("float32")
+RNN, H, N, WHOLE = CELLS["rnn_tanh"], 64, 4, 132
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """`small(fits)`: of the kernels, only those of which `fits(source)` groups run at once run at all; yields the tried."""
-    tried = []
+    """`small(fits)`: a kernel runs with `fits(source)` blocks at once.  Gives the list of those that were loaded."""
+    loaded = []
 
-    def chip(fits):
+    def chip(fits, built=True):
         def launcher(recipe, number):
-            made = Interpreted(recipe)
-            made.resident_blocks = fits(made.source)
-            tried.append((made.source.function.__name__, made.source.cluster, made.source.cooperative))
-            if not made.resident_blocks:
+            source = recipe.factory(recipe.trace, **dict(recipe.constants))
+            loaded.append(source)
+            if not fits(source):
                 raise DoesNotFit("no block fits")
+            if not built:  # nobody will launch it
+                return SimpleNamespace(kernel=SimpleNamespace(spilled=0, cooperative=False))
+            made = Interpreted(recipe)
+            made.resident_blocks = fits(source)
             return made
 
         monkeypatch.setattr(device, "_launcher", launcher)
-        return tried
+        return loaded
 
-    with interpreted():
+    def forget():
         for cached in (on_chip._choice, on_chip._load, passes.fitted):
             cached.cache_clear()
-        monkeypatch.setattr(tuning, "_ruled_out", set())
+
+    with interpreted():
+        forget()
+        monkeypatch.setattr(tuning, "_too_many", {})
         yield chip
-    for cached in (on_chip._choice, on_chip._load, passes.fitted):
-        cached.cache_clear()
+    forget()
 
 
 def trained(executor=None):
-    """y and dx of a layer, with the exchanges of its two kernels."""
-    layer = gpurnn.LSTM(3, H, rng=1, executor=executor)
+    """y and dx."""
+    layer = gpurnn.RNN(3, H, rng=1, executor=executor)
     x = backend.xp.asarray(np.random.default_rng(0).standard_normal((2, N, 3)).astype("float32"))
     y, _, backward = layer(x)
     return backend.to_numpy(y), backend.to_numpy(backward(y)[0])
-
-
-def exchanges():
-    found = [PERSISTENT.choice(LSTM_CELL, H, N, "float32", transposed) for transposed in (False, True)]
-    return [choice and choice.exchange for choice in found]
 
 
 @pytest.fixture(scope="module")
@@ -69,69 +70,81 @@ def same(found, expected):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def chosen():
+    return [PERSISTENT.choice(RNN, H, N, "float32", transposed) for transposed in (False, True)]
+
+
+def test_what_is_too_large_for_the_chip_is_not_built_again(small):
+    question, chip = tuning.Question(RNN, H, N, "float32", True, False), device.chip()
+    every = tuning.choices(question, chip)
+    four = next(choice for choice in every if choice.exchange == "clustered" and choice.blocks == 4)
+    tuning.rule_out(question, chip, four, DoesNotFit("no cluster fits"))
+    left = tuning.choices(question, chip)
+    assert left == [choice for choice in every if choice.exchange != "clustered" or choice.blocks < 4]
+    assert {choice.blocks for choice in left if choice.exchange == "clustered"} == {2, 3}
+    assert max(choice.blocks for choice in left if choice.exchange == "flagged") > 4
+    other = tuning.Question(CELLS["gru"], 100, N, "float32", False, False)
+    assert all(choice.exchange != "clustered" or choice.blocks < 4 for choice in tuning.choices(other, chip))
+    assert tuning.choices(question, chip._replace(number=1)) != left, "another GPU"
+
+
 def test_without_clusters_blocks_exchange_through_memory(small, expected):
-    assert exchanges() == ["clustered"] * 2, "what the plan would take on a whole GPU"
-    tried = small(lambda source: 0 if source.cluster > 1 else 132)
+    loaded = small(lambda source: 0 if source.cluster > 1 else WHOLE)
     same(trained("persistent"), expected)
-    assert exchanges() == ["flagged"] * 2
-    assert {cluster for _, cluster, _ in tried} > {1}
-    tried.clear()
-    same(trained("persistent"), expected)
-    assert all(cluster == 1 for _, cluster, _ in tried), "what did not fit is not tried again"
-
-
-def test_forward_and_back_choose_apart(small, expected):
-    small(lambda source: 0 if source.cluster > 1 and "back" in source.function.__name__ else 132)
-    same(trained("persistent"), expected)
-    assert exchanges() == ["clustered", "flagged"]
+    assert {choice.exchange for choice in chosen()} <= {"flagged", "counted"}
+    assert sum(source.cluster > 1 for source in loaded) <= 8, "each costs seconds to build"
 
 
 def test_groups_of_which_not_one_runs_at_once(small, expected):
     """A cooperative launch of them would be refused."""
-    few = 3
-    small(lambda source: 0 if source.cluster > 1 else few if source.cooperative else 132)
+    small(lambda source: 0 if source.cluster > 1 else 2 if source.cooperative else WHOLE)
     same(trained("persistent"), expected)
-    left = [PERSISTENT.choice(LSTM_CELL, H, N, "float32", transposed) for transposed in (False, True)]
-    assert all(choice.blocks <= few for choice in left)
+    assert max(choice.blocks for choice in chosen()) <= 2
 
 
-def test_at_last_there_is_step(small, expected, monkeypatch):
-    tried = small(lambda source: 0 if source.cluster > 1 or source.cooperative or source.shared else 132)
+@pytest.mark.parametrize("training", [True, False])
+def test_at_last_there_is_step(small, expected, training, monkeypatch):
     monkeypatch.setattr(on_chip.plan, "step_cycles", lambda *_: 1e9)
-    cheap = [choice for alone in (False, True) for choice in _cheapest(alone)]
-    monkeypatch.setattr(tuning.plan, "choices", lambda *given: [c for c in cheap if (c.exchange == "alone") == given[-1]])
-    same(trained(), expected)
-    assert executors.choose(None, LSTM_CELL, H, N, FLOAT32, "float32") is executors.executor("step")
-    assert {name for name, *_ in tried} > {"forward_step", "backward_step"}, "others were tried before"
-    with pytest.raises(ValueError, match=f"lstm with {H} units does not fit this GPU in float32; 'step' runs every size"):
+    loaded = small(lambda source: WHOLE if source.function.__name__.startswith(("step", "pack")) else 0)
+    if training:
+        same(trained(), expected)
+    else:
+        gpurnn.RNN(3, H, rng=1)(backend.xp.zeros((2, N, 3), np.float32), training=False)
+    names = {source.function.__name__ for source in loaded}
+    assert {"persistent_forward", "step_forward"} <= names and "persistent_backward" not in names
+    chosen = executors.choose(None, RNN, H, N, np.dtype("float32"), "float32")
+    assert chosen is executors.executor("step")
+    with pytest.raises(ValueError, match=f"rnn_tanh with {H} units does not fit this GPU in float32; 'step' runs every"):
         trained("persistent")
 
 
-def _cheapest(alone):
-    question = tuning.Question(LSTM_CELL, H, N, "float32", False, alone)
-    return [choice for choice in tuning.choices(question, device.chip()) if choice.tile.rows][:2]
+def test_both_ways_are_seen_to_run_before_one_is_gone(small, monkeypatch):
+    """So that a run which is resumed takes what it took before."""
+    monkeypatch.setattr(on_chip.plan, "step_cycles", lambda *_: 1e9)
+    small(lambda source: 0 if source.function.__name__ == "persistent_backward" else WHOLE, built=False)
+    chosen = executors.choose(None, RNN, H, N, np.dtype("float32"), "float32", training=True)
+    assert chosen is executors.executor("step")
 
 
 def test_a_choice_that_somebody_insists_on_is_an_error(small, monkeypatch):
-    choice = PERSISTENT.choice(LSTM_CELL, H, N, "float32", False)
-    small(lambda source: 0 if source.cluster > 1 else 132)
+    choice = chosen()[0]
+    small(lambda source: 0 if source.cluster > 1 else WHOLE)
     monkeypatch.setattr(on_chip.OnChip, "choice", lambda *_: choice)
     with pytest.raises(DoesNotFit, match="no block fits"):
         trained("persistent")
 
 
 def test_tuning_measures_what_runs(small, monkeypatch):
-    small(lambda source: 0 if source.cluster > 1 else 132)
-    question, chip = tuning.Question(LSTM_CELL, H, N, "float32", False, False), device.chip()
+    question, chip, runs = tuning.Question(RNN, H, N, "float32", False, False), device.chip(), ["flagged", "counted"]
 
     def microseconds(question, choice):
-        if choice.exchange == "clustered":
+        if choice.exchange not in runs:
             raise DoesNotFit("no cluster fits")
         return 1.0
 
     monkeypatch.setattr(tuning, "microseconds", microseconds)
     monkeypatch.setattr(tuning, "_write", lambda key, found: None)
     assert {choice.exchange for choice, _ in tuning.tune(question, chip)} == {"flagged", "counted"}
-    monkeypatch.setattr(tuning, "microseconds", lambda *_: (_ for _ in ()).throw(DoesNotFit("nothing fits")))
-    with pytest.raises(ValueError, match="lstm with 96 units does not fit this GPU"):
+    runs.clear()
+    with pytest.raises(ValueError, match=f"rnn_tanh with {H} units does not fit this GPU"):
         tuning.tune(question, chip)

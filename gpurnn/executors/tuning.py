@@ -8,6 +8,7 @@ nothing, and so is a file that cannot be read.
 
 import hashlib
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -29,7 +30,7 @@ CANDIDATES = 6
 REPEATS = 5
 MOST_STEPS, MOST_VALUES = 256, 1 << 24  # of a measurement: steps, and values in the slots
 
-_ruled_out: set[tuple] = set()  # choices that the chip turned out not to run, each with its question and chip
+_too_many: dict[tuple, int] = {}  # blocks of a group, from which on the chip turned out not to run it
 
 
 class Question(NamedTuple):
@@ -60,15 +61,27 @@ def choices(question: Question, chip: Chip) -> list[Choice]:
     cell, H, N, precision, transposed, alone = question
     pair = registers(cell, transposed)
     every = plan.choices(H, cell.gates, transposed, N, precision, pair, chip, alone)
-    left = [choice for choice in every if (question, chip, choice) not in _ruled_out]
+    left = [choice for choice in every if choice.blocks < _too_many.get(_group(question, chip, choice), math.inf)]
     return sorted(left, key=lambda choice: (choice.cost.cycles, choice.blocks))
 
 
 def rule_out(question: Question, chip: Chip, choice: Choice, error: DoesNotFit) -> None:
-    """Never gives this answer again in this process.  Raises `error` where it did not: somebody insists on the choice."""
-    if (question, chip, choice) in _ruled_out:
+    """The chip turned out not to run it: neither it is given in this process again nor a larger group of its kind.
+
+    Raises `error` where it was not given: somebody insists on the choice.
+    """
+    group = _group(question, chip, choice)
+    if choice.blocks >= _too_many.get(group, math.inf):
         raise error
-    _ruled_out.add((question, chip, choice))
+    _too_many[group] = choice.blocks
+
+
+def _group(question: Question, chip: Chip, choice: Choice) -> tuple:
+    """What decides whether a group runs: on a chip, how many blocks are a cluster, or wait for each other through memory.
+
+    One block for itself is refused for what is in it, which the question decides.
+    """
+    return (chip, question) if choice.exchange == "alone" else (chip, choice.exchange == "clustered")
 
 
 def candidates(every: list[Choice]) -> list[Choice]:
@@ -83,17 +96,15 @@ def tune(question: Question, chip: Chip) -> list[tuple[Choice, float]]:
 
     Waits for the device.  Raises ValueError where nothing fits.
     """
-    measured, every = [], choices(question, chip)
-    for choice in candidates(every):
+    found: dict[Choice, float] = {}
+    while left := [choice for choice in candidates(choices(question, chip)) if choice not in found]:
         try:
-            measured.append((choice, microseconds(question, choice)))
+            found[left[0]] = microseconds(question, left[0])
         except DoesNotFit as error:
-            rule_out(question, chip, choice, error)
-    if not measured and every:
-        return tune(question, chip)  # among what is left
-    if not measured:
+            rule_out(question, chip, left[0], error)
+    if not found:
         raise ValueError(f"weight_hh of {question.cell.name} with {question.H} units does not fit this GPU")
-    measured.sort(key=lambda pair: pair[1])
+    measured = sorted(found.items(), key=lambda pair: pair[1])
     _write(_key(question, chip), {"choice": _name(measured[0][0]), "microseconds": round(measured[0][1], 3)})
     return measured
 
