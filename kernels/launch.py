@@ -95,7 +95,9 @@ def check(kernel: Kernel, resident_blocks: int, blocks: int, arguments: tuple[An
     if blocks % kernel.cluster:
         raise RuntimeError(f"{kernel.name}: expected whole clusters of {kernel.cluster} blocks, got {blocks}")
     if kernel.cooperative and blocks > resident_blocks:
-        raise RuntimeError(f"{kernel.name}: {blocks} blocks wait for each other, but only {resident_blocks} run at once")
+        raise RuntimeError(
+            f"{kernel.name}: {blocks} blocks wait for each other, but only {resident_blocks} run at once"
+        )
 
 
 def _stream(device: int) -> Any:

@@ -6,6 +6,7 @@ about a second each; GPURNN_CACHE_DIR=folder keeps them from run to run.
 
 import contextlib
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -216,6 +217,69 @@ def test_another_stream(executor, precision):
         got = results(LSTM_CELL, (7, 5, 4, 33), executor=executor, precision=precision)
     stream.synchronize()
     assert all(got[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+@pytest.mark.parametrize("executor", ["step", "resident", "persistent"])
+def test_a_new_thread(executor):
+    """It has no context of its own; twice, for the second finds everything loaded and memory in the pool."""
+    shape, found = (7, 5, 4, 33), []
+    expected = results(LSTM_CELL, shape, executor=executor)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.append(results(LSTM_CELL, shape, executor=executor)))
+        thread.start()
+        thread.join(300)
+    assert len(found) == 2
+    assert all(got[name].tobytes() == expected[name].tobytes() for got in found for name in expected)
+
+
+def test_two_threads_on_streams_of_their_own():
+    shapes, found = [(40, 64, 5, 33), (50, 32, 5, 48)], {}
+    shapes = size(shapes, [(3, 5, 5, 33), (3, 4, 5, 48)])
+    expected = [results(LSTM_CELL, shape) for shape in shapes]
+    barrier = threading.Barrier(2)
+
+    def work(which):
+        with backend.xp.cuda.Stream(non_blocking=True):
+            barrier.wait(60)
+            found[which] = [results(LSTM_CELL, shapes[which]) for _ in range(size(10, 2))]
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    for which in range(2):
+        for got in found[which]:
+            assert all(got[name].tobytes() == expected[which][name].tobytes() for name in got)
+
+
+def test_where_no_cluster_runs_blocks_exchange_through_memory(monkeypatch):
+    """As on a slice of a GPU."""
+    from gpurnn.executors import device, on_chip, passes, tuning
+    from gpurnn.kernels.launch import DoesNotFit
+
+    real = device._launcher
+
+    def launcher(recipe, number):
+        made = real(recipe, number)
+        if made.kernel.cluster > 1:
+            raise DoesNotFit("no cluster fits")
+        return made
+
+    def forget():
+        for cached in (on_chip._choice, on_chip._load, passes.fitted):
+            cached.cache_clear()
+
+    shape = size((20, 16, 5, 200), (2, 4, 5, 48))
+    monkeypatch.setattr(device, "_launcher", launcher)
+    monkeypatch.setattr(tuning, "_too_many", {})
+    forget()
+    try:
+        compare(LSTM_CELL, shape, "persistent")
+        choice = on_chip.PERSISTENT.choice(LSTM_CELL, shape[3], shape[1], "float32", False)
+        assert choice.exchange != "clustered"
+    finally:
+        forget()
 
 
 def forward_launch(N, T, H):

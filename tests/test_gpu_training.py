@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -235,6 +236,41 @@ def test_memory_of_a_graph_is_its_own(corpus):
         found.append(float(busy.step()[0]))
         del held
     assert found == expected
+
+
+def test_two_threads_record_at_once():
+    rng, found, barrier = np.random.default_rng(0), {}, threading.Barrier(2)
+    tokens = rng.integers(0, 11, (17, 4))
+
+    def losses(seed, meet=lambda: None):
+        model = gpurnn.SequenceModel(
+            gpurnn.Embedding(11, 8, rng=seed), gpurnn.GRU(8, 33, rng=seed), gpurnn.Linear(33, 11, rng=seed)
+        )
+        optimizer, values = gpurnn.Adam(model), []
+
+        def step(x, targets):
+            model.zero_grad()
+            loss, _ = gpurnn.full_bptt(model, x, targets, gpurnn.softmax_cross_entropy)
+            optimizer.step()
+            return loss
+
+        step = gpurnn.captured(step)
+        for _ in range(size(30, 4)):
+            meet()
+            values.append(float(step(tokens[:-1], tokens[1:])))
+        assert step.reason is None
+        return values
+
+    def work(seed):
+        with backend.xp.cuda.Stream(non_blocking=True):
+            found[seed] = losses(seed, lambda: barrier.wait(120))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert [found.get(seed) for seed in (1, 2)] == [losses(seed) for seed in (1, 2)]
 
 
 def test_windows_arrive_in_time():

@@ -114,7 +114,9 @@ def test_at_last_there_is_step(small, expected, training, monkeypatch):
     assert {"persistent_forward", "step_forward"} <= names and "persistent_backward" not in names
     chosen = executors.choose(None, RNN, H, N, np.dtype("float32"), "float32")
     assert chosen is executors.executor("step")
-    with pytest.raises(ValueError, match=f"rnn_tanh with {H} units does not fit this GPU in float32; 'step' runs every"):
+    with pytest.raises(
+        ValueError, match=f"rnn_tanh with {H} units does not fit this GPU in float32; 'step' runs every"
+    ):
         trained("persistent")
 
 

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import backend, capture, faults
+from gpurnn import backend, faults
 from tests import fake_cupy
+from tests.fake_cupy.graphs import CaptureError
 from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="written for the stand-in; see test_gpu_training")
@@ -74,15 +75,39 @@ def test_while_one_thread_records_another_is_not_recording():
         step = gpurnn.captured(step)
         for _ in range(3):
             step(put([1.0]))
-        lane = capture._lane(fake_cupy, 0, threading.get_ident())
-        lanes = []
-        thread = threading.Thread(target=lambda: lanes.append(capture._lane(fake_cupy, 0, threading.get_ident())))
-        thread.start()
-        thread.join(60)
     others, own = seen[::2], seen[1::2]
     assert set(others) == {(False, None, None)} and [capturing for capturing, *_ in own] == [False, False, True]
     assert all(gemm is not None and stream == 0 for _, gemm, stream in own)
-    assert lanes[0][0] is not lane[0], "a stream that is recorded must not get another's work"
+
+
+def test_what_a_thread_records_gets_no_work_of_another():
+    lanes = []
+
+    def aside():
+        with gpurnn.captured(lambda x: x)._aside(None) as stream:
+            lanes.append(stream)
+
+    with interpreted():
+        aside()
+        thread = threading.Thread(target=aside)
+        thread.start()
+        thread.join(60)
+        first, second = lanes
+        assert first is not second
+        with first:
+            first.begin_capture()
+            raised = []
+
+            def intrude():
+                with first, pytest.raises(CaptureError, match="another thread is capturing"):
+                    put([1.0]) + 1
+                raised.append(True)
+
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join(60)
+            first.end_capture()
+        assert raised, "the stand-in sees it"
 
 
 def test_each_stream_tells_its_own_faults():

@@ -133,9 +133,7 @@ def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _load(
-    engine: OnChip, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, chip: Chip
-) -> None:
+def _load(engine: OnChip, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, chip: Chip) -> None:
     """Builds and loads the kernels of the passes to come.  Raises DoesNotFit where one is ruled out."""
     for way, constant in ((FORWARD, ("training", training)), *([(BACKWARD, ("clip", clip))] if training else [])):
         choice = engine.choice(cell, H, N, precision, way.transposed)
@@ -148,9 +146,7 @@ def _load(
             raise
 
 
-def _rule_out(
-    cell: Cell, H: int, N: int, precision: str, transposed: bool, choice: Choice, error: DoesNotFit
-) -> None:
+def _rule_out(cell: Cell, H: int, N: int, precision: str, transposed: bool, choice: Choice, error: DoesNotFit) -> None:
     question = tuning.Question(cell, H, N, precision, transposed, choice.exchange == "alone")
     tuning.rule_out(question, device.chip(), choice, error)
     _choice.cache_clear()

@@ -86,7 +86,11 @@ def differences(offered: list[Parameter], real: list[Parameter]) -> list[str]:
         elif kind != there.kind and not (kind == KEYWORD and there.kind == POSITIONAL):
             wrong.append(f"{name} is {there.kind} there, {kind} here")
     names = {parameter.name for parameter in offered}
-    wrong += [f"{p.name} is required there" for p in real if p.default == REQUIRED and p.kind == POSITIONAL and p.name not in names]
+    wrong += [
+        f"{p.name} is required there"
+        for p in real
+        if p.default == REQUIRED and p.kind == POSITIONAL and p.name not in names
+    ]
     return wrong
 
 

@@ -28,7 +28,7 @@ class Capture:
     under_way: "Capture | None" = None
 
     def __init__(self, stream: Any, current_stream: Callable[[], Any], allocator: Callable[[], Any]):
-        self.stream, self._current_stream, self._allocator = stream, current_stream, allocator
+        self.stream, self.current_stream, self._allocator = stream, current_stream, allocator
         self.calls: list[tuple[Callable, list, dict, Any]] = []
         self.busy = False
         self.pool: Any = None
@@ -38,7 +38,7 @@ class Capture:
         Capture.under_way = self
 
     def write_down(self, function: Callable, args: tuple, options: dict) -> Any:
-        if self._current_stream() is not self.stream:
+        if self.current_stream() is not self.stream:
             raise CaptureError("work on another stream while one is capturing")
         given = [list(value) if isinstance(value, Iterator) else value for value in args]
         self.busy = True
@@ -64,9 +64,13 @@ class Capture:
 
 
 def capturing() -> Capture | None:
-    """That of this thread."""
+    """That of this thread.  Raises where the current stream is another thread's, who records all that it gets."""
     capture = Capture.under_way
-    return capture if capture is not None and capture.thread == threading.get_ident() else None
+    if capture is None or capture.thread == threading.get_ident():
+        return capture
+    if capture.current_stream() is capture.stream:
+        raise CaptureError("work on a stream that another thread is capturing")
+    return None
 
 
 class Graph:

@@ -60,7 +60,10 @@ def offered():
     """(path in CuPy, the stand-in's) of all that is public."""
     for prefix, module in MODULES.items():
         for name in sorted(vars(module)):
-            if public(module, name) and getattr(getattr(module, name), "__module__", "tests").split(".")[0] in ("tests", "cuda"):
+            if public(module, name) and getattr(getattr(module, name), "__module__", "tests").split(".")[0] in (
+                "tests",
+                "cuda",
+            ):
                 yield f"{prefix}.{name}".lstrip("."), getattr(module, name)
 
 
@@ -106,7 +109,9 @@ def test_methods_and_properties(path, member):
         assert not callable(there)
 
 
-@pytest.mark.parametrize("path", [f"cuda.runtime.{name}" for name in vars(fake_cupy.cuda.runtime) if name[:4] in ("CUDA", "memc")])
+@pytest.mark.parametrize(
+    "path", [f"cuda.runtime.{name}" for name in vars(fake_cupy.cuda.runtime) if name[:4] in ("CUDA", "memc")]
+)
 def test_numbers(path):
     ours = reduce(getattr, path.split("."), fake_cupy)
     assert callable(ours) or ours == real(path)
