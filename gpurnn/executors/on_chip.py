@@ -76,7 +76,7 @@ class OnChip(NamedTuple):
         """See `numpy_loop.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
         if options.flow is not None:
             return step.backward(tape, dy, dstate, grads, options)
-        xp, cell, dtype = backend.xp, tape.cell, tape.x.dtype
+        cell, dtype = tape.cell, tape.x.dtype
         dy = device.with_unit_stride(dy)
         slots = tape.slots.copy() if options.keep else tape.slots
         passed = backend.stacked(dstate).astype(dtype, copy=False)

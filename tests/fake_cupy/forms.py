@@ -42,7 +42,7 @@ def written(name: str, text: str) -> list[Parameter] | None:
     parameters, kind = [], POSITIONAL
     for part in _parts(match.group(1)):
         declared, _, default = part.partition("=")
-        stars, before, word = re.match(r"(\**)(?:[\w\s]*\s)?()(\w*)", declared.partition(":")[0].strip()).groups()
+        stars, word = re.match(r"(\**)(?:[\w\s]*\s)?(\w*)", declared.partition(":")[0].strip()).groups()
         if declared.strip() == "self":
             continue
         if declared.strip() == "/":
