@@ -2,8 +2,8 @@
 
 Kernels leave the first fault in their stream's record on the device (`kernels.faults`), in the order in which work was
 given to it, so it is the same one every time.  From then on no optimiser on that stream changes a parameter: the model
-stays as it was when the fault came up, as after an exception on NumPy.  `synchronize`, and whoever reads results for good (a checkpoint, `state_dict`),
-reads the record, raises what NumPy would have raised, with the step, and clears it.
+stays as it was when the fault came up, as after an exception on NumPy.  `synchronize`, and whoever reads results for good
+(a checkpoint, `state_dict`), reads the record, raises what NumPy would have raised, with the step, and clears it.
 
 Faults: a target or token out of range; a loss, gradient or updated parameter that is not finite; a kernel that gave up.
 """

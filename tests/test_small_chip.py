@@ -150,3 +150,7 @@ def test_tuning_measures_what_runs(small, monkeypatch):
     runs.clear()
     with pytest.raises(ValueError, match=f"rnn_tanh with {H} units does not fit this GPU"):
         tuning.tune(question, chip)
+    monkeypatch.setattr(tuning, "_too_many", {})
+    monkeypatch.setenv("GPURNN_TUNE", "1")
+    monkeypatch.setattr(tuning, "_read", dict)
+    assert tuning.choice(question, chip) is None, "so that another executor is taken"

@@ -52,8 +52,8 @@ def choice(question: Question, chip: Chip) -> Choice | None:
     known = _read().get(_key(question, chip), {}).get("choice")
     found = next((choice for choice in every if _name(choice) == known), None)
     if found is None and os.environ.get("GPURNN_TUNE") == "1" and not backend.thread.capturing:
-        found = tune(question, chip)[0][0]
-    return found or every[0]
+        every = [choice for choice, _ in _measured(question, chip)]  # none, where the chip runs nothing of it
+    return found or next(iter(every), None)
 
 
 def choices(question: Question, chip: Chip) -> list[Choice]:
@@ -96,16 +96,22 @@ def tune(question: Question, chip: Chip) -> list[tuple[Choice, float]]:
 
     Waits for the device.  Raises ValueError where nothing fits.
     """
+    measured = _measured(question, chip)
+    if not measured:
+        raise ValueError(f"weight_hh of {question.cell.name} with {question.H} units does not fit this GPU")
+    return measured
+
+
+def _measured(question: Question, chip: Chip) -> list[tuple[Choice, float]]:
     found: dict[Choice, float] = {}
     while left := [choice for choice in candidates(choices(question, chip)) if choice not in found]:
         try:
             found[left[0]] = microseconds(question, left[0])
         except DoesNotFit as error:
             rule_out(question, chip, left[0], error)
-    if not found:
-        raise ValueError(f"weight_hh of {question.cell.name} with {question.H} units does not fit this GPU")
     measured = sorted(found.items(), key=lambda pair: pair[1])
-    _write(_key(question, chip), {"choice": _name(measured[0][0]), "microseconds": round(measured[0][1], 3)})
+    if measured:
+        _write(_key(question, chip), {"choice": _name(measured[0][0]), "microseconds": round(measured[0][1], 3)})
     return measured
 
 
