@@ -487,7 +487,8 @@ def test_tuning_keeps_the_fastest(tmp_path, monkeypatch):
     from gpurnn.executors import device, tuning
 
     monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "MOST_STEPS", size(tuning.MOST_STEPS, 1))
+    for name, of_stand_in in (("MOST_STEPS", 1), ("CANDIDATES", 3), ("REPEATS", 1)):
+        monkeypatch.setattr(tuning, name, size(getattr(tuning, name), of_stand_in))
     for transposed in (False, True):
         question = tuning.Question(LSTM_CELL, size(200, 40), 16, "bfloat16", transposed, False)
         measured = tuning.tune(question, device.chip())
