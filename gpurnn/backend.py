@@ -12,6 +12,8 @@ import ctypes
 import importlib.util
 import os
 import sys
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -19,9 +21,19 @@ import numpy
 Array = Any  # numpy.ndarray or cupy.ndarray
 Version = tuple[int, int]
 
-# While a step is recorded (`gpurnn.capture`): that it is, and the matrix product that takes the place of CuPy's.
-capturing = False
-gemm: Any = None
+
+class _Thread(threading.local):
+    """Of this thread, while it runs or records a step aside (`gpurnn.capture`).
+
+    capturing: whether it records.  gemm: the matrix product that takes the place of CuPy's.  stream: on whose behalf.
+    """
+
+    capturing = False
+    gemm: Any = None
+    stream: int | None = None
+
+
+thread = _Thread()
 
 CHOICES = ("auto", "cuda", "numpy")
 OLDEST_CUDA = (12, 0)  # the oldest one that gpurnn's extras, cuda12 and cuda13, are built for
@@ -199,6 +211,26 @@ def synchronize() -> None:
 def to_numpy(array: Array) -> numpy.ndarray:
     """`array` on the host: a copy of a CuPy array, a NumPy array itself."""
     return xp.asnumpy(array) if name == "cuda" else numpy.asarray(array)
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """`parts`, of one dtype, one behind another along their first axis, in new memory.
+
+    CuPy's own functions copy addresses from the host where there are more than 8 parts, which no graph can hold.
+    """
+    if name == "numpy":
+        return numpy.concatenate(parts)
+    whole = xp.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    start = 0
+    for part in parts:
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
+
+
+def stacked(parts: Sequence[Array]) -> Array:
+    """`parts`, of one shape and dtype, along a new first axis, in new memory; see `joined`."""
+    return joined([part[None] for part in parts])
 
 
 def asarray(array: Any, dtype: Any, name: str) -> Array:

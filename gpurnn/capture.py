@@ -6,11 +6,12 @@ running them.
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from gpurnn import backend, cublas
+from gpurnn import backend, cublas, faults
 
 Array = Any
 
@@ -76,7 +77,7 @@ class Captured:
         with self._aside(pool) as stream:
             ours = [backend.xp.empty_like(array) for array in given]
             stream.begin_capture()
-            backend.capturing = True
+            backend.thread.capturing = True
             try:
                 result = self._function(*ours)
             except BaseException:
@@ -84,7 +85,7 @@ class Captured:
                     stream.end_capture()
                 raise
             finally:
-                backend.capturing = False
+                backend.thread.capturing = False
             return _Recorded(stream.end_capture(), ours, result, pool)
 
     def _give_up(self, error: Exception, given: list[Array]) -> Any:
@@ -100,16 +101,18 @@ class Captured:
         pool: that memory comes from; None: the common one.  Whether work runs at once or is recorded, it does so with the
         same handle of cuBLAS: the same bits come out.
         """
-        cuda = backend.xp.cuda
+        cuda, here = backend.xp.cuda, backend.thread
         current = cuda.get_current_stream()
-        stream, handle = _lane(backend.xp, cuda.Device().id)
+        stream, handle = _lane(backend.xp, cuda.Device().id, threading.get_ident())
+        faults.record()  # made while a graph is captured, every launch of it would make it anew
         stream.wait_event(current.record())
-        before, backend.gemm = backend.gemm, handle.gemmEx
+        before = here.gemm, here.stream
+        here.gemm, here.stream = handle.gemmEx, current.ptr if here.stream is None else here.stream
         try:
             with stream, cuda.using_allocator(pool.malloc) if pool is not None else contextlib.nullcontext():
                 yield stream
         finally:
-            backend.gemm = before
+            here.gemm, here.stream = before
             current.wait_event(stream.record())
 
 
@@ -118,7 +121,8 @@ class _Unavailable(Exception):
 
 
 @functools.cache
-def _lane(xp: Any, device: int) -> tuple[Any, cublas.Handle]:
+def _lane(xp: Any, device: int, thread: int) -> tuple[Any, cublas.Handle]:
+    """One for each thread: what another gave to its stream meanwhile would be recorded as well."""
     stream = xp.cuda.Stream(non_blocking=True)
     try:
         return stream, cublas.Handle(stream)

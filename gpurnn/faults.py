@@ -1,14 +1,14 @@
 """What goes wrong on a device, told when somebody asks: looking at once would make the host wait in every step.
 
-Kernels leave the first fault in a record on the device (`kernels.faults`), in the order in which work was given to it, so
-it is the same one every time.  From then on no optimiser changes a parameter: the model stays as it was when the fault
-came up, as after an exception on NumPy.  `synchronize`, and whoever reads results for good (a checkpoint, `state_dict`),
-reads the record, raises what NumPy would have raised, with the step, and clears it.
+Kernels leave the first fault in their stream's record on the device (`kernels.faults`), in the order in which work was
+given to it, so it is the same one every time.  From then on no optimiser on that stream changes a parameter: the model
+stays as it was when the fault came up, as after an exception on NumPy.  `synchronize`, and whoever reads results for good
+(a checkpoint, `state_dict`), reads the record, raises what NumPy would have raised, with the step, and clears it.
 
 Faults: a target or token out of range; a loss, gradient or updated parameter that is not finite; a kernel that gave up.
 """
 
-import functools
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,24 +40,35 @@ class Fault(NamedTuple):
     error: Exception
 
 
+_lock = threading.Lock()
+_records: dict[tuple[Any, int, int], Array] = {}  # by backend, device, and the stream's handle
 _sites = {Site("waiting"): 1}  # `kernels.faults.GAVE_UP`
 
 
 def number(site: Site) -> int:
     """Under which the device knows it."""
-    return _sites.setdefault(site, len(_sites) + 1)
+    found = _sites.get(site)
+    if found is None:
+        with _lock:
+            found = _sites.setdefault(site, len(_sites) + 1)
+    return found
 
 
 def record() -> Array:
-    """The current device's record."""
-    return _record(backend.xp, backend.xp.cuda.Device().id)
+    """The record of the current stream, or of the stream on whose behalf a step runs aside.
+
+    Each has its own: what one finds must not be taken for the other's, whose work comes in any order with it.
+    """
+    cuda, stream = backend.xp.cuda, backend.thread.stream
+    place = backend.xp, cuda.Device().id, cuda.get_current_stream().ptr if stream is None else stream
+    found = _records.get(place)
+    return _records.setdefault(place, _new()) if found is None else found
 
 
-@functools.cache
-def _record(xp: Any, number: int) -> Array:
+def _new() -> Array:
     from gpurnn.kernels.faults import FIRST, NOWHERE, WORDS
 
-    made = xp.zeros(WORDS, np.int64)
+    made = backend.xp.zeros(WORDS, np.int64)
     made[FIRST] = NOWHERE
     return made
 
@@ -69,7 +80,9 @@ def pointers() -> tuple[int, int]:
 
 
 def restart(step: int) -> None:
-    """Makes `step` the number of updates done so far, for the messages; forgets a fault that nobody has read."""
+    """Makes `step` the number of updates that the current stream has done so far, for the messages; forgets a fault of
+    it that nobody has read.
+    """
     if backend.name == "cuda":
         from gpurnn.kernels.faults import FIRST, NOW, NOWHERE, SITE
 
@@ -78,15 +91,24 @@ def restart(step: int) -> None:
 
 
 def take() -> Fault | None:
-    """The first fault since the last time, or None.  Waits for the device."""
+    """The first fault since the last time, or None; of several streams' one of them.  Waits for the device."""
     if backend.name == "numpy":
         return None
+    device = backend.xp.cuda.Device().id
+    records = [found for (xp, number, _), found in list(_records.items()) if (xp, number) == (backend.xp, device)]
+    if len(records) > 1:
+        backend.synchronize()
+    faults = [fault for found in records if (fault := _taken(found)) is not None]
+    return faults[0] if faults else None
+
+
+def _taken(record: Array) -> Fault | None:
     from gpurnn.kernels.faults import NOW, POSITION, SITE, VALUE
 
-    values = backend.to_numpy(record())
+    values = backend.to_numpy(record)
     if not values[SITE]:
         return None
-    record()[SITE] = 0
+    record[SITE] = 0
     site = list(_sites)[int(values[SITE]) - 1]
     error = _TELL[site.what](site, int(values[POSITION]), float(values.view(np.float64)[VALUE]))
     return Fault(int(values[NOW]) + 1, error)

@@ -224,7 +224,7 @@ class SequenceModel(Layer):
 
 def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     """0 with probability p, else 1/(1-p).  Drawn on the host and copied from pinned memory, without a wait."""
-    if backend.capturing:
+    if backend.thread.capturing:
         raise RuntimeError("dropout draws its masks on the host")
     keep = rng.random(shape, np.float32) >= p
     return backend.asarray(keep.astype(dtype) / dtype.type(1 - p), dtype, "mask")

@@ -48,8 +48,8 @@ def softmax_cross_entropy(
     "mean" does not count them; where nothing is left to count, loss and gradient are 0.
     Returns loss, a float64 scalar, for "none" (...) float64; and dlogits, of the shape and dtype of logits.
     A target of logit -inf has loss inf.  A row whose largest logit is inf, -inf or NaN has loss and gradient NaN.
-    Raises TypeError for integer logits or non-integer targets; ValueError where shapes do not fit, C is 0, or a target
-    is out of range, naming the first such target (on CUDA by `gpurnn.synchronize`).
+    Raises TypeError for integer logits or non-integer targets; ValueError where shapes do not fit, C is 0, ignore_index
+    is no whole number, or a target is out of range, naming the first such target (on CUDA by `gpurnn.synchronize`).
     """
     _check_choice("reduction", reduction, REDUCTIONS)
     logits, targets = _floats(logits, "logits"), backend.asarray(targets, None, "targets")
@@ -60,6 +60,7 @@ def softmax_cross_entropy(
         raise ValueError(f"expected {expected}; got {logits.shape} and {targets.shape}")
     if logits.shape[-1] < 1:
         raise ValueError(f"logits: expected at least 1 class along the last axis, got the shape {logits.shape}")
+    ignore_index = None if ignore_index is None else _whole(ignore_index)
     kept = targets != ignore_index if ignore_index is not None else None
     mean = reduction == "mean"
     count = _count(targets, kept) if mean else 1
@@ -165,6 +166,14 @@ def _floats(array: Any, name: str) -> Array:
     if array.dtype.kind != "f":
         raise TypeError(f"{name}: expected floating point, got {array.dtype}")
     return array
+
+
+def _whole(ignore_index: Any) -> int:
+    """As Python's own, of which kernels take the 64 bits that they read."""
+    proper = isinstance(ignore_index, int | np.integer) and not isinstance(ignore_index, bool)
+    if not proper or not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index: expected a whole number of 64 bits, got {ignore_index!r}")
+    return int(ignore_index)
 
 
 def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:

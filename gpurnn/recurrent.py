@@ -165,6 +165,7 @@ class Recurrent(Layer):
                     executor=self.executor,
                     training=training,
                     precision=self.precision,
+                    clip=self.clip_in_time is not None,
                 )
                 outputs.append(y)
                 backwards.append(step_back)
@@ -341,8 +342,8 @@ def _precision(given: Any, dtype: np.dtype) -> str:
 
 
 def _stacked(parts: tuple[Array, ...]) -> Array:
-    """One array of all layers' and directions' states, (L*D, N, H), always a fresh one: `stack` is slow for one."""
-    return parts[0][None].copy() if len(parts) == 1 else backend.xp.stack(parts)
+    """One array of all layers' and directions' states, (L*D, N, H), always a fresh one: joining is slow for one."""
+    return parts[0][None].copy() if len(parts) == 1 else backend.stacked(parts)
 
 
 def _suffix(layer: int, direction: int) -> str:

@@ -65,15 +65,17 @@ def run(
     executor: str | None = None,
     training: bool = True,
     precision: str = "float32",
+    clip: bool = False,
 ) -> tuple[Array, State, Callable | None]:
     """x (T, N, I) and S initial states (N, H) -> y (T, N, H), final states, backward.
 
     `backward(dy, dstate, grads, options)` adds to `grads` and returns dx and the gradients of the initial states; None
-    without training.  At padding y and dx are 0 and dy is not read.
+    without training.  clip: whether backward will clip in time.  At padding y and dx are 0 and dy is not read.
     """
     xp = backend.xp
     T, N, _ = x.shape
-    engine = choose(executor, cell, weights.weight_hh.shape[1], N, x.dtype, precision)
+    H = weights.weight_hh.shape[1]
+    engine = choose(executor, cell, H, N, x.dtype, precision, training=training, clip=clip)
     rows = np.full(T, N) if lengths is None else lengths.rows
     if lengths is not None:
         zero = xp.zeros((), x.dtype)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import types as python_types
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -42,6 +43,8 @@ OLDER = {
     "mbarrier.arrive.expect_tx.relaxed.cta.": "mbarrier.arrive.expect_tx.release.cta.",
     "mbarrier.try_wait.parity.relaxed.cluster.": "mbarrier.try_wait.parity.acquire.cluster.",
 }
+
+_compiling = threading.Lock()
 
 
 class Source(NamedTuple):
@@ -189,15 +192,19 @@ def _as_old_as(newest: tuple[int, int], text: str, capability: tuple[int, int]) 
 
 @contextlib.contextmanager
 def _without_device(capability: tuple[int, int]) -> Iterator[None]:
-    """Device functions ask the current device for its capability while they are compiled; this answers for it."""
+    """Device functions ask the current device for its capability while they are compiled; this answers for it.
+
+    One thread at a time: another would take this answer for the real one.
+    """
     from .numba_cuda import dispatcher
 
-    real = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = real
+    with _compiling:
+        real = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = real
 
 
 def _key(recipe: Recipe, capability: Sequence[int]) -> str:

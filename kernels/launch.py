@@ -4,28 +4,49 @@ Work is ordered with CuPy's, nothing waits for the device, and a stream that is 
 """
 
 import functools
+import threading
 from typing import Any
+
+import numpy as np
 
 from .build import Kernel
 
 WITHOUT_ASKING = 48 * 1024  # bytes of shared memory
 LEGACY_STREAM = 1  # CUDA's handle for the stream that CuPy calls 0
+# cuda.core hands an argument over in the size of its own type: int in 8 bytes, a bool or np.int32 in fewer than a kernel
+# reads, and then it reads what lies behind.
+PASSED = frozenset((int, np.float32, np.float64))
+
+
+class DoesNotFit(RuntimeError):
+    """The device cannot run even one block of a kernel, or one of the groups whose blocks wait for each other."""
+
+
+class _Thread(threading.local):
+    """Of this thread: the devices whose context it has had."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_thread = _Thread()
 
 
 class Launcher:
     """A kernel on the current device: `launcher(blocks, *arguments)`, pointers and int64 as ints, reals as NumPy scalars.
 
-    resident_blocks: how many run at once, in whole clusters.
-    Raises RuntimeError where the device cannot run even one block, or one cluster.
+    resident_blocks: how many run at once, in whole clusters.  Any thread may launch.
+    Raises DoesNotFit where the device cannot run even one block, or one cluster.
     """
 
     def __init__(self, kernel: Kernel):
         import cupy
         from cuda.core import Device, LaunchConfig, ObjectCode, launch
 
-        number = cupy.cuda.Device().id
+        self._number = number = cupy.cuda.Device().id
         device = Device(number)
         device.set_current()
+        _thread.devices.add(number)
         self.kernel = kernel
         self._entry = ObjectCode.from_cubin(kernel.cubin).get_kernel(kernel.name)
         if kernel.shared + kernel.static_shared > WITHOUT_ASKING:
@@ -36,42 +57,58 @@ class Launcher:
         self._config = functools.lru_cache(maxsize=4096)(lambda count: LaunchConfig(grid=count, **options))
         occupancy = self._entry.occupancy
         if kernel.cluster > 1:
-            self.resident_blocks = kernel.cluster * occupancy.max_active_clusters(self._config(1), stream=_stream())
+            self.resident_blocks = kernel.cluster * occupancy.max_active_clusters(
+                self._config(1), stream=_stream(number)
+            )
         else:
             each = occupancy.max_active_blocks_per_multiprocessor(kernel.threads, kernel.shared)
             self.resident_blocks = each * device.properties.multiprocessor_count
         if not self.resident_blocks:
             what = f"cluster of {kernel.cluster} blocks" if kernel.cluster > 1 else "block"
-            raise RuntimeError(
+            raise DoesNotFit(
                 f"{kernel.name}: no {what} fits {device.name}: {kernel.threads} threads of {kernel.registers} "
                 f"registers and {kernel.shared + kernel.static_shared} bytes of shared memory"
             )
 
     def __call__(self, blocks: int, *arguments: Any) -> None:
-        """Raises RuntimeError where a cooperative grid would not run at once: it would hang; TypeError where arguments
-        are missing or too many: the driver would read what lies behind them.  Nothing is launched then.
-        """
-        if len(arguments) != self.kernel.arguments:
-            raise TypeError(f"{self.kernel.name}: expected {self.kernel.arguments} arguments, got {len(arguments)}")
-        if blocks % self.kernel.cluster:
-            raise RuntimeError(
-                f"{self.kernel.name}: expected whole clusters of {self.kernel.cluster} blocks, got {blocks}"
-            )
-        if self.kernel.cooperative and blocks > self.resident_blocks:
-            raise RuntimeError(
-                f"{self.kernel.name}: {blocks} blocks wait for each other, but only {self.resident_blocks} run at once"
-            )
-        self._launch(_stream(), self._config(blocks // self.kernel.cluster), self._entry, *arguments)
+        """Launches, unless `check` raises."""
+        kernel, number = self.kernel, self._number
+        check(kernel, self.resident_blocks, blocks, arguments)
+        if number not in _thread.devices:  # the driver launches in a thread's current context: a new thread has none
+            from cuda.core import Device
+
+            Device(number).set_current()
+            _thread.devices.add(number)
+        self._launch(_stream(number), self._config(blocks // kernel.cluster), self._entry, *arguments)
 
 
-def _stream() -> Any:
+def check(kernel: Kernel, resident_blocks: int, blocks: int, arguments: tuple[Any, ...]) -> None:
+    """Raises TypeError where arguments are missing, too many or of a type that has another size in a kernel: it would
+    read what lies behind them; RuntimeError where a cooperative grid would not run at once: it would hang.
+    """
+    if len(arguments) != kernel.arguments:
+        raise TypeError(f"{kernel.name}: expected {kernel.arguments} arguments, got {len(arguments)}")
+    if not PASSED.issuperset(map(type, arguments)):
+        place, wrong = next((k, given) for k, given in enumerate(arguments, 1) if type(given) not in PASSED)
+        came = f"{type(wrong).__name__} {wrong!r}"
+        raise TypeError(f"{kernel.name}: argument {place}: expected int, np.float32 or np.float64, got {came}")
+    if blocks % kernel.cluster:
+        raise RuntimeError(f"{kernel.name}: expected whole clusters of {kernel.cluster} blocks, got {blocks}")
+    if kernel.cooperative and blocks > resident_blocks:
+        raise RuntimeError(
+            f"{kernel.name}: {blocks} blocks wait for each other, but only {resident_blocks} run at once"
+        )
+
+
+def _stream(device: int) -> Any:
     import cupy
 
-    return _wrapped(cupy.cuda.get_current_stream().ptr or LEGACY_STREAM)
+    return _wrapped(cupy.cuda.get_current_stream().ptr or LEGACY_STREAM, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _wrapped(handle: int) -> Any:
+def _wrapped(handle: int, device: int) -> Any:
+    """cuda.core's stream, which looks up its device once: the default stream is another one on each."""
     from cuda.core import Stream
 
     return Stream.from_handle(handle)
@@ -83,4 +120,4 @@ def _allow_shared(entry: Any, device: int, size: int) -> None:
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (code,) = driver.cuKernelSetAttribute(attribute, size, entry.handle, driver.CUdevice(device))
     if code != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"a block may not have {size} bytes of shared memory: {code.name}")
+        raise DoesNotFit(f"a block may not have {size} bytes of shared memory: {code.name}")

@@ -24,6 +24,7 @@ import gpurnn.kernels
 from gpurnn import faults
 from gpurnn.executors import cache, device
 from gpurnn.kernels import build
+from gpurnn.kernels.launch import check
 from tests import fake_cupy
 from tests.fake_cupy.backend import as_backend
 from tests.fake_cupy.graphs import recorded
@@ -33,6 +34,7 @@ from tests.ptx.parse import parse
 
 CAPABILITY = (9, 0)
 RUNNING = 132  # blocks at once
+TYPES = {"u64": int, "f32": np.float32, "f64": np.float64}  # of an argument, by what the kernel reads
 
 
 def _state(name: str) -> dict[str, tuple[int, int]]:
@@ -87,8 +89,11 @@ class Interpreted:
 
     @recorded
     def __call__(self, blocks: int, *arguments) -> None:
+        check(self.kernel, self.resident_blocks, blocks, arguments)
         memory, spans, given = Memory(), {}, []
         for argument, (kind, name) in zip(arguments, self.module.params, strict=True):
+            if type(argument) is not TYPES[kind]:
+                raise TypeError(f"{self.kernel.name}: {name} is {kind}, got {type(argument).__name__} {argument!r}")
             given.append(
                 self._address(argument, name, memory, spans) if kind == "u64" and argument > 1 << 32 else argument
             )
@@ -113,6 +118,7 @@ def interpreted(executor: str | None = None, seed: int | None = None) -> Iterato
     with as_backend(executor), pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "_launcher", lambda recipe, number: Interpreted(recipe))
         patch.setattr(Interpreted, "seed", seed)
+        faults.take()
         faults.restart(0)
         yield
 

@@ -16,6 +16,7 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 import gpurnn
 from gpurnn import backend, checkpoint
 from gpurnn.bptt import TruncatedBPTT
+from gpurnn.cells import Cell, tanh
 from gpurnn.config import TrainConfig
 from gpurnn.data import Windows, load_corpus
 from gpurnn.metrics import read_metrics
@@ -88,6 +89,7 @@ def test_when_it_does_other_work():
         (lambda x: x * float(x.sum()), "the host cannot wait for a copy to the host"),
         (lambda x: x[x > 0], "the host cannot wait for the number of values under a mask"),
         (lambda x: x + backend.xp.asarray(np.ones(2)), "H2D transfers are disallowed"),
+        (lambda x: backend.xp.stack([x] * 9), "H2D transfers are disallowed"),
         (lambda x: x @ x, "calling cuBLAS|cuBLAS cannot be called through CuPy"),
         (lambda x: gpurnn.Dropout(0.5, dtype="float64", rng=1)(x)[0], "dropout draws its masks on the host"),
     ],
@@ -101,7 +103,39 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why(function, why):
         with pytest.warns(RuntimeWarning, match=f"the step runs kernel by kernel: .*({why})"):
             step(x)
         assert step(x).get().tolist() == function(x).get().tolist()
-        assert step.reason and not backend.capturing and backend.gemm is None
+        assert step.reason and not backend.thread.capturing and backend.thread.gemm is None
+
+
+def test_states_of_many_layers_and_parameters_of_many_gates():
+    """More than 8 of either, which CuPy's own functions would join by addresses copied from the host."""
+    gates = 9
+
+    def forward(x, r, state, params):
+        sums = [x[g] + params[g] for g in range(gates)]
+        total = sum(sums[g] + r[g] if g % 2 else sums[g] * r[g] for g in range(gates))
+        return (tanh(total),), (*sums, *r)
+
+    def backward(dnext, saved, state, next_state, params):
+        da = dnext[0] * (1 - next_state[0] * next_state[0])
+        dx = tuple(da if g % 2 else da * saved[gates + g] for g in range(gates))
+        return dx, tuple(da if g % 2 else da * saved[g] for g in range(gates)), (0,), dx
+
+    cell = Cell("many_gates", gates, 1, forward, backward, params=tuple(f"p{g}" for g in range(gates)))
+    with interpreted("step"):
+        for layer in (gpurnn.LSTM(2, 3, 5, bidirectional=True, rng=1), gpurnn.Recurrent(cell, 2, 3, rng=1)):
+
+            def step(x, layer=layer):
+                layer.zero_grad()
+                y, _, backward = layer(x)
+                dx, dstate = backward(y)
+                return y, dx, *(dstate if isinstance(dstate, tuple) else (dstate,))
+
+            recorded = gpurnn.captured(step)
+            for k in range(4):
+                x = put(np.full((2, 2, 2), 0.1 * k, np.float32))
+                found, expected = ([part.get().tolist() for part in work(x)] for work in (recorded, step))
+                assert found == expected
+            assert recorded.reason is None
 
 
 def test_an_error_of_the_function_is_its_own():

@@ -6,6 +6,7 @@ about a second each; GPURNN_CACHE_DIR=folder keeps them from run to run.
 
 import contextlib
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import gpurnn
 from gpurnn import backend, checkpoint
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL
 from gpurnn.cli import main
+from tests.stand_in import size
 
 pytestmark = pytest.mark.gpu
+chip = pytest.mark.chip("large")
 
 # Largest error, relative to a tensor's largest entry, over up to 64 steps.  Over T of them sqrt(T / 64) times as much in
 # the dtypes, where it comes from long sums; the others' comes from rounding factors, whose sums are of float32.
@@ -117,12 +120,12 @@ def test_every_cell(any_cell, executor, precision):
     "shape",
     [
         (1, 1, 1, 1),
-        (3, 300, 1, 1),
+        pytest.param((3, 300, 1, 1), marks=chip),
         (20, 1, 3, 7),
-        (9, 131, 5, 17),
-        (5, 200, 40, 64),
-        (12, 600, 3, 33),
-        (6, 33, 129, 128),
+        pytest.param((9, 131, 5, 17), marks=chip),
+        pytest.param((5, 200, 40, 64), marks=chip),
+        pytest.param((12, 600, 3, 33), marks=chip),
+        pytest.param((6, 33, 129, 128), marks=chip),
     ],
     ids=str,
 )
@@ -138,16 +141,17 @@ def test_sizes(shape, executor, precision):
 )
 @by_kind
 def test_weights_that_fill_an_sm(cell, H, executor, precision):
-    shape = (10, 9, 3, H)
+    shape = (size(10, 2), 9, 3, H)
     skip_where_it_does_not_fit(CELLS[cell], shape, executor, precision)
     compare(CELLS[cell], shape, executor, precision)
 
 
 @pytest.mark.parametrize("cell", [LSTM_CELL, GRU_CELL], ids=lambda cell: cell.name)
-@pytest.mark.parametrize("lengths", [None, [2000, 0, 1, 1033, 64]], ids=["full", "ragged"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @by_kind
-def test_two_thousand_steps(cell, lengths, executor, precision):
-    compare(cell, (2000, 5, 4, 33), executor, precision, lengths=lengths)
+def test_two_thousand_steps(cell, ragged, executor, precision):
+    T = size(2000, 20)
+    compare(cell, (T, 5, 4, 33), executor, precision, lengths=[T, 0, 1, T // 2 + 1, T // 30] if ragged else None)
 
 
 @by_kind
@@ -170,10 +174,10 @@ def test_step_in_float64(cell, pytestconfig):
     compare(cell, (7, 5, 4, 33), "step", dtype="float64", lengths=RAGGED, clip_in_time=0.3, keep=True)
 
 
-@pytest.mark.parametrize("H", [512, 1024])
+@pytest.mark.parametrize("H", [512, pytest.param(1024, marks=chip)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_step_where_products_are_large(H, precision):
-    compare(LSTM_CELL, (8, 64, 100, H), "step", precision)
+    compare(LSTM_CELL, (size(8, 2), 64, 100, H), "step", precision)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 5), (3, 0, 2, 5), (0, 0, 2, 5)], ids=str)
@@ -193,7 +197,7 @@ def test_inference_in_pieces(executor, precision, monkeypatch):
 
 @by_kind
 def test_the_same_bits_twice(executor, precision):
-    for shape, lengths in (((50, 300, 5, 33), None), ((7, 5, 4, 33), RAGGED)):
+    for shape, lengths in (((size(50, 6), size(300, 9), 5, 33), None), ((7, 5, 4, 33), RAGGED)):
         first, second = (
             results(LSTM_CELL, shape, lengths=lengths, executor=executor, precision=precision) for _ in range(2)
         )
@@ -207,7 +211,7 @@ def test_another_stream(executor, precision):
     expected = results(LSTM_CELL, (7, 5, 4, 33), executor=executor, precision=precision)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        wide = cupy.ones((4096, 4096), np.float32)
+        wide = cupy.ones((size(4096, 64),) * 2, np.float32)
         for _ in range(20):
             wide = wide @ wide * np.float32(1e-4)
         got = results(LSTM_CELL, (7, 5, 4, 33), executor=executor, precision=precision)
@@ -215,10 +219,74 @@ def test_another_stream(executor, precision):
     assert all(got[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
+@pytest.mark.parametrize("executor", ["step", "resident", "persistent"])
+def test_a_new_thread(executor):
+    """It has no context of its own; twice, for the second finds everything loaded and memory in the pool."""
+    shape, found = (7, 5, 4, 33), []
+    expected = results(LSTM_CELL, shape, executor=executor)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.append(results(LSTM_CELL, shape, executor=executor)))
+        thread.start()
+        thread.join(300)
+    assert len(found) == 2
+    assert all(got[name].tobytes() == expected[name].tobytes() for got in found for name in expected)
+
+
+def test_two_threads_on_streams_of_their_own():
+    shapes, found = [(40, 64, 5, 33), (50, 32, 5, 48)], {}
+    shapes = size(shapes, [(3, 5, 5, 33), (3, 4, 5, 48)])
+    expected = [results(LSTM_CELL, shape) for shape in shapes]
+    barrier = threading.Barrier(2)
+
+    def work(which):
+        with backend.xp.cuda.Stream(non_blocking=True):
+            barrier.wait(60)
+            found[which] = [results(LSTM_CELL, shapes[which]) for _ in range(size(10, 2))]
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    for which in range(2):
+        for got in found[which]:
+            assert all(got[name].tobytes() == expected[which][name].tobytes() for name in got)
+
+
+def test_where_no_cluster_runs_blocks_exchange_through_memory(monkeypatch):
+    """As on a slice of a GPU."""
+    from gpurnn.executors import device, on_chip, passes, tuning
+    from gpurnn.kernels.launch import DoesNotFit
+
+    real = device._launcher
+
+    def launcher(recipe, number):
+        made = real(recipe, number)
+        if made.kernel.cluster > 1:
+            raise DoesNotFit("no cluster fits")
+        return made
+
+    def forget():
+        for cached in (on_chip._choice, on_chip._load, passes.fitted):
+            cached.cache_clear()
+
+    shape = size((20, 16, 5, 200), (2, 4, 5, 48))
+    monkeypatch.setattr(device, "_launcher", launcher)
+    monkeypatch.setattr(tuning, "_too_many", {})
+    forget()
+    try:
+        compare(LSTM_CELL, shape, "persistent")
+        choice = on_chip.PERSISTENT.choice(LSTM_CELL, shape[3], shape[1], "float32", False)
+        assert choice.exchange != "clustered"
+    finally:
+        forget()
+
+
 def forward_launch(N, T, H):
     """(begin, launch, outputs): the resident forward kernel in inference on buffers of its own; `launch()` does no more."""
     from gpurnn.executors import device, on_chip
     from gpurnn.executors.numpy_loop import Weights
+    from gpurnn.executors.passes import Pass
     from gpurnn.kernels import persistent
 
     cupy, rng = backend.xp, np.random.default_rng(0)
@@ -231,7 +299,8 @@ def forward_launch(N, T, H):
     sweep = device.begin(LSTM_CELL, draw(T, N, 3), weights, state, np.full(T, N), False, False, "float32")
     tape, carried = sweep.tape, cupy.stack(state)
     final = carried.copy()
-    run = on_chip.RESIDENT._pass(persistent.forward, tape, sweep.weight_hh, transposed=False, training=False)
+    choice = on_chip.RESIDENT.choice(LSTM_CELL, H, N, "float32", False)
+    run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=False)
     ((_, _, slots),) = device.pieces(sweep)
     arrays = slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, final, tape.lengths
 
@@ -254,8 +323,8 @@ def test_a_captured_graph():
     assert all(np.isfinite(array).all() for array in expected)
     begin()
     cupy.cuda.Device().synchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    with stream, cupy.cuda.using_allocator(pool.malloc):  # what is captured keeps its memory
         stream.begin_capture()
         launch()
         graph = stream.end_capture()
@@ -270,6 +339,7 @@ def test_a_captured_graph():
             assert cupy.asnumpy(array).tobytes() == wanted.tobytes()
 
 
+@pytest.mark.chip("its memory has an end")
 def test_out_of_memory_is_an_error_and_the_next_call_works():
     cupy = backend.xp
     pool = cupy.get_default_memory_pool()
@@ -289,6 +359,7 @@ def test_out_of_memory_is_an_error_and_the_next_call_works():
         assert cupy.isfinite(backward(cupy.ones_like(y))[0]).all()
 
 
+@pytest.mark.chip("the driver says how many run")
 def test_blocks_that_wait_for_each_other_are_never_too_many():
     """Refused before the launch: the arguments here point nowhere."""
     from gpurnn.executors import device
@@ -304,6 +375,7 @@ def test_blocks_that_wait_for_each_other_are_never_too_many():
     backend.synchronize()
 
 
+@pytest.mark.chip("the driver says what a block may have")
 def test_shared_memory_beyond_what_a_block_may_have():
     from gpurnn.executors import device
     from gpurnn.kernels import build, step
@@ -339,10 +411,10 @@ def test_the_choice_and_its_limits():
 @pytest.mark.parametrize(
     ("cell", "shape", "precision"),
     [
-        ("lstm", (40, 64, 8, 512), "bfloat16"),
-        ("gru", (40, 33, 8, 500), "float32"),
-        ("rnn_tanh", (200, 20, 3, 300), "tf32"),
-        ("lstm", (70, 300, 3, 96), "float32"),  # more groups than run at once
+        ("lstm", size((40, 64, 8, 512), (4, 10, 8, 64)), "bfloat16"),
+        ("gru", size((40, 33, 8, 500), (4, 5, 8, 50)), "float32"),
+        ("rnn_tanh", size((200, 20, 3, 300), (9, 10, 3, 60)), "tf32"),
+        pytest.param("lstm", (70, 300, 3, 96), "float32", marks=chip),  # more groups than run at once
     ],
 )
 def test_every_exchange(kind, cell, shape, precision, monkeypatch):
@@ -366,7 +438,7 @@ def test_every_exchange(kind, cell, shape, precision, monkeypatch):
 
 @pytest.mark.parametrize("executor", ["resident", "persistent"])
 def test_a_hundred_thousand_steps(executor):
-    T, N, H = 100_000, 3, 32
+    T, N, H = size(100_000, 30), 3, 32
     x = backend.xp.asarray(np.random.default_rng(0).standard_normal((T, N, 1)).astype("float32"))
     layer = gpurnn.GRU(1, H, rng=1, executor=executor)
     y, _, backward = layer(x)
@@ -389,11 +461,12 @@ def text(tmp_path):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_run_resumes_bit_for_bit(cell, text, tmp_path, capsys):
     pytest.importorskip("safetensors", reason="runs are kept in safetensors files")
-    options = ["--cell", cell, "--hidden-size", "40", "--batch", "3", "--k1", "6", "--validation", "0.2"]
+    options = ["--cell", cell, "--hidden-size", str(size(40, 9)), "--batch", "3", "--k1", "6", "--validation", "0.2"]
     train = ["train", "--data", str(text), *options, "--num-layers", "2", "--dropout", "0.1", "--schedule", "constant"]
-    assert main([*train, "--steps", "30", "--run", str(tmp_path / "whole")]) == 0
-    assert main([*train, "--steps", "17", "--run", str(tmp_path / "parts")]) == 0
-    assert main(["train", "--resume", str(tmp_path / "parts"), "--steps", "30"]) == 0
+    most, part = str(size(30, 5)), str(size(17, 3))
+    assert main([*train, "--steps", most, "--run", str(tmp_path / "whole")]) == 0
+    assert main([*train, "--steps", part, "--run", str(tmp_path / "parts")]) == 0
+    assert main(["train", "--resume", str(tmp_path / "parts"), "--steps", most]) == 0
     assert "backend cuda" in " ".join(capsys.readouterr().out.split())
     whole, parts = (checkpoint.load(tmp_path / name / checkpoint.MODEL) for name in ("whole", "parts"))
     for group in ("tensors", "optimizer", "state"):
@@ -415,8 +488,10 @@ def test_tuning_keeps_the_fastest(tmp_path, monkeypatch):
     from gpurnn.executors import device, tuning
 
     monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
+    for name, of_stand_in in (("MOST_STEPS", 1), ("CANDIDATES", 3), ("REPEATS", 1)):
+        monkeypatch.setattr(tuning, name, size(getattr(tuning, name), of_stand_in))
     for transposed in (False, True):
-        question = tuning.Question(LSTM_CELL, 200, 16, "bfloat16", transposed, False)
+        question = tuning.Question(LSTM_CELL, size(200, 40), 16, "bfloat16", transposed, False)
         measured = tuning.tune(question, device.chip())
         times = [microseconds for _, microseconds in measured]
         assert len(measured) >= 3 and times[0] > 0 and times == sorted(times)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import multiprocessing
+import re
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,6 +132,28 @@ def test_a_wrong_number_of_arguments_is_not_launched(machine, given):
     assert not machine.of("launch"), "the driver would read what lies behind them"
 
 
+@pytest.mark.parametrize("wrong", [True, np.int32(-1), np.int64(5), np.bool_(True), np.float16(1), 0.5, None, "1"])
+def test_an_argument_that_has_another_size_is_not_launched(machine, wrong):
+    launcher = Launcher(KERNEL)
+    came = re.escape(f"got {type(wrong).__name__} {wrong!r}")
+    with pytest.raises(TypeError, match=f"^gpurnn_tried: argument 2: expected int, np.float32 or np.float64, {came}$"):
+        launcher(1, 5, wrong, np.float32(1))
+    assert not machine.of("launch"), "the kernel would read what lies behind it"
+    launcher(1, 5, np.float64(1), 1 << 62)
+
+
+def test_a_thread_without_a_context_gets_one(machine):
+    launcher = Launcher(KERNEL)
+    machine.asked.clear()
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: [launcher(1, 0, 0, 0) for _ in range(2)])
+        thread.start()
+        thread.join(60)
+    launcher(1, 0, 0, 0)
+    asked = [entry[0] for entry in machine.asked if entry[0] in ("device", "current", "launch")]
+    assert asked == [*["device", "current", "launch", "launch"] * 2, "launch"]
+
+
 def test_a_cooperative_launch_of_too_many_blocks_raises_before_it(machine):
     launcher = Launcher(WAITING)
     assert launcher.resident_blocks == 2 * SMS and not machine.of("clusters")
@@ -207,6 +231,25 @@ def test_shared_memory_that_is_refused(machine):
 
 
 # Building
+
+
+@tools
+def test_one_thread_compiles_at_a_time():
+    """Each puts a device of its own in the place of the real one meanwhile."""
+    from gpurnn.kernels.numba_cuda import dispatcher
+
+    real, entered = dispatcher.get_current_device, threading.Event()
+
+    def compile_too():
+        with build._without_device((8, 0)):
+            entered.set()
+
+    with build._without_device((9, 0)):
+        thread = threading.Thread(target=compile_too)
+        thread.start()
+        assert not entered.wait(0.2) and dispatcher.get_current_device().compute_capability == (9, 0)
+    thread.join(60)
+    assert entered.is_set() and dispatcher.get_current_device is real
 
 
 def scaling(trace, *, factor):

@@ -252,3 +252,16 @@ def test_against_torch(rng, reduction, dtype):
         loss, gradient = ours(logits)
         np.testing.assert_allclose(loss, expected.detach(), rtol=tolerance, atol=tolerance, err_msg=name)
         np.testing.assert_allclose(gradient, x.grad, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("index", [np.int32(-1), np.int64(-1), np.int8(-1)])
+def test_ignore_index_is_any_whole_number(index):
+    logits, targets = np.arange(12.0).reshape(4, 3), np.array([0, -1, 2, -1])
+    expected, found = (softmax_cross_entropy(logits, targets, ignore_index=given) for given in (-1, index))
+    assert found[0] == expected[0] and (found[1] == expected[1]).all()
+
+
+@pytest.mark.parametrize("index", [True, 1.0, "-100", 1 << 63, -(1 << 63) - 1, np.bool_(False)])
+def test_ignore_index_that_is_none(index):
+    with pytest.raises(ValueError, match="ignore_index: expected a whole number of 64 bits, got "):
+        softmax_cross_entropy(np.zeros((2, 3)), np.array([0, 1]), ignore_index=index)

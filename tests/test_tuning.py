@@ -62,7 +62,7 @@ def test_measuring_on_first_use_has_to_be_asked_for(on_a_gpu, monkeypatch):
     assert not on_a_gpu
     monkeypatch.setenv("GPURNN_TUNE", "1")
     with monkeypatch.context() as capturing:
-        capturing.setattr("gpurnn.backend.capturing", True)
+        capturing.setattr("gpurnn.backend.thread.capturing", True)
         tuning.choice(question(), chip)
         assert not on_a_gpu, "nobody may wait while a stream is captured"
     assert tuning.choice(question(), chip).exchange == "counted"

@@ -35,17 +35,32 @@ def check(asked: str | None) -> str | None:
     return name
 
 
-def choose(asked: str | None, cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> Any:
+def choose(
+    asked: str | None,
+    cell: Cell,
+    H: int,
+    N: int,
+    dtype: np.dtype,
+    precision: str,
+    *,
+    training: bool | None = None,
+    clip: bool = False,
+) -> Any:
     """The executor for a cell of H units and a batch of N rows: the one that is forced, or the fastest that runs it.
 
     On a CPU that is `compiled`.  On CUDA the cheapest by the model of `kernels.plan`: `resident` where weight_hh fits one
     SM, `persistent` where it fits a group of them, `step`, which runs everything.
+    training, clip: of the passes to come, so that what this GPU turns out not to run is passed over; None: not tried.
     """
     name = check(asked)
-    if name is None and backend.name == "cuda":
-        on_chip = importlib.import_module("gpurnn.executors.on_chip")
+    if name is not None or backend.name == "numpy":
+        return executor(name or "compiled")
+    on_chip = importlib.import_module("gpurnn.executors.on_chip")
+    while True:
         name = on_chip.fastest(cell, H, N, dtype, precision)
-    return executor(name or "compiled")
+        engine = executor(name)
+        if training is None or name == "step" or engine.runs(cell, H, N, precision, training, clip):
+            return engine
 
 
 @functools.cache

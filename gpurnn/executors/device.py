@@ -184,7 +184,7 @@ def product(a: Array, b: Array, out: Array, precision: str, add: bool = False) -
     (ta, lda), (tb, ldb) = _leading(a), _leading(b)
     scale = np.array([1.0, float(add)], out.dtype)
     one, beta = scale.ctypes.data, scale.ctypes.data + scale.itemsize
-    (backend.gemm or cublas.gemmEx)(
+    (backend.thread.gemm or cublas.gemmEx)(
         handle, tb, ta, n, m, k, one, b.data.ptr, kind, ldb, a.data.ptr, kind, lda, beta, out.data.ptr, kind,
         _row_stride(out), compute, cublas.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip

@@ -7,6 +7,7 @@ state t stands at t+1 and its successor at t.
 
 import numpy as np
 
+from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.executors.numpy_loop import Array, Weights
 
@@ -25,9 +26,8 @@ def ordered(matrix: Array, order: tuple[int, ...], H: int) -> Array:
     first, count = order[0] if order else 0, len(order)
     if order == tuple(range(first, first + count)):
         return matrix[first * H : (first + count) * H]
-    return np.concatenate(
-        [matrix[gate * H : (gate + 1) * H] for gate in order]
-    )  # an index would be copied to the device
+    # an index would be copied to the device
+    return backend.joined([matrix[gate * H : (gate + 1) * H] for gate in order])
 
 
 def add_ordered(gradient: Array, value: Array, order: tuple[int, ...], H: int) -> None:
@@ -54,4 +54,4 @@ def biases(cell: Cell, weights: Weights, H: int, xp) -> Array:
 
 def params(weights: Weights, H: int, xp) -> Array:
     """(P, H)"""
-    return xp.stack(weights.params) if weights.params else xp.empty((0, H), weights.weight_hh.dtype)
+    return backend.stacked(weights.params) if weights.params else xp.empty((0, H), weights.weight_hh.dtype)

@@ -3,7 +3,8 @@
     resident     weight_hh fits one SM; each block has a few rows of the batch and waits for nobody
     persistent   weight_hh is spread over a group of SMs, which exchange a step's vector; each group has some rows
 
-What fits, and which is faster, is `kernels.plan`'s to say, or that of `tuning`, where somebody has measured it.
+What fits, and which is faster, is `kernels.plan`'s to say, or that of `tuning`, where somebody has measured it.  Where
+the chip knows better, as a slice of one does that has no room for a cluster, the next choice is taken.
 """
 
 import functools
@@ -16,8 +17,9 @@ from gpurnn.cells import Cell
 from gpurnn.executors import device, step, tuning
 from gpurnn.executors.device import Tape
 from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
-from gpurnn.executors.passes import Pass
+from gpurnn.executors.passes import Pass, fitted
 from gpurnn.kernels import persistent, plan
+from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
 
 
@@ -58,8 +60,8 @@ class OnChip(NamedTuple):
             )
         sweep = device.begin(cell, x, weights, state, rows, reverse, training, precision)
         tape = sweep.tape
-        carried = backend.xp.stack(state).astype(x.dtype, copy=False)
-        run = self._pass(persistent.forward, tape, sweep.weight_hh, transposed=False, training=training)
+        carried = backend.stacked(state).astype(x.dtype, copy=False)
+        run = self._pass(FORWARD, tape, sweep.weight_hh, training=training)
         rest_state = tape.rest.strides[0] // x.itemsize
         for t0, t1, slots in device.pieces(sweep):
             rest, final = tape.rest[:, t0:] if training else tape.rest, carried.copy()
@@ -74,13 +76,13 @@ class OnChip(NamedTuple):
         """See `numpy_loop.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
         if options.flow is not None:
             return step.backward(tape, dy, dstate, grads, options)
-        xp, cell, dtype = backend.xp, tape.cell, tape.x.dtype
+        cell, dtype = tape.cell, tape.x.dtype
         dy = device.with_unit_stride(dy)
         slots = tape.slots.copy() if options.keep else tape.slots
-        passed = xp.stack(dstate).astype(dtype, copy=False)
+        passed = backend.stacked(dstate).astype(dtype, copy=False)
         params, dparams = device.parameters(tape)
         weight_hh = device.ordered_weight_hh(cell, tape.weights)
-        run = self._pass(persistent.backward, tape, weight_hh, transposed=True, clip=options.clip is not None)
+        run = self._pass(BACKWARD, tape, weight_hh, clip=options.clip is not None)
         arrays = (slots, tape.h, tape.rest, dy, passed, params, dparams, tape.lengths)
         strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
         run(arrays, (), (tape.h.shape[1], int(tape.reverse), *strides, dtype.type(options.clip or 0.0)))
@@ -89,18 +91,37 @@ class OnChip(NamedTuple):
             gradient += value.sum(0)
         return dx, tuple(passed)
 
-    def _pass(self, factory: Any, tape: Tape, weight_hh: Array, transposed: bool, **constants: bool) -> Pass:
+    def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool) -> bool:
+        """Whether the chip runs what is chosen for the passes to come; if not, it is not chosen again."""
+        try:
+            _load(self, cell, H, N, precision, training, clip, device.chip())
+        except DoesNotFit:
+            return False
+        return True
+
+    def _pass(self, way: "Way", tape: Tape, weight_hh: Array, **constants: bool) -> Pass:
+        """The cheapest that the chip runs."""
         cell, (N, H) = tape.cell, tape.h.shape[1:]
-        choice = self.choice(cell, H, N, tape.precision, transposed)
-        if choice is None:
-            where = "one SM" if self.alone else "this GPU"
-            raise ValueError(
-                f"executor {self.name!r}: weight_hh of {cell.name} with {H} units does not fit {where} in "
-                f"{tape.precision}; 'step' runs every size"
-            )
-        return Pass.prepare(choice, factory, tape, weight_hh, transposed, **constants)
+        while (choice := self.choice(cell, H, N, tape.precision, way.transposed)) is not None:
+            try:
+                return Pass.prepare(choice, way.factory, tape, weight_hh, way.transposed, **constants)
+            except DoesNotFit as error:
+                _rule_out(cell, H, N, tape.precision, way.transposed, choice, error)
+        where = "one SM" if self.alone else "this GPU"
+        raise ValueError(
+            f"executor {self.name!r}: weight_hh of {cell.name} with {H} units does not fit {where} in "
+            f"{tape.precision}; 'step' runs every size"
+        )
 
 
+class Way(NamedTuple):
+    """Through time: the kernel's factory, and whether it multiplies by the transposed weight_hh."""
+
+    factory: Any
+    transposed: bool
+
+
+FORWARD, BACKWARD = Way(persistent.forward, False), Way(persistent.backward, True)
 RESIDENT, PERSISTENT = OnChip("resident", True), OnChip("persistent", False)
 
 
@@ -109,6 +130,27 @@ def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> str:
     costs = {engine.name: engine.cycles(cell, H, N, dtype, precision) for engine in (RESIDENT, PERSISTENT)}
     costs["step"] = 2 * plan.step_cycles(H, cell.gates, N, precision, device.chip())
     return min((cycles, name) for name, cycles in costs.items() if cycles is not None)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _load(engine: OnChip, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, chip: Chip) -> None:
+    """Builds and loads the kernels of the passes to come.  Raises DoesNotFit where one is ruled out."""
+    for way, constant in ((FORWARD, ("training", training)), *([(BACKWARD, ("clip", clip))] if training else [])):
+        choice = engine.choice(cell, H, N, precision, way.transposed)
+        if choice is None:
+            raise DoesNotFit(f"{engine.name}: nothing is left for {cell.name} with {H} units")
+        try:
+            fitted(way.factory, cell, H, choice, way.transposed, chip, (constant,))
+        except DoesNotFit as error:
+            _rule_out(cell, H, N, precision, way.transposed, choice, error)
+            raise
+
+
+def _rule_out(cell: Cell, H: int, N: int, precision: str, transposed: bool, choice: Choice, error: DoesNotFit) -> None:
+    question = tuning.Question(cell, H, N, precision, transposed, choice.exchange == "alone")
+    tuning.rule_out(question, device.chip(), choice, error)
+    _choice.cache_clear()
+    _load.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)

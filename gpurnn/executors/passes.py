@@ -10,7 +10,7 @@ from gpurnn.cells import Cell
 from gpurnn.executors import device
 from gpurnn.executors.device import Array, Tape
 from gpurnn.kernels import exchange, packing, plan, tiles
-from gpurnn.kernels.launch import Launcher
+from gpurnn.kernels.launch import DoesNotFit, Launcher
 from gpurnn.kernels.plan import Chip, Choice
 from gpurnn.kernels.tiles import Mma, Shape
 
@@ -29,7 +29,7 @@ class Pass(NamedTuple):
         cls, choice: Choice, factory: Any, tape: Tape, weight_hh: Array, transposed: bool, **constants: bool
     ) -> "Pass":
         cell, (N, H) = tape.cell, tape.h.shape[1:]
-        kernel, choice = _fitted(factory, cell, H, choice, transposed, device.chip(), tuple(constants.items()))
+        kernel, choice = fitted(factory, cell, H, choice, transposed, device.chip(), tuple(constants.items()))
         shape = Shape(H, cell.gates, transposed, choice.blocks)
         words = tiles.packed_words(shape, choice.tile)
         packed = backend.xp.empty(words, np.uint32 if isinstance(choice.tile, Mma) else np.float32)
@@ -41,21 +41,23 @@ class Pass(NamedTuple):
         """Launches: arrays, then `before`, the first row, `after`.  As many groups at a time as can wait for each other."""
         rows, blocks = self.choice.tile.rows, self.choice.blocks
         groups = device.grid(self.N, rows)
-        running = self.kernel.resident_blocks // blocks if self.kernel.kernel.cooperative else groups
-        at_once = max(1, running)  # where not even one group runs at once, the launch says so
+        running = self.kernel.resident_blocks // blocks if self.kernel.kernel.cooperative else max(1, groups)
         pointers = [array.data.ptr for array in (self.packed, *arrays)]
-        for group in range(0, groups, at_once):
-            count = min(at_once, groups - group)
+        for group in range(0, groups, running):
+            count = min(running, groups - group)
             mail = backend.xp.full(max(1, count * self.mail), exchange.beginning(self.choice.exchange), np.uint32)
             given_up = faults.record().data.ptr
             self.kernel(count * blocks, *pointers, mail.data.ptr, given_up, *before, group * rows, *after)
 
 
 @functools.lru_cache(maxsize=512)
-def _fitted(
+def fitted(
     factory: Any, cell: Cell, H: int, choice: Choice, transposed: bool, chip: Chip, constants: tuple
 ) -> tuple[Launcher, Choice]:
-    """Built with fewer weights in registers where a cell needs more of them than the plan thought."""
+    """Built with fewer weights in registers where a cell needs more of them than the plan thought.
+
+    Raises DoesNotFit where the chip cannot run even one of the choice's groups, whatever the plan thought.
+    """
     shape = Shape(H, cell.gates, transposed, choice.blocks)
     built: dict[int, tuple[Launcher, Choice]] = {}  # by what it spills
     for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip):
@@ -64,4 +66,8 @@ def _fitted(
         built.setdefault(kernel.kernel.spilled, (kernel, choice._replace(tile=tile)))
         if not kernel.kernel.spilled:
             break
-    return built[min(built)]
+    kernel, choice = built[min(built)]
+    if kernel.kernel.cooperative and kernel.resident_blocks < choice.blocks:
+        what = f"blocks of a group wait for each other, but only {kernel.resident_blocks} run at once"
+        raise DoesNotFit(f"{kernel.kernel.name}: {choice.blocks} {what}")
+    return kernel, choice

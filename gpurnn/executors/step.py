@@ -64,7 +64,7 @@ def backward(
     H, dtype = tape.h.shape[2], tape.x.dtype
     dy = device.with_unit_stride(dy)
     slots = tape.slots.copy() if options.keep else tape.slots
-    passed = xp.stack(dstate).astype(dtype, copy=False)
+    passed = backend.stacked(dstate).astype(dtype, copy=False)
     params, dparams = device.parameters(tape)
     weight_hh = device.ordered_weight_hh(cell, tape.weights)
     kernel = device.kernel(step.backward, trace, dtype=dtype.name, clip=options.clip is not None)

@@ -8,7 +8,9 @@ nothing, and so is a file that cannot be read.
 
 import hashlib
 import json
+import math
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +22,15 @@ from gpurnn.executors import cache, device
 from gpurnn.executors.numpy_loop import Weights
 from gpurnn.executors.passes import Pass
 from gpurnn.kernels import build, persistent, plan
+from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
 
 FILE = "tuned.json"
 CANDIDATES = 6
 REPEATS = 5
 MOST_STEPS, MOST_VALUES = 256, 1 << 24  # of a measurement: steps, and values in the slots
+
+_too_many: dict[tuple, int] = {}  # blocks of a group, from which on the chip turned out not to run it
 
 
 class Question(NamedTuple):
@@ -46,17 +51,37 @@ def choice(question: Question, chip: Chip) -> Choice | None:
         return None
     known = _read().get(_key(question, chip), {}).get("choice")
     found = next((choice for choice in every if _name(choice) == known), None)
-    if found is None and os.environ.get("GPURNN_TUNE") == "1" and not backend.capturing:
-        found = tune(question, chip)[0][0]
-    return found or every[0]
+    if found is None and os.environ.get("GPURNN_TUNE") == "1" and not backend.thread.capturing:
+        every = [choice for choice, _ in _measured(question, chip)]  # none, where the chip runs nothing of it
+    return found or next(iter(every), None)
 
 
 def choices(question: Question, chip: Chip) -> list[Choice]:
-    """All that fits, the cheapest by the model first."""
+    """All that fits, the cheapest by the model first.  What was ruled out is not among it."""
     cell, H, N, precision, transposed, alone = question
     pair = registers(cell, transposed)
     every = plan.choices(H, cell.gates, transposed, N, precision, pair, chip, alone)
-    return sorted(every, key=lambda choice: (choice.cost.cycles, choice.blocks))
+    left = [choice for choice in every if choice.blocks < _too_many.get(_group(question, chip, choice), math.inf)]
+    return sorted(left, key=lambda choice: (choice.cost.cycles, choice.blocks))
+
+
+def rule_out(question: Question, chip: Chip, choice: Choice, error: DoesNotFit) -> None:
+    """The chip turned out not to run it: neither it is given in this process again nor a larger group of its kind.
+
+    Raises `error` where it was not given: somebody insists on the choice.
+    """
+    group = _group(question, chip, choice)
+    if choice.blocks >= _too_many.get(group, math.inf):
+        raise error
+    _too_many[group] = choice.blocks
+
+
+def _group(question: Question, chip: Chip, choice: Choice) -> tuple:
+    """What decides whether a group runs: on a chip, how many blocks are a cluster, or wait for each other through memory.
+
+    One block for itself is refused for what is in it, which the question decides.
+    """
+    return (chip, question) if choice.exchange == "alone" else (chip, choice.exchange == "clustered")
 
 
 def candidates(every: list[Choice]) -> list[Choice]:
@@ -71,11 +96,22 @@ def tune(question: Question, chip: Chip) -> list[tuple[Choice, float]]:
 
     Waits for the device.  Raises ValueError where nothing fits.
     """
-    measured = [(choice, microseconds(question, choice)) for choice in candidates(choices(question, chip))]
+    measured = _measured(question, chip)
     if not measured:
         raise ValueError(f"weight_hh of {question.cell.name} with {question.H} units does not fit this GPU")
-    measured.sort(key=lambda pair: pair[1])
-    _write(_key(question, chip), {"choice": _name(measured[0][0]), "microseconds": round(measured[0][1], 3)})
+    return measured
+
+
+def _measured(question: Question, chip: Chip) -> list[tuple[Choice, float]]:
+    found: dict[Choice, float] = {}
+    while left := [choice for choice in candidates(choices(question, chip)) if choice not in found]:
+        try:
+            found[left[0]] = microseconds(question, left[0])
+        except DoesNotFit as error:
+            rule_out(question, chip, left[0], error)
+    measured = sorted(found.items(), key=lambda pair: pair[1])
+    if measured:
+        _write(_key(question, chip), {"choice": _name(measured[0][0]), "microseconds": round(measured[0][1], 3)})
     return measured
 
 
@@ -88,7 +124,7 @@ def microseconds(question: Question, choice: Choice) -> float:
     state = tuple(xp.zeros((N, H), np.float32) for _ in range(cell.states))
     x = xp.zeros((T, N, 1), np.float32)
     sweep = device.begin(cell, x, weights, state, np.full(T, N), False, True, precision)
-    tape, carried = sweep.tape, xp.stack(state)
+    tape, carried = sweep.tape, backend.stacked(state)
     tape.slots.fill(0)
     rest_state = tape.rest.strides[0] // 4
     if transposed:
@@ -147,6 +183,6 @@ def _write(key: str, found: dict[str, Any]) -> None:
     place = cache.folder()
     if place is None:
         return
-    temporary = Path(place / f".tmp-{os.getpid()}-{FILE}")
+    temporary = Path(place / f".tmp-{os.getpid()}-{threading.get_ident()}-{FILE}")
     temporary.write_text(json.dumps(_read() | {key: found}))
     os.replace(temporary, place / FILE)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .graphs import Capture, recorded
+from .graphs import capturing, recorded
 from .memory import allocations
 from .runtime import CUDA_R_16BF, CUDA_R_32F, CUDA_R_64F
 
@@ -43,7 +43,7 @@ def gemmEx(
     B: int, Btype: int, ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int, algo: int,
 ) -> None:  # fmt: skip
     """C (m, n) = alpha op(A) op(B) + beta C, all column-major; alpha and beta lie on the host."""
-    if Capture.current is not None:
+    if capturing() is not None:
         raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
     _gemm_ex(transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType)
 

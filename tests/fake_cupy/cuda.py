@@ -1,6 +1,8 @@
 """`cupy.cuda` of the stand-in: one device, streams, graphs, pools, pinned memory, cuBLAS and the runtime."""
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -8,19 +10,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import cublas, runtime
-from .graphs import Capture, CaptureError, Graph
+from .graphs import Capture, CaptureError, Graph, capturing
 from .memory import counters, poisoned
 
 __all__ = [
     "Device", "Event", "Graph", "MemoryPool", "Stream", "alloc", "alloc_pinned_memory", "cublas", "device",
-    "get_current_stream", "is_available", "runtime", "using_allocator",
+    "get_current_stream", "get_elapsed_time", "is_available", "runtime", "using_allocator",
 ]  # fmt: skip
 
 _CUBLAS_HANDLE = 1
 
 _ATTRIBUTES = {
-    "ComputeCapabilityMajor": 9,
-    "ComputeCapabilityMinor": 0,
     "CooperativeLaunch": 1,
     "L2CacheSize": 62_914_560,
     "MaxBlocksPerMultiprocessor": 32,
@@ -35,6 +35,17 @@ _ATTRIBUTES = {
     "MultiProcessorCount": 132,
     "WarpSize": 32,
 }
+
+
+class _Thread(threading.local):
+    """Each has its own current streams and allocators."""
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+        self.allocators: list[Any] = []
+
+
+_here = _Thread()
 
 
 class Device:
@@ -78,10 +89,13 @@ class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False):
         self._stream: Stream | None = None
         self._mark = 0
+        self.when = None if disable_timing else 0.0
 
     def record(self, stream: "Stream | None" = None) -> None:
         self._stream = get_current_stream() if stream is None else stream
         self._mark = self._stream.given
+        if self.when is not None:
+            self.when = time.perf_counter()
 
     @property
     def done(self) -> bool:
@@ -96,10 +110,16 @@ class Event:
             self._stream.run(self._mark)
 
 
+def get_elapsed_time(start_event: Event, end_event: Event) -> float:
+    """Milliseconds."""
+    if not start_event.when or not end_event.when or not end_event.done:
+        raise RuntimeError("expected two events that keep their time, recorded and over")
+    return 1e3 * (end_event.when - start_event.when)
+
+
 class Stream:
     """Work on it is done when the call that gives it returns; but copies to the device, when somebody waits for them."""
 
-    _current: ClassVar[list["Stream"]] = []
     null: ClassVar["Stream"]
 
     def __init__(self, null: bool = False, non_blocking: bool = False):
@@ -124,11 +144,11 @@ class Stream:
             self.done_until += 1
 
     def __enter__(self) -> "Stream":
-        Stream._current.append(self)
+        _here.streams.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        Stream._current.pop()
+        _here.streams.pop()
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.ptr
@@ -148,25 +168,26 @@ class Stream:
     def begin_capture(self, mode: int | None = None) -> None:
         if self.ptr == 0:
             raise RuntimeError("cannot capture on the default (legacy) stream")
-        if Capture.current is not None or not self._non_blocking:
+        if capturing() is not None or not self._non_blocking:
             raise CaptureError("expected a non-blocking stream, and no other capture under way")
-        Capture.current = Capture(self, get_current_stream, private_pool)
+        Capture(self, get_current_stream, private_pool)
 
     def end_capture(self) -> Graph:
-        capture, Capture.current = Capture.current, None
+        capture = capturing()
         if capture is None or capture.stream is not self:
             raise CaptureError("this stream is not capturing")
         return capture.end()
 
     def is_capturing(self) -> bool:
-        return Capture.current is not None and Capture.current.stream is self
+        capture = capturing()
+        return capture is not None and capture.stream is self
 
 
 Stream.null = Stream(null=True)
 
 
 def get_current_stream() -> Any:
-    return Stream._current[-1] if Stream._current else Stream.null
+    return _here.streams[-1] if _here.streams else Stream.null
 
 
 class MemoryPool:
@@ -178,21 +199,18 @@ class MemoryPool:
         return alloc(size)
 
 
-_allocators: list[Any] = []
-
-
 @contextlib.contextmanager
 def using_allocator(allocator: Any = None) -> Iterator[None]:
-    _allocators.append(allocator)
+    _here.allocators.append(allocator)
     try:
         yield
     finally:
-        _allocators.pop()
+        _here.allocators.pop()
 
 
 def private_pool() -> MemoryPool | None:
     """The pool that memory comes from now; None for the common one."""
-    return getattr(_allocators[-1], "__self__", None) if _allocators else None
+    return getattr(_here.allocators[-1], "__self__", None) if _here.allocators else None
 
 
 def alloc(size: int) -> Any:

@@ -1,5 +1,6 @@
 """The stand-in's functions, each with the arguments that CuPy's has; also what NumPy's functions dispatch to."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from .memory import allocations as _allocations
 from .memory import counters, poisoned, supported
 from .ndarray import NAMESPACE, Capsule, FakeArray, array_only, from_host, in_order_k, on_device, stored, unwrap
 
+DIRECTLY, LARGE = 8, 2 << 20  # parts that CuPy joins one by one, as it does those of so many bytes each
 ATOMIC = "ilqIQefd"  # the types that CuPy adds atomically
 
 
@@ -24,10 +26,13 @@ class Ufunc:
 
     def __init__(self, name: str):
         self.__name__, self._ufunc = name, getattr(np, name)
+        self.nin = self._ufunc.nin
         NAMESPACE[name] = NAMESPACE[self._ufunc.__name__] = self
 
     @recorded
     def __call__(self, *inputs: Any, out: Any = None, dtype: Any = None, casting: str = "same_kind") -> FakeArray:
+        if len(inputs) != self.nin:
+            raise TypeError(f"{self.__name__} takes {self.nin} arguments, got {len(inputs)}")
         hosts = [unwrap(self._item_of_a_scalar_array(value)) for value in inputs]
         target = None if out is None else array_only(out)
         with np.errstate(all="ignore"):  # a device warns of nothing
@@ -147,14 +152,14 @@ def _from_interface(foreign: Any) -> FakeArray:
     return FakeArray(memory, FakeArray(block))
 
 
-def from_dlpack(foreign: Any) -> FakeArray:
-    if foreign.__dlpack_device__()[0] != 2:  # kDLCUDA
+def from_dlpack(array: Any) -> FakeArray:
+    if array.__dlpack_device__()[0] != 2:  # kDLCUDA
         raise ValueError("from_dlpack of host memory is not modelled: asarray copies it")
-    capsule = foreign.__dlpack__(stream=1)
+    capsule = array.__dlpack__(stream=1)
     if not isinstance(capsule, Capsule) or capsule.array is None:
         raise ValueError("expected a DLPack capsule that was not taken before")
-    array, capsule.array = capsule.array, None
-    return array.view()
+    taken, capsule.array = capsule.array, None
+    return taken.view()
 
 
 def asnumpy(a: Any) -> np.ndarray:
@@ -173,7 +178,16 @@ def ascontiguousarray(a: FakeArray, dtype: Any = None) -> FakeArray:
 @dispatched
 def concatenate(tup: Iterable[FakeArray], axis: int | None = 0, out: Any = None, *, dtype: Any = None) -> FakeArray:
     hosts = [array_only(part) for part in tup]
+    if _one_kernel(hosts, out.dtype if out is not None else dtype):
+        counters.transfer()
     return stored(np.concatenate(hosts, axis, dtype=dtype), out)
+
+
+def _one_kernel(hosts: list, dtype: Any) -> bool:
+    """Whether CuPy copies the parts by one kernel, which reads their addresses from an array made on the host."""
+    if len(hosts) <= DIRECTLY or len({host.dtype for host in hosts}) > 1 or dtype not in (None, hosts[0].dtype):
+        return False
+    return sum(host.nbytes for host in hosts) < LARGE * len(hosts)
 
 
 @dispatched
@@ -216,25 +230,44 @@ def flatnonzero(a: FakeArray) -> FakeArray:
 
 
 @dispatched
-def matmul(a: FakeArray, b: FakeArray, out: Any = None) -> FakeArray:
+def matmul(x1: FakeArray, x2: FakeArray, /, *, out: Any = None) -> FakeArray:
     refused("cuBLAS cannot be called through CuPy")
     with np.errstate(all="ignore"):
-        return stored(np.matmul(array_only(a), array_only(b)), out)
+        return stored(np.matmul(array_only(x1), array_only(x2)), out)
 
 
-def _method(name: str) -> Callable:
+def _method(name: str, call: Callable) -> Callable:
+    @functools.wraps(call)
     def function(a: FakeArray, *arguments: Any, **options: Any) -> FakeArray:
         array_only(a)
-        return getattr(a, name)(*arguments, **options)
+        return call(a, *arguments, **options)
 
     function.__name__ = name
     return dispatched(function)
 
 
-METHODS = {
-    name: _method(name)
-    for name in (
-        "sum", "prod", "mean", "max", "min", "any", "all", "argmax", "argmin", "cumsum", "copy", "reshape",
-        "ravel", "transpose", "swapaxes", "squeeze", "repeat", "nonzero", "clip", "take", "argsort", "dot",
-    )
-}  # fmt: skip
+_FORMS: dict[str, Callable] = {
+    "sum": lambda a, axis=None, dtype=None, out=None, keepdims=False: a.sum(axis, dtype, out, keepdims),
+    "prod": lambda a, axis=None, dtype=None, out=None, keepdims=False: a.prod(axis, dtype, out, keepdims),
+    "mean": lambda a, axis=None, dtype=None, out=None, keepdims=False: a.mean(axis, dtype, out, keepdims),
+    "max": lambda a, axis=None, out=None, keepdims=False: a.max(axis, out, keepdims),
+    "min": lambda a, axis=None, out=None, keepdims=False: a.min(axis, out, keepdims),
+    "any": lambda a, axis=None, out=None, keepdims=False: a.any(axis, out, keepdims),
+    "all": lambda a, axis=None, out=None, keepdims=False: a.all(axis, out, keepdims),
+    "argmax": lambda a, axis=None, dtype=None, out=None, keepdims=False: a.argmax(axis, out, dtype, keepdims),
+    "argmin": lambda a, axis=None, dtype=None, out=None, keepdims=False: a.argmin(axis, out, dtype, keepdims),
+    "cumsum": lambda a, axis=None, dtype=None, out=None: a.cumsum(axis, dtype, out),
+    "copy": lambda a, order="K": a.copy(order),
+    "reshape": lambda a, newshape, order="C": a.reshape(newshape, order=order),
+    "ravel": lambda a, order="C": a.ravel(order),
+    "transpose": lambda a, axes=None: a.transpose(axes),
+    "swapaxes": lambda a, axis1, axis2: a.swapaxes(axis1, axis2),
+    "squeeze": lambda a, axis=None: a.squeeze(axis),
+    "repeat": lambda a, repeats, axis=None: a.repeat(repeats, axis),
+    "nonzero": lambda a: a.nonzero(),
+    "clip": lambda a, a_min, a_max, out=None: a.clip(a_min, a_max, out),
+    "take": lambda a, indices, axis=None: a.take(indices, axis),
+    "argsort": lambda a, axis=-1, kind=None: a.argsort(axis, kind),
+    "dot": lambda a, b, out=None: a.dot(b, out),
+}
+METHODS = {name: _method(name, call) for name, call in _FORMS.items()}

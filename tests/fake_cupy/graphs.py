@@ -7,6 +7,7 @@ common pool, and a launch after the pool of its own has gone.
 """
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,19 +22,23 @@ class CaptureError(RuntimeError):
 
 
 class Capture:
-    """The capture under way; `current` is None where there is none."""
+    """A capture under way, in one thread.  What other threads ask for waits meanwhile, as it may on a device: `exclusive`."""
 
-    current: "Capture | None" = None
+    exclusive = threading.RLock()
+    under_way: "Capture | None" = None
 
     def __init__(self, stream: Any, current_stream: Callable[[], Any], allocator: Callable[[], Any]):
-        self.stream, self._current_stream, self._allocator = stream, current_stream, allocator
+        self.stream, self.current_stream, self._allocator = stream, current_stream, allocator
         self.calls: list[tuple[Callable, list, dict, Any]] = []
         self.busy = False
         self.pool: Any = None
+        self.thread = threading.get_ident()
+        self.exclusive.acquire()
         self._before = allocations.snapshot()
+        Capture.under_way = self
 
     def write_down(self, function: Callable, args: tuple, options: dict) -> Any:
-        if self._current_stream() is not self.stream:
+        if self.current_stream() is not self.stream:
             raise CaptureError("work on another stream while one is capturing")
         given = [list(value) if isinstance(value, Iterator) else value for value in args]
         self.busy = True
@@ -50,10 +55,22 @@ class Capture:
             raise CaptureError("an allocation from the common pool: others would get the graph's memory")
 
     def end(self) -> "Graph":
+        Capture.under_way = None
         allocations.restore(self._before)
+        self.exclusive.release()
         if self.pool is not None:
             self.pool.taken = True
         return Graph(self.calls, self.pool)
+
+
+def capturing() -> Capture | None:
+    """That of this thread.  Raises where the current stream is another thread's, who records all that it gets."""
+    capture = Capture.under_way
+    if capture is None or capture.thread == threading.get_ident():
+        return capture
+    if capture.current_stream() is capture.stream:
+        raise CaptureError("work on a stream that another thread is capturing")
+    return None
 
 
 class Graph:
@@ -66,8 +83,9 @@ class Graph:
         if self._pool is not None and self._pool() is None:
             raise CaptureError("the pool that the graph's memory comes from is gone")
         counters.graphs += 1
-        for function, args, options, result in self._calls:
-            _copy(function(*args, **options), result)
+        with Capture.exclusive:
+            for function, args, options, result in self._calls:
+                _copy(function(*args, **options), result)
 
 
 def recorded(function: Callable) -> Callable:
@@ -75,9 +93,10 @@ def recorded(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **options: Any) -> Any:
-        capture = Capture.current
+        capture = capturing()
         if capture is None or capture.busy:
-            return function(*args, **options)
+            with Capture.exclusive:
+                return function(*args, **options)
         return capture.write_down(function, args, options)
 
     return wrapper
@@ -90,13 +109,14 @@ def check_allocation() -> None:
     pool = private_pool()
     if pool is not None and pool.taken:
         raise CaptureError("an allocation from a graph's pool: what is free there is where the graph keeps its results")
-    if Capture.current is not None:
-        Capture.current.allocate()
+    capture = capturing()
+    if capture is not None:
+        capture.allocate()
 
 
 def refused(what: str) -> None:
-    """Raises while a stream is capturing."""
-    if Capture.current is not None:
+    """Raises while a stream of this thread is capturing."""
+    if capturing() is not None:
         raise CaptureError(f"the current stream is capturing, so {what}")
 
 

@@ -296,6 +296,8 @@ class FakeArray(NDArrayOperatorsMixin):
         return on_device(self._host.argsort(axis, kind="stable"))
 
     def repeat(self, repeats: int, axis: int | None = None) -> "FakeArray":
+        if not isinstance(repeats, int | np.integer):
+            raise NotImplementedError("one number of repeats for each value would be copied to the device")
         return on_device(self._host.repeat(repeats, axis))
 
     # Reductions
@@ -303,8 +305,8 @@ class FakeArray(NDArrayOperatorsMixin):
     def sum(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> "FakeArray":
         return _reduced(self, "sum", out, axis=axis, dtype=dtype, keepdims=keepdims)
 
-    def prod(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> "FakeArray":
-        return _reduced(self, "prod", out, axis=axis, dtype=dtype, keepdims=keepdims)
+    def prod(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool | None = None) -> "FakeArray":
+        return _reduced(self, "prod", out, axis=axis, dtype=dtype, keepdims=bool(keepdims))
 
     def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> "FakeArray":
         return _reduced(self, "mean", out, axis=axis, dtype=dtype, keepdims=keepdims)

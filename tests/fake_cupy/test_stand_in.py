@@ -376,3 +376,17 @@ def test_gemm_refuses_what_leaves_its_memory():
         gemm(a, b, c, compute="CUBLAS_COMPUTE_64F")
     with pytest.raises(CUBLASError, match="alpha lies in device memory"):
         cp.cuda.cublas.sgemm(1, 0, 0, 5, 7, 3, c.data.ptr, a.data.ptr, 5, b.data.ptr, 3, c.data.ptr, c.data.ptr, 5)
+
+
+@pytest.mark.parametrize("join", [cp.stack, cp.concatenate])
+def test_many_small_arrays_are_joined_by_addresses_from_the_host(join):
+    """More than 8 of one dtype; larger ones and mixed ones are copied one by one."""
+    small, large = [cp.zeros((2, 3))] * 9, [cp.zeros((512, 1024))] * 9
+    for parts, transfers in ((small[:8], 0), (small, 1), ([*small, cp.zeros((2, 3), "float32")], 0), (large, 0)):
+        before = cp.counters.transfers
+        assert join(parts).size == sum(part.size for part in parts)
+        assert cp.counters.transfers - before == transfers
+    whole = cp.empty(join(small).shape, "float32")
+    before = cp.counters.transfers
+    join(small, out=whole)
+    assert cp.counters.transfers == before, "into another dtype they go one by one"
