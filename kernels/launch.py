@@ -4,6 +4,7 @@ Work is ordered with CuPy's, nothing waits for the device, and a stream that is 
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .build import Kernel
@@ -62,6 +63,21 @@ class Launcher:
                 f"{self.kernel.name}: {blocks} blocks wait for each other, but only {self.resident_blocks} run at once"
             )
         self._launch(_stream(), self._config(blocks // self.kernel.cluster), self._entry, *arguments)
+
+    def series(self, before: Sequence[Any], after: Sequence[Any]) -> Callable[..., None]:
+        """`again(blocks, *between)`: launches with the arguments before, between, after, on the stream that is current now.
+
+        For many launches in a row of a kernel without clusters or waits: what stays is looked up and put together once.
+        """
+        launch, stream, entry, config = self._launch, _stream(), self._entry, self._config
+        missing = self.kernel.arguments - len(before) - len(after)
+
+        def again(blocks: int, *between: Any) -> None:
+            if len(between) != missing:
+                raise TypeError(f"{self.kernel.name}: expected {missing} arguments between, got {len(between)}")
+            launch(stream, config(blocks), entry, *before, *between, *after)
+
+        return again
 
 
 def _stream() -> Any:

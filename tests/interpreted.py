@@ -58,6 +58,9 @@ class Interpreted:
             buffer[...] = memory.get(address, buffer)
         Interpreted.launches += 1
 
+    def series(self, before, after):
+        return lambda blocks, *between: self(blocks, *before, *between, *after)
+
     def _address(self, pointer: int, name: str, memory: Memory, spans: dict) -> int:
         """Where the interpreter has what `pointer` points to.  Arguments beyond 4 G are addresses, smaller ones numbers."""
         base, buffer, _ = fake_cupy.allocations.find(pointer)

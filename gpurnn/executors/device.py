@@ -8,7 +8,7 @@ Precisions of the products, which always add up in float32 (float64 in "float64"
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,25 +179,47 @@ def product(a: Array, b: Array, out: Array, precision: str, add: bool = False) -
         if not add:
             out.fill(0)
         return out
-    cublas, handle = _cublas(), backend.xp.cuda.device.get_cublas_handle()
-    kind, compute = _kinds(precision, out.dtype)
+    multiply, handle = _gemm()
+    kind, compute, automatic = _kinds(backend.xp, precision, out.dtype.char)
+    one, beta = _scales(out.dtype.char, add)
     (ta, lda), (tb, ldb) = _leading(a), _leading(b)
-    scale = np.array([1.0, float(add)], out.dtype)
-    one, beta = scale.ctypes.data, scale.ctypes.data + scale.itemsize
-    (backend.gemm or cublas.gemmEx)(
+    multiply(
         handle, tb, ta, n, m, k, one, b.data.ptr, kind, ldb, a.data.ptr, kind, lda, beta, out.data.ptr, kind,
-        _row_stride(out), compute, cublas.CUBLAS_GEMM_DEFAULT,
+        _row_stride(out), compute, automatic,
     )  # fmt: skip
     return out
 
 
+def adding(b: Array, a_row: int, out_row: int, precision: str) -> Callable[[int, int, int], None]:
+    """`add(m, a, out)`: out (m, n) += a (m, k) b, a and out at these addresses, their rows so many bytes apart.
+
+    For the products of all time steps with one b, on the stream that is current now: a call of cuBLAS and no more.
+    """
+    (k, n), size = b.shape, b.itemsize
+    multiply, handle = _gemm()
+    kind, compute, automatic = _kinds(backend.xp, precision, b.dtype.char)
+    one, beta = _scales(b.dtype.char, True)
+    (tb, ldb), lda, ldc, factor = _leading(b), a_row // size, out_row // size, b.data.ptr
+
+    def add(m: int, a: int, out: int) -> None:
+        multiply(handle, tb, 0, n, m, k, one, factor, kind, ldb, a, kind, lda, beta, out, kind, ldc, compute, automatic)
+
+    return add
+
+
+def _gemm() -> tuple[Any, int]:
+    """cuBLAS's product, and the handle that it takes: CuPy's, unless a step is being captured."""
+    cuda = backend.xp.cuda
+    return backend.gemm or cuda.cublas.gemmEx, cuda.device.get_cublas_handle()
+
+
 def _leading(matrix: Array) -> tuple[int, int]:
     """(whether cuBLAS transposes it, leading dimension), seen as the transpose that a row-major matrix is to cuBLAS."""
-    cublas, size = _cublas(), matrix.itemsize
-    if matrix.strides[1] == size or matrix.shape[1] == 1:
-        return cublas.CUBLAS_OP_N, max(_row_stride(matrix), matrix.shape[1])
-    if matrix.strides[0] == size or matrix.shape[0] == 1:
-        return cublas.CUBLAS_OP_T, max(matrix.strides[1] // size, matrix.shape[0])
+    (rows, columns), (down, along), size = matrix.shape, matrix.strides, matrix.itemsize
+    if along == size or columns == 1:
+        return 0, max(_row_stride(matrix), columns)  # CUBLAS_OP_N
+    if down == size or rows == 1:
+        return 1, max(along // size, rows)  # CUBLAS_OP_T
     raise ValueError(f"expected a matrix with unit stride along one axis, got strides {matrix.strides}")
 
 
@@ -205,22 +227,30 @@ def _row_stride(matrix: Array) -> int:
     return matrix.strides[0] // matrix.itemsize if matrix.shape[0] > 1 else max(1, matrix.shape[1])
 
 
-def _cublas() -> Any:
-    return backend.xp.cuda.cublas
+@functools.cache
+def _scales(dtype: str, add: bool) -> tuple[int, int]:
+    """Where alpha = 1 and beta lie on the host, for as long as the process lives."""
+    scales = np.array([1.0, float(add)], dtype)
+    _kept.append(scales)
+    return scales.ctypes.data, scales.ctypes.data + scales.itemsize
 
 
-def _kinds(precision: str, dtype: np.dtype) -> tuple[int, int]:
-    """cuBLAS's type of the arrays, and how it computes."""
-    cublas, runtime = _cublas(), backend.xp.cuda.runtime
-    if dtype == np.float64:
-        return runtime.CUDA_R_64F, cublas.CUBLAS_COMPUTE_64F
+_kept: list[np.ndarray] = []
+
+
+@functools.cache
+def _kinds(xp: Any, precision: str, dtype: str) -> tuple[int, int, int]:
+    """cuBLAS's type of the arrays, how it computes, and that it may choose the way."""
+    cublas, runtime = xp.cuda.cublas, xp.cuda.runtime
+    if dtype == "d":
+        return runtime.CUDA_R_64F, cublas.CUBLAS_COMPUTE_64F, cublas.CUBLAS_GEMM_DEFAULT
     compute = {
         "float32": cublas.CUBLAS_COMPUTE_32F,
         "bfloat16": cublas.CUBLAS_COMPUTE_32F_FAST_16BF,
         "float16": cublas.CUBLAS_COMPUTE_32F_FAST_16F,
         "tf32": cublas.CUBLAS_COMPUTE_32F_FAST_TF32,
     }
-    return runtime.CUDA_R_32F, compute[precision]
+    return runtime.CUDA_R_32F, compute[precision], cublas.CUBLAS_GEMM_DEFAULT
 
 
 def kernel(factory: Any, trace: Any = None, /, **constants: Any) -> Launcher:

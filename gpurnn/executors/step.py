@@ -8,7 +8,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.executors import device
-from gpurnn.executors.device import Tape, product
+from gpurnn.executors.device import Tape
 from gpurnn.executors.layout import is_ragged
 from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
 from gpurnn.kernels import step
@@ -30,18 +30,19 @@ def forward(
     N, H = tape.h.shape[1:]
     kernel = device.kernel(step.forward, trace, dtype=x.dtype.name)
     rest_state, rest_step = tape.rest.strides[0] // x.itemsize, N * H if training else 0
+    living_at = rows.tolist()
     for t0, t1, slots in device.pieces(sweep):
         slots[:, :, : trace.x_start * H] = 0  # r of the split gates: the product is added to what is there
         h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if training else tape.rest
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
+        launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step))
+        add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], precision)
+        before, states, r, step_of_slots = h.data.ptr + reverse * h.strides[0], h.strides[0], pointers[0], slots.strides[0]
         for t in reversed(range(t1 - t0)) if reverse else range(t1 - t0):
-            living = int(rows[t0 + t])
-            if not living:
-                continue
-            r = slots[t, :living, : cell.gates * H]
-            product(h[t + reverse, :living], sweep.weight_hh.T, r, precision, add=True)
-            blocks = device.grid(living * H, step.THREADS)
-            kernel(blocks, *pointers, t, living, N, H, int(reverse), rest_state, rest_step)
+            living = living_at[t0 + t]
+            if living:
+                add(living, before + t * states, r + t * step_of_slots)
+                launch(-(-living * H // step.THREADS), t, living)
     return device.finish(sweep, _final(tape, training))
 
 
@@ -71,16 +72,17 @@ def backward(
     pointers = [array.data.ptr for array in (slots, tape.h, tape.rest, dy, passed, params, dparams)]
     strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
     seen, limit = 0, dtype.type(options.clip or 0.0)
+    launch = kernel.series(pointers, (N, H, int(tape.reverse), *strides, limit))
+    add = device.adding(weight_hh, slots.strides[1], passed.strides[1], tape.precision)
+    dr, step_of_slots, dh, living_at = pointers[0], slots.strides[0], pointers[4], tape.rows.tolist()
     for t in range(T) if tape.reverse else reversed(range(T)):
-        living = int(tape.rows[t])
+        living = living_at[t]
         if not living:
             continue
         if options.flow is not None:
             _add_flow(options.flow[:, t], passed, dy[t], living, seen, options.clip)
-        kernel(
-            device.grid(living * H, step.THREADS), *pointers, t, living, seen, N, H, int(tape.reverse), *strides, limit
-        )
-        product(slots[t, :living, : cell.gates * H], weight_hh, passed[0, :living], tape.precision, add=True)
+        launch(-(-living * H // step.THREADS), t, living, seen)
+        add(living, dr + t * step_of_slots, dh)
         seen = living
     if options.clip is not None and T:
         begun = passed[:, : int(tape.rows[0])]
