@@ -52,6 +52,7 @@ def _seconds(T: int, repeats: int) -> dict[str, float]:
         begun = time.perf_counter()
         _, tape = step.forward(LSTM_CELL, x, weights, state, rows, False, True)
         between = time.perf_counter()
+        assert tape is not None
         step.backward(tape, x, state, weights, Backward())
         spent = between - begun, time.perf_counter() - between
         fastest = {phase: min(best, now) for (phase, best), now in zip(fastest.items(), spent, strict=True)}
@@ -77,13 +78,14 @@ def _nothing_else() -> Iterator[None]:
         made._launch, made._entry, made._config = (lambda *_: None), None, lambda blocks: None
         return made
 
+    replaced: list[tuple[Any, str, Any]] = [
+        (backend, "name", "cuda"),
+        (backend, "xp", _quiet(cupy)),
+        (device, "_launcher", launcher),
+        (cupy.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=0)),
+    ]
     with contextlib.ExitStack() as stack:
-        for where, name, value in (
-            (backend, "name", "cuda"),
-            (backend, "xp", _quiet(cupy)),
-            (device, "_launcher", launcher),
-            (cupy.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=0)),
-        ):
+        for where, name, value in replaced:
             stack.enter_context(mock.patch.object(where, name, value))
         yield
 
@@ -107,7 +109,8 @@ def _quiet(cupy: Any) -> Any:
         return Array(shape, dtype, cupy.cuda.MemoryPointer(owner, 0))
 
     class Module(SimpleNamespace):
-        __hash__ = object.__hash__
+        def __hash__(self) -> int:  # type: ignore[override]
+            return id(self)
 
     class Constants:
         def __getattr__(self, name: str) -> int:

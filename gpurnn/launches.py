@@ -11,7 +11,7 @@ import numpy as np
 from gpurnn import backend, faults
 from gpurnn.executors import device
 from gpurnn.faults import Site
-from gpurnn.kernels import embedding, losses, norms, optim
+from gpurnn.kernels import dropout, embedding, losses, norms, optim
 from gpurnn.kernels import faults as record
 from gpurnn.kernels.vectors import WIDTH
 from gpurnn.parameters import Parameters
@@ -76,6 +76,24 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
         spans = device.grid(dim, embedding.SPAN)
         kernel = device.kernel(embedding.add_rows, dtype=target.dtype.name)
         kernel(V * spans, target.data.ptr, given.data.ptr, values.data.ptr, given.size, dim, spans)
+
+
+def advance(calls: Array) -> Array:
+    """calls (1,) int64: one more than it was; returns what it was, in memory of its own."""
+    number = backend.xp.empty(1, np.int64)
+    device.kernel(dropout.advance)(1, calls.data.ptr, number.data.ptr)
+    return number
+
+
+def drop(x: Array, seed: int, number: Array, threshold: int, scale: np.floating) -> Array:
+    """x times scale where a value stays, times 0 elsewhere: `kernels.dropout`.  number: of the call, (1,) int64."""
+    x = backend.xp.ascontiguousarray(x)
+    y = backend.xp.empty(x.shape, x.dtype)
+    if x.size:
+        kernel = device.kernel(dropout.drop, dtype=x.dtype.name, aligned=x.data.ptr % 16 == 0)
+        blocks = device.grid(x.size, dropout.THREADS * dropout.EACH)
+        kernel(blocks, x.data.ptr, y.data.ptr, x.size, number.data.ptr, seed & 0xFFFFFFFF, seed >> 32, threshold, scale)
+    return y
 
 
 def norm(grads: Parameters, max_norm: float = np.inf) -> Array:

@@ -14,6 +14,7 @@ from gpurnn.arguments import check_unused, checked, generator, probability, supp
 from gpurnn.executors.threads import clear, product
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
+from gpurnn.random import Masks
 from gpurnn.sequence import prepare_lengths
 
 Array = Any
@@ -121,20 +122,24 @@ class Embedding(Layer):
 
 
 class Dropout(Layer):
-    """Sets each value to 0 with probability p and scales the others by 1/(1-p); the identity without training."""
+    """Sets each value to 0 with probability p and scales the others by 1/(1-p); the identity without training.
+
+    Which values is a function of a seed, drawn from `rng` when the layer is made, of the number of calls so far,
+    `masks.calls`, and of a value's place: the same on every backend.
+    """
 
     def __init__(self, p: float = 0.5, *, dtype: Any = "float32", rng: Any = None):
         super().__init__({}, dtype)
         self.p = probability("p", p)
-        self.rng = generator(rng)
+        self.masks = Masks(generator(rng))
 
     def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
         """x of any shape -> y, backward."""
         x = backend.asarray(x, self.dtype, "x")
         if not training or self.p == 0:
             return x, (lambda dy: checked(dy, self.dtype, "dy", x.shape)) if training else None
-        mask = dropout_mask(self.rng, self.p, x.shape, self.dtype)
-        return x * mask, lambda dy: checked(dy, self.dtype, "dy", x.shape) * mask
+        y, masked = self.masks(x, self.p)
+        return y, lambda dy: masked(checked(dy, self.dtype, "dy", x.shape))
 
 
 class SequenceModel(Layer):
@@ -220,14 +225,6 @@ class SequenceModel(Layer):
     def _blank(self, value: Array, padding: Array | None) -> Array:
         """value (T, N, C) with 0 behind each row's end."""
         return value if padding is None else backend.xp.where(padding, backend.xp.zeros((), self.dtype), value)
-
-
-def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """0 with probability p, else 1/(1-p).  Drawn on the host and copied from pinned memory, without a wait."""
-    if backend.capturing:
-        raise RuntimeError("dropout draws its masks on the host")
-    keep = rng.random(shape, np.float32) >= p
-    return backend.asarray(keep.astype(dtype) / dtype.type(1 - p), dtype, "mask")
 
 
 def add_rows(target: Array, rows: Array, values: Array) -> None:

@@ -6,6 +6,7 @@ products   weight_hh on one SM, times a step's vector: exact float32, and bfloat
 step       one time step of any cell          resident   all time steps of any cell, in one block
 plan       which tile a resident kernel gets
 losses     embedding     norms     optim: the rest of a training step, flat buffers 16 bytes at a time (`vectors`)
+philox     random words by place          dropout   masks that nobody keeps
 faults     the record of what went wrong, on the device
 build      Numba -> PTX -> cubin, and the cache on disk          launch   raw pointers on CuPy's stream
 """

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from gpurnn.kernels import build, embedding, faults, losses, norms, optim
+from gpurnn.kernels import build, dropout, embedding, faults, losses, norms, optim
 from tests.test_lint import NEWER, built, opcodes
 
 RECIPES = {
@@ -31,6 +31,10 @@ RECIPES = {
     "wide_rows": (losses.wide_rows, {"dtype": "float32", "ignoring": True, "counted": True}),
     "wide_rows, float16": (losses.wide_rows, {"dtype": "float16", "ignoring": False, "counted": False}),
     "wide_rows, float64": (losses.wide_rows, {"dtype": "float64", "ignoring": True, "counted": False}),
+    "advance": (dropout.advance, {}),
+    "drop": (dropout.drop, {"dtype": "float32", "aligned": True}),
+    "drop, float64": (dropout.drop, {"dtype": "float64", "aligned": True}),
+    "drop, anywhere": (dropout.drop, {"dtype": "float32", "aligned": False}),
     "sgd": (optim.sgd, {"dtype": "float32", "momentum": False, "nesterov": False}),
     "sgd, all": (optim.sgd, {"dtype": "float32", "momentum": True, "nesterov": True}),
     "rmsprop, all": (optim.rmsprop, {"dtype": "float32", "centered": True, "momentum": True}),
@@ -38,8 +42,18 @@ RECIPES = {
     "adamw": (optim.adam, {"dtype": "float32", "decoupled": True}),
     "adamw, float64": (optim.adam, {"dtype": "float64", "decoupled": True}),
 }
-SIXTEEN_BYTES = ("sums", "scale", "sgd", "rmsprop", "adam")
-SINGLE = ("gather", "add_rows", "sgd", "sgd, all", "rmsprop, all", "adam", "adamw")  # nothing in float64 at all
+SIXTEEN_BYTES = ("sums", "scale", "drop", "sgd", "rmsprop", "adam")
+SINGLE = (
+    "gather",
+    "add_rows",
+    "drop",
+    "drop, anywhere",
+    "sgd",
+    "sgd, all",
+    "rmsprop, all",
+    "adam",
+    "adamw",
+)  # nothing in float64 at all
 
 
 def arithmetic_in_float64(codes):
@@ -56,7 +70,7 @@ def check(name, capability, tmp_path):
     )
     assert usage["registers"] * source.threads <= 65536
     assert usage["static_shared"] <= 16 * 1024 and ".extern .func" not in text
-    if name.split(",")[0] in SIXTEEN_BYTES:
+    if name.split(",")[0] in SIXTEEN_BYTES and constants.get("aligned", True):
         assert any(code.startswith("LDG.E.128") for code in codes)
         assert name.startswith("sums") or any(code.startswith("STG.E.128") for code in codes)
     if name in SINGLE:

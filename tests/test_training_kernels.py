@@ -14,7 +14,7 @@ from gpurnn import backend
 from gpurnn.layers import add_rows
 from gpurnn.parameters import Parameters
 from tests import fake_cupy
-from tests.fake_cupy.compare import assert_same
+from tests.fake_cupy.compare import assert_same, on_host, on_numpy
 from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
@@ -143,6 +143,38 @@ def test_rows_that_do_not_occur_are_not_touched():
         target[1] = np.nan
         add_rows(target, put(np.array([0, 2, 2])), put(np.ones((3, 2), np.float32)))
         assert np.nan_to_num(target.get(), nan=-1).tolist() == [[1, 1], [-1, -1], [2, 2]]
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [1, 3, 4, 1024, 2051])
+def test_dropout_is_that_of_the_cpu(count, dtype):
+    """Bit for bit, at addresses of any alignment."""
+    x = np.random.default_rng(0).standard_normal(count + 1).astype(dtype)
+
+    def work():
+        layer = gpurnn.Dropout(0.3, dtype=dtype, rng=1)
+        layer.masks.calls = (5 << 32) - 1
+        found = []
+        for start in (0, 1):
+            y, backward = layer(put(x)[start:] if backend.name == "cuda" else x[start:])
+            found += [y, backward(y)]
+        return found, layer.masks.calls
+
+    with on_numpy():
+        expected, calls = on_host(work())
+    with interpreted("numpy"):
+        found, counted = on_host(work())
+    assert counted == calls == (5 << 32) + 1
+    assert all((one == other).all() for one, other in zip(found, expected, strict=True))
+
+
+def test_dropout_of_nothing():
+    with interpreted("numpy"):
+        y, backward = gpurnn.Dropout(0.3, rng=1)(put(np.ones((0, 3), np.float32)))
+        assert y.shape == backward(y).shape == (0, 3)
 
 
 # Norms and clipping

@@ -110,6 +110,12 @@ def updates(kind, dtype="float32", **options):
     return (*model.params.values(), *(moment.flat for moment in optimizer.moments.values()))
 
 
+def dropped():
+    layer, x = gpurnn.Dropout(0.4, rng=1), np.ones(1030, np.float32)
+    first, second = layer(put(x) if backend.name == "cuda" else x)[0], layer(put(x) if backend.name == "cuda" else x)[0]
+    return first, second, np.array([layer.masks.calls])
+
+
 CASES = {
     "few classes": few_classes, "many classes": many_classes, "wrong targets": wrong_targets, "table": table,
     "untouched": untouched, "norm": norm, "norm of extremes": norm_of_extremes, "wrong gradient": wrong_gradient,
@@ -117,6 +123,7 @@ CASES = {
     "rmsprop": lambda: updates(gpurnn.RMSprop, momentum=0.5, centered=True, weight_decay=0.1),
     "adam": lambda: updates(gpurnn.Adam, weight_decay=0.1, betas=(0.8, 0.7)),
     "adamw": lambda: updates(gpurnn.AdamW, weight_decay=0.5),
+    "dropped": dropped,
 }  # fmt: skip
 
 
@@ -205,6 +212,10 @@ MUTANTS = {
     "begin_update: a step too early": ("adam", "faults", Wrong, ("t = steps[0] + 1", "t = steps[0]")),
     "end_update: steps are not counted": ("adam", "faults", Wrong, ("            steps[0] += 1\n", "")),
     "settle: forgets to clear": ("wrong targets", "faults", Wrong, ("        record[FIRST] = NOWHERE\n", "        record[FIRST] = NOWHERE - 1\n        record[POSITION] += 1\n")),
+    "drop: the key's halves swapped": ("dropped", "dropout", Wrong, ("u32(low), u32(high)", "u32(high), u32(low)")),
+    "drop: every call the same": ("dropped", "dropout", Wrong, ("calls[0] += 1", "calls[0] += 0")),
+    "drop: one too few at the end": ("dropped", "dropout", Wrong, ("min(EACH, count - first)", "min(EACH, count - first - 1)")),
+    "drop: beyond the end": ("dropped", "dropout", (OutOfBounds, Wrong), ("if aligned and first + EACH <= count", "if aligned")),
 }
 MORE_MUTANTS = {
     "rows: a row's targets are the next one's": ("few classes", "losses", (OutOfBounds, Wrong), ("start, target = row * C, targets[row]\n        if ignoring and target == ignore:\n            for c in range(lane", "start, target = row * C, targets[row + 1]\n        if ignoring and target == ignore:\n            for c in range(lane")),

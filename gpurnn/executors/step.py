@@ -37,7 +37,12 @@ def forward(
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
         launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step))
         add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], precision)
-        before, states, r, step_of_slots = h.data.ptr + reverse * h.strides[0], h.strides[0], pointers[0], slots.strides[0]
+        before, states, r, step_of_slots = (
+            h.data.ptr + reverse * h.strides[0],
+            h.strides[0],
+            pointers[0],
+            slots.strides[0],
+        )
         for t in reversed(range(t1 - t0)) if reverse else range(t1 - t0):
             living = living_at[t0 + t]
             if living:
