@@ -75,9 +75,9 @@ class Linear(Layer):
 
         def backward(dy: Array) -> Array:
             dy = checked(dy, self.dtype, "dy", (*x.shape[:-1], self.out_features)).reshape(-1, self.out_features)
-            self.grads["weight"][...] += _product(dy.T, flat)
+            _add_product(self.grads["weight"], dy.T, flat)
             if "bias" in self.params:
-                self.grads["bias"][...] += dy.sum(0)
+                _add_columns(self.grads["bias"], dy)
             return _product(dy, self.params["weight"]).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], self.out_features), backward if training else None
@@ -242,11 +242,35 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
     target[ordered[starts]] += np.add.reduceat(values[order], starts, axis=0)
 
 
+def _add_product(target: Array, a: Array, b: Array) -> None:
+    """target += a b, as in `_product`."""
+    if backend.name == "numpy":
+        target += product(a, b)
+    else:
+        from gpurnn.executors import device
+
+        device.product(a, b, target, _exact(a), add=True)
+
+
+def _add_columns(target: Array, values: Array) -> None:
+    """target (C,) += the sums of the columns of values (R, C)."""
+    if backend.name == "numpy":
+        target += values.sum(0)
+    else:
+        from gpurnn.executors import device
+
+        contiguous = backend.xp.ascontiguousarray(values)
+        device.add_columns(contiguous, values.shape[1], target, first=(0,), second=(), start=0)
+
+
+def _exact(a: Array) -> str:
+    return "float64" if a.dtype == np.float64 else "float32"
+
+
 def _product(a: Array, b: Array) -> Array:
     """a b for matrices, each with unit stride along one axis."""
     if backend.name == "numpy":
         return product(a, b)
     from gpurnn.executors import device
 
-    exact = "float64" if a.dtype == np.float64 else "float32"
-    return device.product(a, b, backend.xp.empty((a.shape[0], b.shape[1]), a.dtype), exact)
+    return device.product(a, b, backend.xp.empty((a.shape[0], b.shape[1]), a.dtype), _exact(a))

@@ -208,7 +208,7 @@ class Recurrent(Layer):
                     squares = xp.zeros((S, T)) if flow is not None else None
                     part, dinitial[at] = backwards[direction](
                         dy[..., direction * H : (direction + 1) * H],
-                        tuple(state[at] for state in dfinal),
+                        None if dfinal is None else tuple(state[at] for state in dfinal),
                         self.weights(self.grads, layer, direction),
                         Backward(self.clip_in_time, squares, keep),
                     )
@@ -226,8 +226,8 @@ class Recurrent(Layer):
 
         return backward
 
-    def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...]:
-        """dL/d(final state), one array per state of the cell; ValueError where `dstate` or `flow` do not fit."""
+    def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
+        """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
         shape = (self.num_layers * self.directions, self.cell.states, T)
         xp = backend.xp  # on a GPU a NumPy array cannot be filled
         ours = isinstance(flow, xp.ndarray)
@@ -237,7 +237,7 @@ class Recurrent(Layer):
             raise ValueError(
                 f"flow: expected a float64 array of {xp.__name__} (L*D, S, T) = {shape}, got {came}{whose}"
             )
-        return self.unpacked(dstate, N, "dstate")
+        return None if dstate is None else self.unpacked(dstate, N, "dstate")
 
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
         """What one layer in one direction has in `values`, which are `params` or `grads`."""
@@ -342,8 +342,8 @@ def _precision(given: Any, dtype: np.dtype) -> str:
 
 
 def _stacked(parts: tuple[Array, ...]) -> Array:
-    """One array of all layers' and directions' states, (L*D, N, H), always a fresh one: `stack` is slow for one."""
-    return parts[0][None].copy() if len(parts) == 1 else backend.xp.stack(parts)
+    """One array of all layers' and directions' states, (L*D, N, H); executors give them away in memory of their own."""
+    return parts[0][None] if len(parts) == 1 else backend.xp.stack(parts)
 
 
 def _suffix(layer: int, direction: int) -> str:

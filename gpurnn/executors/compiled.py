@@ -92,7 +92,7 @@ def forward(
 
 
 def backward(
-    tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...], grads: Weights, options: Backward
+    tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """See `numpy_loop.backward`."""
     cell, weights = tape.cell, tape.weights
@@ -101,8 +101,8 @@ def backward(
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
-    passed = memory.empty((cell.states, N, H), dtype)
-    for own, value in zip(passed, dstate, strict=True):
+    passed = (memory.zeros if dstate is None else memory.empty)((cell.states, N, H), dtype)
+    for own, value in zip(passed, dstate or (), strict=dstate is not None):
         own[...] = value
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)

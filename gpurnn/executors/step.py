@@ -7,10 +7,11 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.executors import device
-from gpurnn.executors.device import Tape
+from gpurnn.executors import device, sweeps
 from gpurnn.executors.layout import is_ragged
+from gpurnn.executors.moves import Moves
 from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
+from gpurnn.executors.sweeps import Tape
 from gpurnn.kernels import step
 
 
@@ -25,13 +26,13 @@ def forward(
     precision: str = "float32",
 ) -> tuple[States, Tape | None]:
     """See `numpy_loop.forward`."""
-    sweep = device.begin(cell, x, weights, state, rows, reverse, training, precision)
+    sweep = sweeps.begin(cell, x, weights, state, rows, reverse, training, precision)
     tape, trace = sweep.tape, cell.trace
     N, H = tape.h.shape[1:]
     kernel = device.kernel(step.forward, trace, dtype=x.dtype.name)
     rest_state, rest_step = tape.rest.strides[0] // x.itemsize, N * H if training else 0
     living_at = rows.tolist()
-    for t0, t1, slots in device.pieces(sweep):
+    for t0, t1, slots in sweeps.pieces(sweep):
         slots[:, :, : trace.x_start * H] = 0  # r of the split gates: the product is added to what is there
         h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if training else tape.rest
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
@@ -48,7 +49,7 @@ def forward(
             if living:
                 add(living, before + t * states, r + t * step_of_slots)
                 launch(-(-living * H // step.THREADS), t, living)
-    return device.finish(sweep, _final(tape, training))
+    return sweeps.finish(sweep, _final(tape, training))
 
 
 def _final(tape: Tape, training: bool) -> tuple[Array, ...]:
@@ -56,23 +57,27 @@ def _final(tape: Tape, training: bool) -> tuple[Array, ...]:
     xp, N = backend.xp, tape.h.shape[1]
     if tape.reverse or not is_ragged(tape.rows, N):
         at = 0 if tape.reverse else len(tape.x)
-        return (tape.h[at].copy(), *(part[at if training else 0].copy() for part in tape.rest))
+        final, moves = xp.empty((tape.cell.states, *tape.h.shape[1:]), tape.h.dtype), Moves()
+        for own, part in zip(final, (tape.h[at], *(part[at if training else 0] for part in tape.rest)), strict=True):
+            moves.copy(own, part)
+        moves.run()
+        return tuple(final)
     lengths, row = tape.lengths, xp.arange(N)
     return (tape.h[lengths, row], *(part[lengths, row] if training else part[0] for part in tape.rest))
 
 
 def backward(
-    tape: Tape, dy: Array, dstate: tuple[Array, ...], grads: Weights, options: Backward
+    tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
 ) -> tuple[Array, tuple[Array, ...]]:
     """See `numpy_loop.backward`."""
     xp, cell, trace = backend.xp, tape.cell, tape.cell.trace
     T, N = tape.x.shape[:2]
     H, dtype = tape.h.shape[2], tape.x.dtype
-    dy = device.with_unit_stride(dy)
+    dy = sweeps.with_unit_stride(dy)
     slots = tape.slots.copy() if options.keep else tape.slots
-    passed = xp.stack(dstate).astype(dtype, copy=False)
-    params, dparams = device.parameters(tape)
-    weight_hh = device.ordered_weight_hh(cell, tape.weights)
+    passed = sweeps.passed_back(dstate, tape)
+    params, dparams = sweeps.parameters(tape)
+    weight_hh = sweeps.ordered_weight_hh(cell, tape.weights)
     kernel = device.kernel(step.backward, trace, dtype=dtype.name, clip=options.clip is not None)
     pointers = [array.data.ptr for array in (slots, tape.h, tape.rest, dy, passed, params, dparams)]
     strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
@@ -92,7 +97,7 @@ def backward(
     if options.clip is not None and T:
         begun = passed[:, : int(tape.rows[0])]
         xp.clip(begun, -limit, limit, out=begun)
-    dx = device.weight_gradients(tape, slots, grads)
+    dx = sweeps.weight_gradients(tape, slots, grads)
     for gradient, value in zip(grads.params, dparams, strict=True):
         gradient += value.sum(0)
     return dx, tuple(passed)
