@@ -130,13 +130,10 @@ class Training:
 
     def _on_device(self, x: Array, targets: Array) -> tuple[Array, Array]:
         """The same, with nothing in it that the host has to see; where a check fails the update does nothing."""
-        from gpurnn import launches
-
         self.model.zero_grad()
         loss = self.bptt.step(x, targets)
         norm = self._clipped()
-        launches.expect_finite(loss, "the loss")
-        self.optimizer.update()
+        self.optimizer.update(loss)
         return loss, norm
 
     def fault(self) -> faults.Fault | None:

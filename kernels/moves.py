@@ -15,10 +15,10 @@ MOST_BLOCKS = 1024
 JOBS = 6
 
 
-def move(_, *, size):
+def move(_, *, size, dtype):
     """Of each job: target[0..count) is assigned source's words, or those of `pattern` (8 bytes) where source is 0.
 
-    size: bytes of a word, 4 or 1.  longest: the largest count.
+    size: bytes of a word, 4 or 1.  longest: the largest count.  And out (count,): assigned a + b, of type `dtype`.
     """
     word, each = (types.uint32, 2) if size == 4 else (types.uint8, 8)
 
@@ -31,7 +31,7 @@ def move(_, *, size):
                 target[k] = word(u64(pattern) >> u64(8 * size * (k % each)))
 
     def move_all(
-        s0, t0, n0, p0, s1, t1, n1, p1, s2, t2, n2, p2, s3, t3, n3, p3, s4, t4, n4, p4, s5, t5, n5, p5, longest
+        s0, t0, n0, p0, s1, t1, n1, p1, s2, t2, n2, p2, s3, t3, n3, p3, s4, t4, n4, p4, s5, t5, n5, p5, longest, out, a, b, count
     ):  # fmt: skip
         k = i64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         while k < longest:
@@ -42,6 +42,10 @@ def move(_, *, size):
             job(s4, t4, n4, p4, k)
             job(s5, t5, n5, p5, k)
             k += i64(cuda.gridDim.x) * THREADS
+        k = i64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+        while k < count:
+            out[k] = a[k] + b[k]
+            k += i64(cuda.gridDim.x) * THREADS
 
-    pointer = types.CPointer(word)
-    return Source(move_all, (pointer, pointer, i64, i64) * JOBS + (i64,), THREADS)
+    pointer, numbers = types.CPointer(word), (types.CPointer(getattr(types, dtype)),) * 3
+    return Source(move_all, (pointer, pointer, i64, i64) * JOBS + (i64, *numbers, i64), THREADS)

@@ -254,6 +254,25 @@ def test_steps_of_training_wait_for_nothing_and_are_those_of_numpy(options, corp
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+OPERATIONS = """
+    __setitem__
+    gather_rows move_all pack_ffma _multiply persistent_forward _multiply add cross_entropy
+    _multiply add_columns _multiply zeros pack_ffma persistent_backward _multiply _multiply add_columns _multiply add_to_rows
+    move_all norm_of_values scale_by_norm begin_an_update update
+"""
+
+
+def test_a_step_of_an_lstm_is_25_operations(corpus):
+    """Gradients to 0; embedding, layer, head, loss; and back; states kept, clipping, Adam."""
+    with interpreted():
+        training = Training(SMALL, corpus)
+        for _ in range(5):
+            training.step()
+        (recorded,) = training._captured._recorded.values()
+    operations = [name.removeprefix("gpurnn_") for name in recorded.graph.operations]
+    assert operations == OPERATIONS.split() and len(operations) == 25
+
+
 def test_waiting_would_show(corpus):
     with interpreted("step"):
         training = Training(SMALL, corpus)

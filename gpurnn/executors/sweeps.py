@@ -80,12 +80,23 @@ def begin(
         moves.fill(lengths, T)
         for part, given in zip((h, *rest), state, strict=True):
             moves.copy(part[-1 if reverse else 0], given)
+    bias = _bias(cell, weights, H, moves)
     moves.run()
     steps = T if training else max(1, min(T, INFERENCE_BYTES // max(1, N * trace.slots * H * dtype.itemsize)))
     slots = allocate((steps, N, trace.slots * H), dtype)
     tape = Tape(cell, x, weights, reverse, rows, lengths, slots, h, rest, precision)
-    bias, params = layout.biases(cell, weights, H, xp), layout.params(weights, H, xp)
+    params = layout.params(weights, H, xp)
     return Sweep(tape, training, bias, params, ordered_weight_hh(cell, weights), steps, initial)
+
+
+def _bias(cell: Cell, weights: Weights, H: int, moves: Moves) -> Array:
+    """(slots, H), as `layout.biases`; there when the moves are done."""
+    together = cell.trace.r_order == cell.trace.x_order == tuple(range(cell.trace.slots))
+    if weights.bias_ih is None or weights.bias_hh is None or not together:
+        return layout.biases(cell, weights, H, backend.xp)
+    bias = backend.xp.empty((cell.gates, H), weights.bias_ih.dtype)
+    moves.add(bias, weights.bias_ih, weights.bias_hh)
+    return bias
 
 
 def _place(states: Array, initial: Array, lengths: Array, reverse: bool, every: bool) -> None:
