@@ -7,6 +7,7 @@ step       one time step of any cell          resident   all time steps of any c
 plan       which tile a resident kernel gets
 losses     embedding     norms     optim: the rest of a training step, flat buffers 16 bytes at a time (`vectors`)
 philox     random words by place          dropout   masks that nobody keeps
-faults     the record of what went wrong, on the device
+faults     the record of what went wrong, on the device          last      the last block of a launch
+columns    sums of columns          moves     small copies in one launch
 build      Numba -> PTX -> cubin, and the cache on disk          launch   raw pointers on CuPy's stream
 """
