@@ -102,8 +102,9 @@ def backward(
         dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
     passed = (memory.zeros if dstate is None else memory.empty)((cell.states, N, H), dtype)
-    for own, value in zip(passed, dstate or (), strict=dstate is not None):
-        own[...] = value
+    if dstate is not None:
+        for own, value in zip(passed, dstate, strict=True):
+            own[...] = value
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
