@@ -1,4 +1,4 @@
-"""`python -m bench`: run, plot, report, compare, profile, tune, model."""
+"""`python -m bench`: run, plot, report, compare, profile, tune, host, model."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "what became slower or faster between two results files, told apart from noise",
     "profile": "where the time of one case goes",
     "tune": "measure the plan's choices on this GPU and keep the fastest",
+    "host": "what the host spends on a time step of the executor step, without a GPU",
     "model": "what the kernels' model predicts for a GPU, without one",
 }
 

@@ -218,8 +218,8 @@ def joined(parts: Sequence[Array]) -> Array:
 
     CuPy's own functions copy addresses from the host where there are more than 8 parts, which no graph can hold.
     """
-    if name == "numpy":
-        return numpy.concatenate(parts)
+    if name == "numpy" or len(parts) <= 8:
+        return xp.concatenate(parts)
     whole = xp.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     start = 0
     for part in parts:

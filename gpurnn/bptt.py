@@ -105,22 +105,27 @@ class TruncatedBPTT:
 
     def _keep(self, stretch: Array | None, begin: Any, carried: Any) -> None:
         """For the next window.  `begin` first: what was carried becomes it."""
-        self.begin = self._kept("begin", begin)
-        self.carried = self._kept("carried", carried)
-        self.stretch = self._kept("stretch", stretch)
+        values, moves = {"begin": begin, "carried": carried, "stretch": stretch}, None
+        if backend.name == "cuda":
+            from gpurnn.executors.moves import Moves
 
-    def _kept(self, name: str, value: Any) -> Any:
-        """The value; on CUDA a copy in memory of our own, always the same, where a captured step finds it."""
-        if backend.name == "numpy" or value is None:
+            moves = Moves()
+            values = {name: self._kept(name, value, moves) for name, value in values.items()}
+            moves.run()
+        self.begin, self.carried, self.stretch = values.values()
+
+    def _kept(self, name: str, value: Any, moves: Any) -> Any:
+        """A copy in memory of our own, always the same, where a captured step finds it."""
+        if value is None:
             return value
         if isinstance(value, tuple):
-            return tuple(self._kept(f"{name}{s}", part) for s, part in enumerate(value))
+            return tuple(self._kept(f"{name}{s}", part, moves) for s, part in enumerate(value))
         kind = (name, value.shape, value.dtype)
         if kind not in self._own:
             self._own[kind] = backend.xp.empty(value.shape, value.dtype)
         own = self._own[kind]
         if own is not value:
-            own[...] = value
+            moves.copy(own, value)
         return own
 
     def before(self, steps: int) -> tuple[Any, Array | None]:

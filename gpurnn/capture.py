@@ -147,8 +147,8 @@ def captured(function: Callable[..., Any], *, when: Callable[[], bool] | None = 
     function    takes arrays and returns arrays, a tuple of them, or None.  For arrays of one set of shapes and dtypes the
                 first two calls run it as it is; the third records its work, and from then on its Python code is not run
                 any more: the work is done again on what the arrays now hold.  So it must not look at results, nor draw
-                random numbers (dropout does), nor keep what it computes anywhere but in arrays that stay (parameters,
-                gradients, an optimiser's moments, TruncatedBPTT's states do).
+                random numbers on the host (dropout does not), nor keep what it computes anywhere but in arrays that
+                stay (parameters, gradients, an optimiser's moments, TruncatedBPTT's states do).
     when        says before each call whether it would do the same work as the last one; if not, it runs as it is.
     Arrays of the device are returned that the next call overwrites.  An optimiser's `lr` may be set between calls.
     Where the work cannot be captured it runs as it is, with a RuntimeWarning that says why, as `reason` does.

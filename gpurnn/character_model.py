@@ -19,7 +19,7 @@ STREAMS, WINDOW = 64, 128  # of a measurement: the text is read at 64 places sid
 
 
 def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> SequenceModel:
-    """The model that `config` describes; `rng` draws its parameters, and later its dropout masks."""
+    """The model that `config` describes; `rng` draws its parameters, and the seeds of its dropout masks."""
     common: dict[str, Any] = {"dtype": config.dtype, "rng": rng}
     embedding = Embedding(alphabet_size, config.embedding_size, **common)
     options = common | {

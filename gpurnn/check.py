@@ -29,8 +29,8 @@ def check_gradients(
     """Compares every gradient of a cell or a recurrent layer with float64 central differences through T steps.
 
     subject    a Cell (checked in a small layer of its own), or a recurrent layer with dtype float64, small enough that
-               two forward passes for each of its values are affordable.  Its parameters, gradients and random
-               generator come back as they were.  `clip_in_time` changes gradients on purpose: leave it out.
+               two forward passes for each of its values are affordable.  Its parameters, gradients and count
+               of dropout's masks come back as they were.  `clip_in_time` changes gradients on purpose: leave it out.
     lengths    each row's length, N whole numbers in 0..T.
     Returns for x, each initial state and each parameter the largest error relative to that gradient's largest entry.
     Raises GradientError naming all that exceed `tolerance`.
@@ -40,12 +40,11 @@ def check_gradients(
     if layer.dtype != np.float64:
         raise ValueError(f"layer: expected dtype float64, which central differences need, got {layer.dtype}")
     before, layer.executor = layer.executor, executor or layer.executor
-    generator_state = layer.rng.bit_generator.state
     try:
-        errors = _errors(layer, T, N, lengths, rng)
+        with layer.masks.held():
+            errors = _errors(layer, T, N, lengths, rng)
     finally:
         layer.executor = before
-        layer.rng.bit_generator.state = generator_state
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
         listed = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
@@ -70,11 +69,10 @@ def _errors(layer: Recurrent, T: int, N: int, lengths: Any, rng: np.random.Gener
     dstate = tuple(rng.standard_normal(shape) for _ in state)
     # a layer with trained initial states uses them only where none is given
     given: Any = None if layer.trainable_h0 else (state if len(state) > 1 else state[0])
-    generator_state = layer.rng.bit_generator.state
 
     def forward() -> tuple:
-        layer.rng.bit_generator.state = generator_state  # dropout must draw the same masks each time
-        return layer(x, given, lengths=lengths)
+        with layer.masks.held():  # dropout has to be the same each time
+            return layer(x, given, lengths=lengths)
 
     def loss() -> float:
         y, final, _ = forward()

@@ -2,7 +2,8 @@
 
 `runs/<name>/` holds `config.toml`, written once, `model.safetensors`, `metrics.jsonl` and figures.  Whatever a training
 has to know to go on is in `model.safetensors`, so that one rename commits all of it or none: the model's tensors under
-their own names, the optimiser's under `optimizer/`, carried states under `state/`, and step, random state and the like
+their own names, the optimiser's under `optimizer/`, carried states under `state/`, and step, count of dropout's masks
+and the like
 as JSON in the file's metadata.  Nothing read here is ever unpickled or executed.  safetensors is imported where tensors
 are read or written: who keeps none does without.
 """
@@ -43,7 +44,7 @@ StrPath = str | os.PathLike[str]
 
 
 class Checkpoint(NamedTuple):
-    """All of a training's state.  `meta` is JSON: step, random state, data position, environment; tuples become lists."""
+    """All of a training's state.  `meta` is JSON: step, dropout's calls, data position, environment; tuples become lists."""
 
     tensors: Tensors
     optimizer: Tensors
@@ -189,39 +190,6 @@ def read_config(path: StrPath) -> dict[str, Any]:
         raise ValueError(f"{path}: line {line}: expected UTF-8, got byte {data[error.start]:#04x}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def rng_state(generator: np.random.Generator) -> dict[str, Any]:
-    """The state of a PCG64 generator, NumPy's default, as JSON values (integers of up to 128 bits)."""
-    state = dict(generator.bit_generator.state)
-    if state["bit_generator"] != "PCG64":
-        raise ValueError(f"random generator: expected PCG64, got {state['bit_generator']}")
-    return state
-
-
-def restore_rng(generator_state: Mapping[str, Any]) -> np.random.Generator:
-    """The generator that goes on where `rng_state` was called.  ValueError where that is not a PCG64's state."""
-    limits = {"state": 2**128, "inc": 2**128, "has_uint32": 2, "uinteger": 2**32}
-    try:
-        name, inner = generator_state["bit_generator"], generator_state["state"]
-        numbers = {key: (inner if key in ("state", "inc") else generator_state)[key] for key in limits}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"random state: expected that of a PCG64, got {generator_state!r}") from error
-    if name != "PCG64":
-        raise ValueError(f"random state: expected the bit generator PCG64, got {name!r}")
-    for key, limit in limits.items():
-        if type(numbers[key]) is not int or not 0 <= numbers[key] < limit:
-            raise ValueError(f"random state: {key}: expected an integer in [0, {limit}), got {numbers[key]!r}")
-    if numbers["inc"] % 2 == 0:  # PCG's increment is odd: an even one shortens the period
-        raise ValueError(f"random state: inc: expected an odd integer, got {numbers['inc']}")
-    bit_generator = np.random.PCG64()
-    bit_generator.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": numbers["state"], "inc": numbers["inc"]},
-        "has_uint32": numbers["has_uint32"],
-        "uinteger": numbers["uinteger"],
-    }
-    return np.random.Generator(bit_generator)
 
 
 def entry(meta: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -59,10 +59,15 @@ def record() -> Array:
 
     Each has its own: what one finds must not be taken for the other's, whose work comes in any order with it.
     """
+    where = place()
+    found = _records.get(where)
+    return _records.setdefault(where, _new()) if found is None else found
+
+
+def place() -> tuple[Any, int, int]:
+    """Backend, device and stream: work of two places comes in any order."""
     cuda, stream = backend.xp.cuda, backend.thread.stream
-    place = backend.xp, cuda.Device().id, cuda.get_current_stream().ptr if stream is None else stream
-    found = _records.get(place)
-    return _records.setdefault(place, _new()) if found is None else found
+    return backend.xp, cuda.Device().id, cuda.get_current_stream().ptr if stream is None else stream
 
 
 def _new() -> Array:

@@ -14,6 +14,7 @@ from gpurnn.arguments import check_unused, checked, generator, probability, supp
 from gpurnn.executors.threads import clear, product
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
+from gpurnn.random import Masks
 from gpurnn.sequence import prepare_lengths
 
 Array = Any
@@ -74,9 +75,9 @@ class Linear(Layer):
 
         def backward(dy: Array) -> Array:
             dy = checked(dy, self.dtype, "dy", (*x.shape[:-1], self.out_features)).reshape(-1, self.out_features)
-            self.grads["weight"][...] += _product(dy.T, flat)
+            _add_product(self.grads["weight"], dy.T, flat)
             if "bias" in self.params:
-                self.grads["bias"][...] += dy.sum(0)
+                _add_columns(self.grads["bias"], dy)
             return _product(dy, self.params["weight"]).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], self.out_features), backward if training else None
@@ -121,20 +122,24 @@ class Embedding(Layer):
 
 
 class Dropout(Layer):
-    """Sets each value to 0 with probability p and scales the others by 1/(1-p); the identity without training."""
+    """Sets each value to 0 with probability p and scales the others by 1/(1-p); the identity without training.
+
+    Which values is a function of a seed, drawn from `rng` when the layer is made, of the number of calls so far,
+    `masks.calls`, and of a value's place: the same on every backend.
+    """
 
     def __init__(self, p: float = 0.5, *, dtype: Any = "float32", rng: Any = None):
         super().__init__({}, dtype)
         self.p = probability("p", p)
-        self.rng = generator(rng)
+        self.masks = Masks(generator(rng))
 
     def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
         """x of any shape -> y, backward."""
         x = backend.asarray(x, self.dtype, "x")
         if not training or self.p == 0:
             return x, (lambda dy: checked(dy, self.dtype, "dy", x.shape)) if training else None
-        mask = dropout_mask(self.rng, self.p, x.shape, self.dtype)
-        return x * mask, lambda dy: checked(dy, self.dtype, "dy", x.shape) * mask
+        y, masked = self.masks(x, self.p)
+        return y, lambda dy: masked(checked(dy, self.dtype, "dy", x.shape))
 
 
 class SequenceModel(Layer):
@@ -222,14 +227,6 @@ class SequenceModel(Layer):
         return value if padding is None else backend.xp.where(padding, backend.xp.zeros((), self.dtype), value)
 
 
-def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """0 with probability p, else 1/(1-p).  Drawn on the host and copied from pinned memory, without a wait."""
-    if backend.thread.capturing:
-        raise RuntimeError("dropout draws its masks on the host")
-    keep = rng.random(shape, np.float32) >= p
-    return backend.asarray(keep.astype(dtype) / dtype.type(1 - p), dtype, "mask")
-
-
 def add_rows(target: Array, rows: Array, values: Array) -> None:
     """target[rows[k]] += values[k], rows repeated as they may be, always in the same order of additions."""
     if not rows.size:
@@ -245,11 +242,35 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
     target[ordered[starts]] += np.add.reduceat(values[order], starts, axis=0)
 
 
+def _add_product(target: Array, a: Array, b: Array) -> None:
+    """target += a b, as in `_product`."""
+    if backend.name == "numpy":
+        target += product(a, b)
+    else:
+        from gpurnn.executors import device
+
+        device.product(a, b, target, _exact(a), add=True)
+
+
+def _add_columns(target: Array, values: Array) -> None:
+    """target (C,) += the sums of the columns of values (R, C)."""
+    if backend.name == "numpy":
+        target += values.sum(0)
+    else:
+        from gpurnn.executors import device
+
+        contiguous = backend.xp.ascontiguousarray(values)
+        device.add_columns(contiguous, values.shape[1], target, first=(0,), second=(), start=0)
+
+
+def _exact(a: Array) -> str:
+    return "float64" if a.dtype == np.float64 else "float32"
+
+
 def _product(a: Array, b: Array) -> Array:
     """a b for matrices, each with unit stride along one axis."""
     if backend.name == "numpy":
         return product(a, b)
     from gpurnn.executors import device
 
-    exact = "float64" if a.dtype == np.float64 else "float32"
-    return device.product(a, b, backend.xp.empty((a.shape[0], b.shape[1]), a.dtype), exact)
+    return device.product(a, b, backend.xp.empty((a.shape[0], b.shape[1]), a.dtype), _exact(a))

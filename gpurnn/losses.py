@@ -67,10 +67,9 @@ def softmax_cross_entropy(
     if backend.name == "cuda":
         from gpurnn import launches
 
-        losses, dlogits = launches.cross_entropy(logits, targets, ignore_index, count)
-    else:
-        _check_range(targets, kept, logits.shape[-1])
-        losses, dlogits = _cross_entropy(logits, targets, kept, count)
+        return launches.cross_entropy(logits, targets, ignore_index, count, reduction != "none")
+    _check_range(targets, kept, logits.shape[-1])
+    losses, dlogits = _cross_entropy(logits, targets, kept, count)
     if reduction == "none":
         return losses, dlogits
     total = losses.sum()

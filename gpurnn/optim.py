@@ -70,12 +70,18 @@ class Optimizer:
             raise_where_not_finite(self.model.grads)
         self.update()
 
-    def update(self) -> None:
-        """`step` without a look at the gradients, for whoever has taken their norm, which looks at all of them."""
+    def update(self, loss: Any = None) -> None:
+        """`step` without a look at the gradients, for whoever has taken their norm, which looks at all of them.
+
+        loss: a float64 scalar; where it is not finite, FloatingPointError says so and nothing has changed (on CUDA
+        `gpurnn.synchronize` raises it).
+        """
         params, grads = self.model.params, self.model.grads
         if backend.name == "cuda":
-            self._on_device(params, grads, [moment.flat for moment in self.moments.values()])
+            self._on_device(params, grads, [moment.flat for moment in self.moments.values()], loss)
             return
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)}")
         self._steps += 1
         moments = [moment.flat for moment in self.moments.values()]
         block = max(self._work.shape[1], 1)
@@ -85,7 +91,7 @@ class Optimizer:
             work, spare = self._work[:, : param.size]
             self._update(param, grads.flat[cut], work, spare, *(moment[cut] for moment in moments))
 
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
         """The same by one kernel: `self._clock.update`."""
         raise NotImplementedError
 
@@ -162,12 +168,12 @@ class SGD(Optimizer):
             raise ValueError("nesterov: expected momentum > 0 with it, got momentum 0")
         super().__init__(model, lr, weight_decay, ("momentum_buffer",) if momentum else ())
 
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
         numbers, options = (
             (self.momentum, 0.0, self.weight_decay),
             {"momentum": bool(moments), "nesterov": self.nesterov},
         )
-        self._clock.update("sgd", params, grads, moments, numbers, (0.0, 0.0, 0.0), **options)
+        self._clock.update("sgd", params, grads, moments, numbers, (0.0, 0.0, 0.0), loss, **options)
 
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
         direction = self._decayed(param, grad, spare)
@@ -206,10 +212,10 @@ class RMSprop(Optimizer):
         moments = ["square_avg"] + ["grad_avg"] * bool(centered) + ["momentum_buffer"] * bool(momentum)
         super().__init__(model, lr, weight_decay, tuple(moments))
 
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
         numbers, corrections = (self.alpha, self.momentum, self.weight_decay), (0.0, 0.0, self.eps)
         options = {"centered": bool(self.centered), "momentum": bool(self.momentum)}
-        self._clock.update("rmsprop", params, grads, moments, numbers, corrections, **options)
+        self._clock.update("rmsprop", params, grads, moments, numbers, corrections, loss, **options)
 
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
         named = dict(zip(self.moments, moments, strict=True))
@@ -259,9 +265,11 @@ class Adam(Optimizer):
         self.eps = positive("eps", eps)
         super().__init__(model, lr, weight_decay, ("exp_avg", "exp_avg_sq"))
 
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array]) -> None:
+    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
         numbers = (*self.betas, self.weight_decay)
-        self._clock.update("adam", params, grads, moments, numbers, (*self.betas, self.eps), decoupled=self.decoupled)
+        self._clock.update(
+            "adam", params, grads, moments, numbers, (*self.betas, self.eps), loss, decoupled=self.decoupled
+        )
 
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
         exp_avg, exp_avg_sq = moments

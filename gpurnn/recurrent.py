@@ -13,7 +13,8 @@ from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.executors.threads import one_blas_thread
 from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
-from gpurnn.layers import Layer, dropout_mask
+from gpurnn.layers import Layer
+from gpurnn.random import Masks
 from gpurnn.sequence import prepare_lengths, run
 
 Array = Any
@@ -26,7 +27,7 @@ class Recurrent(Layer):
     num_layers      L; layer k reads what layer k-1 wrote.
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
-    dropout         between layers, not behind the last.
+    dropout         between layers, not behind the last; see `Dropout`.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
@@ -74,6 +75,7 @@ class Recurrent(Layer):
         self.dropout, self.executor = probability("dropout", dropout), executor
         self.precision = _precision(precision, supported(dtype))
         self.rng = generator(rng)
+        self.masks = Masks(self.rng)
         kinds = ("weight_ih", "weight_hh"), ("bias_ih", "bias_hh") if bias else (), cell.params
         self._names = [  # of each layer in each direction
             [tuple(name + _suffix(layer, direction) for name in names) for names in kinds]
@@ -149,7 +151,7 @@ class Recurrent(Layer):
         T, N, _ = x.shape
         initial = self.unpacked(state, N, "state", self.trainable_h0)
         prepared = prepare_lengths(lengths, T, N)
-        levels: list[tuple[list[Callable | None], Array | None]] = []
+        levels: list[tuple[list[Callable | None], Callable | None]] = []
         finals: list[tuple[Array, ...]] = []
         for layer in range(self.num_layers):
             outputs, backwards = [], []
@@ -171,11 +173,10 @@ class Recurrent(Layer):
                 backwards.append(step_back)
                 finals.append(final)
             x = outputs[0] if self.directions == 1 else backend.xp.concatenate(outputs, axis=2)
-            mask = None
+            masked = None
             if training and self.dropout and layer < self.num_layers - 1:
-                mask = dropout_mask(self.rng, self.dropout, x.shape, self.dtype)
-                x = x * mask
-            levels.append((backwards, mask))
+                x, masked = self.masks(x, self.dropout)
+            levels.append((backwards, masked))
         out = self._packed(tuple(_stacked(parts) for parts in zip(*finals, strict=True)))
         if not training:
             return x, out, None
@@ -199,16 +200,16 @@ class Recurrent(Layer):
             used = not keep
             dinitial: list[tuple[Array, ...]] = [()] * (self.num_layers * D)
             for layer in reversed(range(self.num_layers)):
-                backwards, mask = levels[layer]
-                if mask is not None:
-                    dy = dy * mask
+                backwards, masked = levels[layer]
+                if masked is not None:
+                    dy = masked(dy)
                 dx = None
                 for direction in range(D):
                     at = layer * D + direction
                     squares = xp.zeros((S, T)) if flow is not None else None
                     part, dinitial[at] = backwards[direction](
                         dy[..., direction * H : (direction + 1) * H],
-                        tuple(state[at] for state in dfinal),
+                        None if dfinal is None else tuple(state[at] for state in dfinal),
                         self.weights(self.grads, layer, direction),
                         Backward(self.clip_in_time, squares, keep),
                     )
@@ -226,8 +227,8 @@ class Recurrent(Layer):
 
         return backward
 
-    def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...]:
-        """dL/d(final state), one array per state of the cell; ValueError where `dstate` or `flow` do not fit."""
+    def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
+        """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
         shape = (self.num_layers * self.directions, self.cell.states, T)
         xp = backend.xp  # on a GPU a NumPy array cannot be filled
         ours = isinstance(flow, xp.ndarray)
@@ -237,7 +238,7 @@ class Recurrent(Layer):
             raise ValueError(
                 f"flow: expected a float64 array of {xp.__name__} (L*D, S, T) = {shape}, got {came}{whose}"
             )
-        return self.unpacked(dstate, N, "dstate")
+        return None if dstate is None else self.unpacked(dstate, N, "dstate")
 
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
         """What one layer in one direction has in `values`, which are `params` or `grads`."""
@@ -342,8 +343,8 @@ def _precision(given: Any, dtype: np.dtype) -> str:
 
 
 def _stacked(parts: tuple[Array, ...]) -> Array:
-    """One array of all layers' and directions' states, (L*D, N, H), always a fresh one: joining is slow for one."""
-    return parts[0][None].copy() if len(parts) == 1 else backend.stacked(parts)
+    """One array of all layers' and directions' states, (L*D, N, H); executors give them away in memory of their own."""
+    return parts[0][None] if len(parts) == 1 else backend.stacked(parts)
 
 
 def _suffix(layer: int, direction: int) -> str:

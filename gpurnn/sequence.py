@@ -70,7 +70,8 @@ def run(
     """x (T, N, I) and S initial states (N, H) -> y (T, N, H), final states, backward.
 
     `backward(dy, dstate, grads, options)` adds to `grads` and returns dx and the gradients of the initial states; None
-    without training.  clip: whether backward will clip in time.  At padding y and dx are 0 and dy is not read.
+    without training.  dstate may be None, for zeros.  clip: whether backward will clip in time.  At padding y and dx are 0
+    and dy is not read.
     """
     xp = backend.xp
     T, N, _ = x.shape
@@ -93,10 +94,10 @@ def run(
     if not training:
         return y, final, None
 
-    def backward(dy: Array, dstate: State, grads: Weights, options: Backward) -> tuple[Array, State]:
+    def backward(dy: Array, dstate: State | None, grads: Weights, options: Backward) -> tuple[Array, State]:
         if lengths is None:
             return engine.backward(tape, dy, dstate, grads, options)
-        dstate = tuple(part[lengths.order] for part in dstate)
+        dstate = None if dstate is None else tuple(part[lengths.order] for part in dstate)
         dx, dinitial = engine.backward(tape, dy[:, lengths.order], dstate, grads, options)
         return dx[:, lengths.inverse], tuple(part[lengths.inverse] for part in dinitial)
 

@@ -7,6 +7,7 @@ On CUDA a step waits for nothing and, once it repeats itself, is one graph: the 
 ran, results are looked at when a line of metrics is due, and what went wrong is told then, by its own step.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -48,8 +49,10 @@ class Training:
                 f"the text is too short: {config.validation:g} of its {len(corpus.tokens)} symbols are no validation text"
             )
         self.windows = Windows(train, config.batch, config.k1)
-        self.rng = np.random.default_rng(config.seed)
-        self.model = build(config, len(corpus.alphabet), self.rng)
+        self.model = build(config, len(corpus.alphabet), np.random.default_rng(config.seed))
+        self._masks = {"recurrent": self.model.recurrent.masks}
+        if self.model.dropout is not None:
+            self._masks["dropout"] = self.model.dropout.masks
         self.optimizer = _optimizer(config, self.model)
         self.schedule = _schedule(config)
         loss = functools.partial(softmax_cross_entropy, reduction="mean")
@@ -127,13 +130,10 @@ class Training:
 
     def _on_device(self, x: Array, targets: Array) -> tuple[Array, Array]:
         """The same, with nothing in it that the host has to see; where a check fails the update does nothing."""
-        from gpurnn import launches
-
         self.model.zero_grad()
         loss = self.bptt.step(x, targets)
         norm = self._clipped()
-        launches.expect_finite(loss, "the loss")
-        self.optimizer.update()
+        self.optimizer.update(loss)
         return loss, norm
 
     def fault(self) -> faults.Fault | None:
@@ -156,10 +156,11 @@ class Training:
         x, targets, first = self.windows.at(self.steps_done)
         state, past = (None, None) if first else self.bptt.before(len(x))
         stretch = x if past is None else np.concatenate([backend.to_numpy(past), x])
-        drawn = self.rng.bit_generator.state
         model: Any = self.model
-        out, _, backward = model(stretch, state)
-        self.rng.bit_generator.state = drawn  # dropout's masks are drawn again by the next step
+        with contextlib.ExitStack() as stack:  # the next step has the same masks
+            for masks in self._masks.values():
+                stack.enter_context(masks.held())
+            out, _, backward = model(stretch, state)
         _, dlast = softmax_cross_entropy(out[-last:], targets[-last:])
         dout = backend.xp.zeros_like(out)
         dout[-last:] = dlast
@@ -188,7 +189,7 @@ class Training:
         meta = {
             "step": self.steps_done,
             "seconds": self.seconds,
-            "rng": checkpoint.rng_state(self.rng),
+            "dropout": {name: masks.calls for name, masks in self._masks.items()},
             "data": {"window": self.steps_done, "sha256": self.corpus.sha256},
             "alphabet": self.corpus.alphabet.to_json(),
             "environment": environment.describe(),
@@ -212,11 +213,16 @@ class Training:
             )
         if Alphabet.from_json(entry(meta, "alphabet", str)) != self.corpus.alphabet:
             raise ValueError("the alphabet differs from the one this run began with")
-        rng = checkpoint.restore_rng(entry(meta, "rng", dict))
+        calls = entry(meta, "dropout", dict)
+        if calls.keys() != self._masks.keys() or not all(type(n) is int and 0 <= n < 1 << 63 for n in calls.values()):
+            raise ValueError(
+                f"dropout: expected the calls of {', '.join(self._masks)}, numbers from 0, got {calls!r:.60}"
+            )
         self.model.load_state_dict(saved.tensors)
         self.optimizer.load_state_dict(saved.optimizer)
         self.bptt.load_state_dict(saved.state)
-        self.rng.bit_generator.state = rng.bit_generator.state
+        for name, masks in self._masks.items():
+            masks.calls = calls[name]
         self.steps_done, self.seconds = step, float(seconds)
         faults.restart(step)
         return environment.differences(recorded)

@@ -8,6 +8,8 @@ step       one time step of any cell          resident   all time steps of any c
 exchange   how the blocks of a group give each other a step       waiting    when they give up, and leave
 plan       which tile, blocks and exchange a kernel gets
 losses     embedding     norms     optim: the rest of a training step, flat buffers 16 bytes at a time (`vectors`)
-faults     the record of what went wrong, on the device
+philox     random words by place          dropout   masks that nobody keeps
+faults     the record of what went wrong, on the device          last      the last block of a launch
+columns    sums of columns          moves     small copies in one launch
 build      Numba -> PTX -> cubin, and the cache on disk          launch   raw pointers on CuPy's stream
 """

@@ -3,12 +3,10 @@
 import math
 
 from .build import Source
-from .faults import FIRST, RECORD
+from .faults import NOWHERE, RECORD, VALUES, note
 from .numba_cuda import cuda, types
-from .ptx import global_address, u64
-from .vectors import least
 
-i64 = types.int64
+i64, f64 = types.int64, types.float64
 WARP, WARPS = 32, 8
 THREADS = WARP * WARPS
 COLUMNS = 4  # values of a row that a lane sums
@@ -16,31 +14,51 @@ SPAN = WARP * COLUMNS  # values of a row that a block sums
 PARTIAL = WARPS * SPAN
 
 
-def gather(_, *, dtype):
-    """weight (V, dim), tokens (count,) int64 -> y (count, dim).  A warp has a token; 8 bytes a float32 value.
+def gather(_, *, dtype, index):
+    """weight (V, dim), tokens (count,) of type `index` -> y (count, dim).  A warp has a token; 8 bytes a float32 value.
 
-    A token outside [0, V) gives NaN, and the first one goes to the record's FIRST.
+    A token outside [0, V) gives NaN.  One block more than they need looks for the first of them, and makes a fault of it.
     """
-    real = getattr(types, dtype)
+    real, number = getattr(types, dtype), getattr(types, index)
 
-    def gather_rows(record, weight, tokens, y, count, dim, V):
+    def gather_rows(record, fractions, site, weight, tokens, y, count, dim, V):
+        if i64(cuda.blockIdx.x) == i64(cuda.gridDim.x) - 1:
+            look(record, fractions, site, tokens, count, V)
+            return
         lane = i64(cuda.threadIdx.x) % WARP
         k = i64(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // WARP
         if k >= count:
             return
-        token = tokens[k]
+        token = i64(tokens[k])
         inside = 0 <= token < V
-        if not inside and lane == 0:
-            least(global_address(record, FIRST), u64(k))
         for d in range(lane, dim, WARP):
             y[k * dim + d] = weight[token * dim + d] if inside else real(math.nan)
 
+    @cuda.jit(device=True)
+    def look(record, fractions, site, tokens, count, V):
+        tid, first = i64(cuda.threadIdx.x), i64(NOWHERE)
+        firsts = cuda.shared.array(THREADS, i64)
+        for k in range(tid, count, THREADS):
+            if not 0 <= i64(tokens[k]) < V:
+                first = min(first, k)
+        firsts[tid] = first
+        cuda.syncthreads()
+        half = i64(THREADS // 2)
+        while half > 0:
+            if tid < half:
+                firsts[tid] = min(firsts[tid], firsts[tid + half])
+            cuda.syncthreads()
+            half //= 2
+        if tid == 0 and firsts[0] != NOWHERE:
+            note(record, fractions, site, firsts[0], f64(tokens[firsts[0]]))
+
     pointer = types.CPointer(real)
-    return Source(gather_rows, (RECORD, pointer, RECORD, pointer) + (i64,) * 3, THREADS)
+    signature = (RECORD, VALUES, i64, pointer, types.CPointer(number), pointer) + (i64,) * 3
+    return Source(gather_rows, signature, THREADS)
 
 
-def add_rows(_, *, dtype):
-    """target (V, dim): row r has added to it the sum of values (count, dim) over the tokens (count,) int64 that are r.
+def add_rows(_, *, dtype, index):
+    """target (V, dim): row r has added to it the sum of values (count, dim) over the tokens (count,) that are r.
 
     A block has one row's SPAN values, `spans` blocks a row.  Its warps share the tokens out, 32 at a time, and add up what
     they find in order; then their sums are added in order.  Tokens are read by every block, from a cache: V count
@@ -60,7 +78,7 @@ def add_rows(_, *, dtype):
             sums[i] = 0
         found = types.int32(0)
         for base in range(warp * WARP, count, THREADS):
-            mine = base + lane < count and tokens[min(base + lane, count - 1)] == row
+            mine = base + lane < count and i64(tokens[min(base + lane, count - 1)]) == row
             mask = types.uint32(cuda.ballot_sync(0xFFFFFFFF, mine))
             while mask != 0:
                 k = base + cuda.ffs(mask) - 1
@@ -86,4 +104,4 @@ def add_rows(_, *, dtype):
             target[row * dim + first + d] += total
 
     pointer = types.CPointer(real)
-    return Source(add_to_rows, (pointer, RECORD, pointer) + (i64,) * 3, THREADS)
+    return Source(add_to_rows, (pointer, types.CPointer(getattr(types, index)), pointer) + (i64,) * 3, THREADS)

@@ -5,6 +5,7 @@ Work is ordered with CuPy's, nothing waits for the device, and a stream that is 
 
 import functools
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,14 +73,36 @@ class Launcher:
 
     def __call__(self, blocks: int, *arguments: Any) -> None:
         """Launches, unless `check` raises."""
-        kernel, number = self.kernel, self._number
+        kernel = self.kernel
         check(kernel, self.resident_blocks, blocks, arguments)
-        if number not in _thread.devices:  # the driver launches in a thread's current context: a new thread has none
+        self._enter()
+        self._launch(_stream(self._number), self._config(blocks // kernel.cluster), self._entry, *arguments)
+
+    def series(self, before: Sequence[Any], after: Sequence[Any]) -> Callable[..., None]:
+        """`again(blocks, *between)`: launches with the arguments before, between, after, on the stream that is current now.
+
+        For many launches in a row, by one thread, of a kernel without clusters or waits: what stays is looked up, checked
+        and put together once.  between: ints.
+        """
+        missing = self.kernel.arguments - len(before) - len(after)
+        check(self.kernel, self.resident_blocks, 0, (*before, *[0] * missing, *after))
+        self._enter()
+        launch, stream, entry, config = self._launch, _stream(self._number), self._entry, self._config
+
+        def again(blocks: int, *between: int) -> None:
+            if len(between) != missing:
+                raise TypeError(f"{self.kernel.name}: expected {missing} arguments between, got {len(between)}")
+            launch(stream, config(blocks), entry, *before, *between, *after)
+
+        return again
+
+    def _enter(self) -> None:
+        """The driver launches in a thread's current context: a new thread has none."""
+        if self._number not in _thread.devices:
             from cuda.core import Device
 
-            Device(number).set_current()
-            _thread.devices.add(number)
-        self._launch(_stream(number), self._config(blocks // kernel.cluster), self._entry, *arguments)
+            Device(self._number).set_current()
+            _thread.devices.add(self._number)
 
 
 def check(kernel: Kernel, resident_blocks: int, blocks: int, arguments: tuple[Any, ...]) -> None:

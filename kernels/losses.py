@@ -15,7 +15,8 @@ import math
 import numpy as np
 
 from .build import Source
-from .faults import FIRST, RECORD, VALUES
+from .faults import FIRST, RECORD, VALUES, settle_first
+from .last import is_last
 from .numba_cuda import cuda, types
 from .ptx import f32, global_address, instruction, u32, u64
 from .vectors import division, least
@@ -77,27 +78,57 @@ def _kinds(dtype):
     return real, real, _load, _store
 
 
-def _signature(memory, real):
+def _reduced(row_by_row, threads, memory, index, counted, totalled):
+    """The kernel: `row_by_row`, and what the last block does when all rows are there."""
+
+    def cross_entropy(
+        record, fractions, site, logits, targets, losses, dlogits, count, R, C, ignore, scale, done, divisor, total
+    ):  # fmt: skip
+        row_by_row(record, logits, targets, losses, dlogits, count, R, C, ignore, scale)
+        if not is_last(done):
+            return
+        tid = i64(cuda.threadIdx.x)
+        if totalled:
+            sums = cuda.shared.array(threads, f64)
+            own = f64(0)
+            for row in range(tid, R, threads):
+                own += losses[row]
+            sums[tid] = own
+            cuda.syncthreads()
+            half = i64(threads // 2)
+            while half > 0:
+                if tid < half:
+                    sums[tid] += sums[tid + half]
+                cuda.syncthreads()
+                half //= 2
+            if tid == 0:
+                total[0] = sums[0] / (f64(count[0]) if counted else divisor)
+        if tid == 0:
+            settle_first(record, fractions, site, targets)
+
     pointer = types.CPointer(memory)
-    return (RECORD, pointer, RECORD, VALUES, pointer, RECORD) + (i64,) * 3 + (f64,)
+    signature = (RECORD, VALUES, i64, pointer, types.CPointer(getattr(types, index)), VALUES, pointer, RECORD)
+    return Source(cross_entropy, signature + (i64,) * 3 + (f64, RECORD, f64, VALUES), threads)
 
 
-def rows(_, *, dtype, columns, ignoring, counted):
-    """logits (R, C), C <= 32 columns; targets (R,) int64 -> losses (R,) float64, dlogits (R, C) times scale.
+def rows(_, *, dtype, index, columns, ignoring, counted, totalled):
+    """logits (R, C), C <= 32 columns; targets (R,) of type `index` -> losses (R,) float64, dlogits (R, C) times scale.
 
     ignoring: rows whose target is `ignore` are not read, and come out as 0.  counted: the gradient is divided by count (1,) too.
-    A target outside [0, C) makes its row NaN, and the first one goes to the record's FIRST.
+    totalled: total (1,) is assigned the sum of losses, in one order, divided by count or `divisor`.
+    A target outside [0, C) makes its row NaN, and a fault of the first one.  done: see `last`.
     """
     memory, real, load, store = _kinds(dtype)
     nothing = real(-math.inf)
     _, ratio = division("float64" if dtype == "float64" else "float32")
 
-    def cross_entropy(record, logits, targets, losses, dlogits, count, R, C, ignore, scale):
+    @cuda.jit(device=True)
+    def row_by_row(record, logits, targets, losses, dlogits, count, R, C, ignore, scale):
         lane = i64(cuda.threadIdx.x) % WARP
         row = i64(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // WARP
         if row >= R:
             return
-        start, target = row * C, targets[row]
+        start, target = row * C, i64(targets[row])
         if ignoring and target == ignore:
             for c in range(lane, C, WARP):
                 store(dlogits, start + c, real(0))
@@ -129,21 +160,24 @@ def rows(_, *, dtype, columns, ignoring, counted):
             else:
                 least(global_address(record, FIRST), u64(row))
 
-    return Source(cross_entropy, _signature(memory, real), WARPS * WARP)
+    return _reduced(row_by_row, WARPS * WARP, memory, index, counted, totalled)
 
 
-def wide_rows(_, *, dtype, ignoring, counted):
+def wide_rows(_, *, dtype, index, ignoring, counted, totalled):
     """As `rows`, for any C."""
     memory, real, load, store = _kinds(dtype)
     THREADS, LANES = WIDE_THREADS, WIDE_THREADS // WARP
     _, ratio = division("float64" if dtype == "float64" else "float32")
     lowest = real(np.finfo(np.float64 if dtype == "float64" else np.float32).min)  # finite: -inf - lowest is no NaN
 
-    def cross_entropy_wide(record, logits, targets, losses, dlogits, count, R, C, ignore, scale):
+    @cuda.jit(device=True)
+    def row_by_row(record, logits, targets, losses, dlogits, count, R, C, ignore, scale):
         tid, row = i64(cuda.threadIdx.x), i64(cuda.blockIdx.x)
+        if row >= R:  # there are none at all
+            return
         tops = cuda.shared.array(LANES, real)
         totals = cuda.shared.array(LANES, real)
-        start, target = row * C, targets[row]
+        start, target = row * C, i64(targets[row])
         if ignoring and target == ignore:
             for c in range(tid, C, THREADS):
                 store(dlogits, start + c, real(0))
@@ -178,4 +212,4 @@ def wide_rows(_, *, dtype, ignoring, counted):
             elif total > 0:
                 losses[row] = f64(top) - f64(load(logits, start + target)) + math.log(f64(total))
 
-    return Source(cross_entropy_wide, _signature(memory, real), THREADS)
+    return _reduced(row_by_row, THREADS, memory, index, counted, totalled)

@@ -1,6 +1,6 @@
 """The L2 norm of a flat buffer, and scaling by it, with nothing for the host to wait for.
 
-Two stages, each in one order: a block sums squares in float64, then one block sums the blocks' sums.  A thread whose sum
+Two stages, each in one order: a block sums squares in float64, then the last block sums the blocks' sums.  A thread whose sum
 is not finite looks for its first wrong value; nobody else pays for that.  The norm reads 4 bytes a float32 value; scaling
 reads and writes them, or returns at once.
 
@@ -11,6 +11,7 @@ import math
 
 from .build import Source
 from .faults import FIRST, RECORD, VALUES, settle_first
+from .last import is_last
 from .numba_cuda import cuda, types
 from .ptx import global_address, u64
 from .vectors import WIDTH, accesses, finite, least
@@ -39,16 +40,18 @@ def _block_sum(value, shared):
     return shared[0]
 
 
-def sums(_, *, dtype):
-    """partial (KINDS, BLOCKS) float64: assigned each block's sums of squares of values (size,).
+def norm(_, *, dtype):
+    """out (2,) float64: assigned the norm of values (size,), and the factor that brings it down to max_norm; 1 where there
+    is no need.
 
-    The smallest position of a value that is not finite goes to the record's FIRST.
+    partial (KINDS, BLOCKS) float64: assigned each block's sums of squares.  The first value that is not finite is a fault,
+    named by `site`.  done: see `last`.
     """
     real = getattr(types, dtype)
     EACH, SCALED = WIDTH[dtype], dtype == "float64"
     load, _ = accesses(dtype)
 
-    def sums_of_squares(record, values, partial, size):
+    def norm_of_values(record, fractions, site, values, partial, size, max_norm, out, done):
         tid = i64(cuda.threadIdx.x)
         begin, stride = (i64(cuda.blockIdx.x) * THREADS + tid) * EACH, i64(cuda.gridDim.x) * THREADS * EACH
         shared = cuda.shared.array(THREADS, f64)
@@ -85,20 +88,12 @@ def sums(_, *, dtype):
             tiny = _block_sum(tiny, shared)
             if tid == 0:
                 partial[BLOCKS + block], partial[2 * BLOCKS + block] = large, tiny
+        if is_last(done):
+            finish(record, fractions, site, values, partial, max_norm, out, shared)
 
-    return Source(sums_of_squares, (RECORD, types.CPointer(real), VALUES, i64), THREADS)
-
-
-def finish(_, *, dtype):
-    """out (2,) float64: assigned the norm, and the factor that brings it down to max_norm; 1 where there is no need.
-
-    partial: of `blocks` blocks.  values: what was summed, named by `site` where the record's FIRST points into it.
-    """
-    SCALED = dtype == "float64"
-
-    def finish_norm(record, fractions, site, values, partial, blocks, max_norm, out):
-        tid = i64(cuda.threadIdx.x)
-        shared = cuda.shared.array(THREADS, f64)
+    @cuda.jit(device=True)
+    def finish(record, fractions, site, values, partial, max_norm, out, shared):
+        tid, blocks = i64(cuda.threadIdx.x), i64(cuda.gridDim.x)
         plain, large, tiny = f64(0), f64(0), f64(0)
         for block in range(tid, blocks, THREADS):
             plain += partial[block]
@@ -121,12 +116,12 @@ def finish(_, *, dtype):
         out[0] = norm
         out[1] = max_norm / norm if finite(norm) and norm > max_norm else f64(1)
 
-    pointer = types.CPointer(getattr(types, dtype))
-    return Source(finish_norm, (RECORD, VALUES, i64, pointer, VALUES, i64, f64, VALUES), THREADS)
+    signature = (RECORD, VALUES, i64, types.CPointer(real), VALUES, i64, f64, VALUES, RECORD)
+    return Source(norm_of_values, signature, THREADS)
 
 
 def scale(_, *, dtype):
-    """values (size,) *= norm[1], as `finish` left it."""
+    """values (size,) *= norm[1], as `norm` left it."""
     real = getattr(types, dtype)
     EACH = WIDTH[dtype]
     load, store = accesses(dtype)

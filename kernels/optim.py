@@ -8,7 +8,8 @@ not be finite keeps its value, and the first such position goes to the record's 
 """
 
 from .build import Source
-from .faults import FIRST, RECORD, SITE
+from .faults import FIRST, RECORD, SITE, VALUES, end_update
+from .last import is_last
 from .numba_cuda import cuda, types
 from .ptx import global_address, u64
 from .vectors import WIDTH, accesses, division, finite, least
@@ -75,12 +76,23 @@ def adam(_, *, dtype, decoupled):
 
 
 def _update(dtype, rule, count):
-    """params, m0, m1, m2 (size,): updated; of the moments the first `count` are used.  grads, scalars: read."""
+    """params, m0, m1, m2 (size,): updated; of the moments the first `count` are used.  grads, scalars: read.
+
+    steps (1,) int64: one more, unless there is a fault.  site: of the parameters.  done: see `last`.
+    """
     real = getattr(types, dtype)
     EACH, KEPT = WIDTH[dtype], max(1, count)
     load, store = accesses(dtype)
 
-    def update(record, scalars, params, grads, m0, m1, m2, size, a, b, rest_a, rest_b, decay):
+    def update(
+        record, fractions, site, scalars, params, grads, m0, m1, m2, size, a, b, rest_a, rest_b, decay, steps, done
+    ):  # fmt: skip
+        change(record, scalars, params, grads, m0, m1, m2, size, (a, b, rest_a, rest_b, decay))
+        if is_last(done) and cuda.threadIdx.x == 0:
+            end_update(record, fractions, site, params, steps)
+
+    @cuda.jit(device=True)
+    def change(record, scalars, params, grads, m0, m1, m2, size, numbers):
         k = (i64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * EACH
         if k >= size or record[SITE] != 0:
             return
@@ -98,7 +110,7 @@ def _update(dtype, rule, count):
             load(m1, k, x1)
         if count > 2:
             load(m2, k, x2)
-        first, numbers = i64(EACH), (a, b, rest_a, rest_b, decay)
+        first = i64(EACH)
         for i in range(EACH):
             if count > 0:
                 moments[0] = x0[i]
@@ -128,4 +140,4 @@ def _update(dtype, rule, count):
             store(m2, k, x2)
 
     pointer = types.CPointer(real)
-    return Source(update, (RECORD, *[pointer] * 6, i64, *[real] * 5), THREADS)
+    return Source(update, (RECORD, VALUES, i64, *[pointer] * 6, i64, *[real] * 5, RECORD, RECORD), THREADS)

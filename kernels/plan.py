@@ -30,7 +30,8 @@ LATENCY = {  # seconds: a store seen by another SM.  Measured by others on an H1
     "flagged": 0.41e-6,
     "counted": 0.71e-6,
 }
-LAUNCH = 2.5e-6  # seconds from one small kernel's begin to that of the next
+LAUNCH = 2.5e-6  # seconds from one small kernel's begin to that of the next, by the driver and the device
+HOST = 1.1e-6  # seconds of Python for a step by cuBLAS and a kernel (`python -m bench host`), which come before the driver's
 L2_OF_SM, L2_OF_ALL, REMOTE = 64, 23.5, 32  # bytes a cycle: L2 to one SM, to each of all of them, from others' memory
 
 
@@ -106,11 +107,11 @@ def best(found: Iterable[Choice]) -> Choice | None:
 
 
 def step_cycles(H: int, gates: int, N: int, precision: str, chip: Chip) -> float:
-    """Of one time step by cuBLAS and a kernel, in cycles: two launches, and the product by whatever binds it."""
+    """Of one time step by cuBLAS and a kernel, in cycles: the host, two launches, and the product by whatever binds it."""
     rate = {"float32": 0.8 * chip.lanes, "tf32": 1100 / chip.tensor}.get(precision, 2200 / chip.tensor)
     multiplied = N * gates * H * H / (rate * chip.multiprocessors)
     moved = (2 if precision in ("bfloat16", "float16") else 4) * gates * H * H / (L2_OF_ALL * chip.multiprocessors)
-    return 2 * LAUNCH * chip.clock + max(multiplied, moved)
+    return (HOST + 2 * LAUNCH) * chip.clock + max(multiplied, moved)
 
 
 def _tiles(H: int, precision: str, chip: Chip, alone: bool) -> Iterator[tuple[Tile, int]]:

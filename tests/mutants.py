@@ -15,7 +15,7 @@ import pytest
 
 import gpurnn.kernels
 from gpurnn.cells import Cell, sigmoid, tanh
-from gpurnn.executors import device, numpy_loop, on_chip, passes, step
+from gpurnn.executors import numpy_loop, on_chip, passes, step, sweeps
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.kernels import plan, tiles
 from gpurnn.kernels.tiles import Tile
@@ -132,7 +132,7 @@ def run(case, seed=None):
     with interpreted(seed=seed), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.interpreted.RUNNING", case.running)
         slots = case.cell.trace.slots * len(case.lengths) * case.H
-        patch.setattr(device, "INFERENCE_BYTES", 2 * 4 * slots)
+        patch.setattr(sweeps, "INFERENCE_BYTES", 2 * 4 * slots)
         patch.setattr(on_chip.OnChip, "choice", lambda *given: _choice(case, transposed=given[-1]))
         passes._fitted.cache_clear()  # it remembers launchers, which know how many blocks run at once
         return training_step(on_chip.PERSISTENT if case.tiles else step, case, case.precision, fake_cupy.asarray)

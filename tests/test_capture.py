@@ -91,7 +91,6 @@ def test_when_it_does_other_work():
         (lambda x: x + backend.xp.asarray(np.ones(2)), "H2D transfers are disallowed"),
         (lambda x: backend.xp.stack([x] * 9), "H2D transfers are disallowed"),
         (lambda x: x @ x, "calling cuBLAS|cuBLAS cannot be called through CuPy"),
-        (lambda x: gpurnn.Dropout(0.5, dtype="float64", rng=1)(x)[0], "dropout draws its masks on the host"),
     ],
 )
 def test_what_cannot_be_captured_runs_as_it_is_and_says_why(function, why):
@@ -289,6 +288,25 @@ def test_steps_of_training_wait_for_nothing_and_are_those_of_numpy(options, corp
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+OPERATIONS = """
+    __setitem__
+    gather_rows move_all pack_ffma _multiply persistent_forward _multiply add cross_entropy
+    _multiply add_columns _multiply zeros pack_ffma persistent_backward _multiply _multiply add_columns _multiply add_to_rows
+    move_all norm_of_values scale_by_norm begin_an_update update
+"""
+
+
+def test_a_step_of_an_lstm_is_25_operations(corpus):
+    """Gradients to 0; embedding, layer, head, loss; and back; states kept, clipping, Adam."""
+    with interpreted():
+        training = Training(SMALL, corpus)
+        for _ in range(5):
+            training.step()
+        (recorded,) = training._captured._recorded.values()
+    operations = [name.removeprefix("gpurnn_") for name in recorded.graph.operations]
+    assert operations == OPERATIONS.split() and len(operations) == 25
+
+
 def test_waiting_would_show(corpus):
     with interpreted("step"):
         training = Training(SMALL, corpus)
@@ -345,18 +363,40 @@ def test_divergence_is_told_at_the_next_line_with_its_own_step(corpus, tmp_path)
     assert saved.meta["step"] == 4 and all(np.isfinite(value).all() for value in saved.tensors.values())
 
 
-def test_dropout_trains_kernel_by_kernel_with_the_masks_of_numpy(corpus):
-    config = replace(SMALL, dropout=0.4)
+def test_dropout_is_captured_with_the_masks_of_numpy(corpus):
+    config = replace(SMALL, dropout=0.4, num_layers=2)
     host = Training(config, corpus)
-    expected = [host.step()[0] for _ in range(6)]
+    expected, calls = [host.step()[0] for _ in range(10)], host.checkpoint().meta["dropout"]
     with interpreted("step"):
-        training = Training(config, corpus)
+        captured, plain = Training(config, corpus), Training(config, corpus)
+        plain._captured._when = lambda: False
+        before, found = counters.graphs, []
+        for _ in range(10):
+            with no_waiting():
+                found.append(captured.step()[0])
+                loss = plain.step()[0]
+            assert float(found[-1]) == float(loss)
+        assert counters.graphs - before >= 3 and captured.one_by_one is None
+        assert (captured.model.params.flat.get() == plain.model.params.flat.get()).all()
+        np.testing.assert_allclose([float(loss) for loss in found], expected, rtol=1e-4)
+        assert captured.checkpoint().meta["dropout"] == calls == {"recurrent": 10, "dropout": 10}
+
+
+def test_a_captured_step_drops_other_values_each_time_and_goes_back_the_same_way():
+    with interpreted():
+        layer = gpurnn.Dropout(0.5, rng=1)
+
+        def there_and_back(x):
+            y, backward = layer(x)
+            return y, backward(x)
+
+        step, x = gpurnn.captured(there_and_back), put(np.ones((5, 13), np.float32))
         found = []
         for _ in range(6):
-            with no_waiting():
-                found.append(training.step()[0])
-        assert training.one_by_one == "dropout draws its masks on the host"
-        np.testing.assert_allclose([float(loss) for loss in found], expected, rtol=1e-5)
+            y, dx = step(x)
+            assert (y.get() == dx.get()).all()
+            found.append(y.get().tobytes())
+        assert step.reason is None and len(set(found)) == 6
 
 
 # Windows

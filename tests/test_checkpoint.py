@@ -404,32 +404,3 @@ def test_half_a_last_line_is_tolerated_in_reading_and_refused_in_appending(tmp_p
     assert read_metrics(path) == [{"step": 1}]
     with pytest.raises(ValueError, match="half a line"):
         MetricsLog(path)
-
-
-def test_random_state_goes_on_through_json():
-    generator = np.random.default_rng(3)
-    generator.integers(10, dtype=np.int32)  # leaves half of a 64-bit draw behind
-    restored = checkpoint.restore_rng(json.loads(json.dumps(checkpoint.rng_state(generator))))
-    for draw in (lambda g: g.integers(2**31, size=5, dtype=np.int32), lambda g: g.standard_normal(5)):
-        np.testing.assert_array_equal(draw(restored), draw(generator))
-    with pytest.raises(ValueError, match="MT19937"):
-        checkpoint.rng_state(np.random.Generator(np.random.MT19937(0)))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"bit_generator": "MT19937"}, "MT19937"),
-        ({"state": {"state": 2**128, "inc": 1}}, "state: expected an integer in"),
-        ({"state": {"state": 1.5, "inc": 1}}, "1.5"),
-        ({"state": {"state": 1, "inc": 2}}, "inc: expected an odd"),
-        ({"state": {"state": 1}}, "expected that of a PCG64"),
-        ({"state": None}, "expected that of a PCG64"),
-        ({"has_uint32": 2}, "has_uint32"),
-        ({"uinteger": -1}, "uinteger"),
-    ],
-)
-def test_a_wrong_random_state_is_refused(change, message):
-    state = checkpoint.rng_state(np.random.default_rng(0)) | change
-    with pytest.raises(ValueError, match=message):
-        checkpoint.restore_rng(state)

@@ -188,7 +188,7 @@ def test_nothing_to_do(shape, executor, precision):
 
 @by_kind
 def test_inference_in_pieces(executor, precision, monkeypatch):
-    monkeypatch.setattr("gpurnn.executors.device.INFERENCE_BYTES", 3 * 5 * 4 * 33 * 4)
+    monkeypatch.setattr("gpurnn.executors.sweeps.INFERENCE_BYTES", 3 * 5 * 4 * 33 * 4)
     compare(LSTM_CELL, (7, 5, 4, 33), executor, precision, bidirectional=True, lengths=RAGGED)
 
 
@@ -284,7 +284,7 @@ def test_where_no_cluster_runs_blocks_exchange_through_memory(monkeypatch):
 
 def forward_launch(N, T, H):
     """(begin, launch, outputs): the resident forward kernel in inference on buffers of its own; `launch()` does no more."""
-    from gpurnn.executors import device, on_chip
+    from gpurnn.executors import on_chip, sweeps
     from gpurnn.executors.numpy_loop import Weights
     from gpurnn.executors.passes import Pass
     from gpurnn.kernels import persistent
@@ -296,12 +296,12 @@ def forward_launch(N, T, H):
 
     weights = Weights(draw(4 * H, 3), draw(4 * H, H), draw(4 * H), draw(4 * H), ())
     state = draw(N, H), draw(N, H)
-    sweep = device.begin(LSTM_CELL, draw(T, N, 3), weights, state, np.full(T, N), False, False, "float32")
+    sweep = sweeps.begin(LSTM_CELL, draw(T, N, 3), weights, state, np.full(T, N), False, False, "float32")
     tape, carried = sweep.tape, cupy.stack(state)
     final = carried.copy()
     choice = on_chip.RESIDENT.choice(LSTM_CELL, H, N, "float32", False)
     run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=False)
-    ((_, _, slots),) = device.pieces(sweep)
+    ((_, _, slots),) = sweeps.pieces(sweep)
     arrays = slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, final, tape.lengths
 
     def begin():

@@ -247,7 +247,7 @@ def test_a_wait_in_vain_is_given_up_and_told(kind, monkeypatch):
 
 def test_inference_in_pieces(monkeypatch):
     """Long sequences are projected and run a few steps at a time; states go from piece to piece."""
-    monkeypatch.setattr("gpurnn.executors.device.INFERENCE_BYTES", 2 * 3 * 4 * 5 * 4)
+    monkeypatch.setattr("gpurnn.executors.sweeps.INFERENCE_BYTES", 2 * 3 * 4 * 5 * 4)
     for executor in EXECUTORS:
         compare(LSTM_CELL, (5, 3, 2, 5), executor, lengths=[5, 2, 3], bidirectional=True)
 

@@ -116,6 +116,19 @@ def test_every_launch_goes_to_the_stream_that_is_current_then(machine):
     assert machine.of("stream") == [(1,), (1 << 33,), (2,)], "a handle is wrapped once"
 
 
+def test_a_series_goes_to_one_stream_with_what_stays_put_together(machine):
+    launcher = Launcher(KERNEL._replace(arguments=4))
+    again = launcher.series((1 << 40, 7), (np.float32(0.5),))
+    machine.stream = 2
+    again(3, 1)
+    again(5, 2)
+    with pytest.raises(TypeError, match="gpurnn_tried: expected 1 arguments between, got 2"):
+        again(5, 2, 2)
+    first, second = machine.of("launch")
+    assert first[0] == second[0] == "stream 1" and [first[1]["grid"], second[1]["grid"]] == [3, 5]
+    assert first[3:] == (1 << 40, 7, 1, np.float32(0.5)) and second[3:] == (1 << 40, 7, 2, np.float32(0.5))
+
+
 def test_a_grid_is_configured_once(machine):
     launcher = Launcher(KERNEL)
     for blocks in (4, 9, 4, 4, 9):

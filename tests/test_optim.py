@@ -7,6 +7,7 @@ import pytest
 
 from gpurnn import backend, optim
 from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
+from gpurnn.layers import Linear
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop
 from gpurnn.parameters import Parameters
 from gpurnn.schedules import SCHEDULES, constant, exponential_decay, linear_decay, step_decay, warmup_cosine
@@ -312,3 +313,12 @@ def test_schedules(schedule, expected):
 def test_schedules_refuse(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         SCHEDULES[name](**arguments)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_lets_nothing_change(loss):
+    layer = Linear(3, 2, rng=1)
+    optimizer, before = Adam(layer), layer.state_dict()
+    with pytest.raises(FloatingPointError, match=f"the loss is {loss}"):
+        optimizer.update(np.float64(loss))
+    assert optimizer.steps == 0 and all((layer.params[name] == value).all() for name, value in before.items())

@@ -159,10 +159,13 @@ def test_what_differs_is_told_or_refused(text, tmp_path):
     text.write_text("another text " * 20, "utf-8")
     with pytest.raises(ValueError, match="expected the text that this run began with"):
         Training(SMALL, load_corpus(text)).restore(saved)
-    for name in ("step", "seconds", "rng", "data", "alphabet", "environment"):
+    for name in ("step", "seconds", "dropout", "data", "alphabet", "environment"):
         damaged = saved._replace(meta={key: value for key, value in saved.meta.items() if key != name})
         with pytest.raises(ValueError, match=name):
             Training(SMALL, corpus).restore(damaged)
+    for calls in ({}, {"recurrent": -1}, {"recurrent": 1.5}, {"recurrent": 1 << 63}, {"recurrent": 3, "dropout": 3}):
+        with pytest.raises(ValueError, match="dropout: expected the calls of recurrent, numbers from 0, got"):
+            Training(SMALL, corpus).restore(saved._replace(meta=saved.meta | {"dropout": calls}))
     with pytest.raises(KeyError, match="missing"):
         Training(SMALL, corpus).restore(saved._replace(tensors={}))
 

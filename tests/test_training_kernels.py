@@ -11,10 +11,12 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 import gpurnn
 from gpurnn import backend
+from gpurnn.executors import device
+from gpurnn.executors.moves import Moves
 from gpurnn.layers import add_rows
 from gpurnn.parameters import Parameters
 from tests import fake_cupy
-from tests.fake_cupy.compare import assert_same
+from tests.fake_cupy.compare import assert_same, on_host, on_numpy
 from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
@@ -143,6 +145,83 @@ def test_rows_that_do_not_occur_are_not_touched():
         target[1] = np.nan
         add_rows(target, put(np.array([0, 2, 2])), put(np.ones((3, 2), np.float32)))
         assert np.nan_to_num(target.get(), nan=-1).tolist() == [[1, 1], [-1, -1], [2, 2]]
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [1, 3, 4, 1024, 2051])
+def test_dropout_is_that_of_the_cpu(count, dtype):
+    """Bit for bit, at addresses of any alignment."""
+    x = np.random.default_rng(0).standard_normal(count + 1).astype(dtype)
+
+    def work():
+        layer = gpurnn.Dropout(0.3, dtype=dtype, rng=1)
+        layer.masks.calls = (5 << 32) - 1
+        found = []
+        for start in (0, 1):
+            y, backward = layer(put(x)[start:] if backend.name == "cuda" else x[start:])
+            found += [y, backward(y)]
+        return found, layer.masks.calls
+
+    with on_numpy():
+        expected, calls = on_host(work())
+    with interpreted("numpy"):
+        found, counted = on_host(work())
+    assert counted == calls == (5 << 32) + 1
+    assert all((one == other).all() for one, other in zip(found, expected, strict=True))
+
+
+def test_dropout_of_nothing():
+    with interpreted("numpy"):
+        y, backward = gpurnn.Dropout(0.3, rng=1)(put(np.ones((0, 3), np.float32)))
+        assert y.shape == backward(y).shape == (0, 3)
+
+
+# Sums of columns, and small copies
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 63, 1025])
+def test_sums_of_columns_in_any_order_of_gates(rows, dtype):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((rows, 4 * 5 + 3)).astype(dtype)
+    a, b = rng.standard_normal(3 * 5).astype(dtype), rng.standard_normal(3 * 5).astype(dtype)
+    sums = values[:, : 4 * 5].sum(0, dtype=float).reshape(4, 5)
+    with interpreted("numpy", 0):
+        mine, other = put(a), put(b)
+        device.add_columns(put(values)[:, : 4 * 5], 5, mine, other, first=(2, 0, 1), second=(0, 2, 1), start=1)
+        np.testing.assert_allclose(mine.get(), a + sums[[1, 2, 0]].reshape(-1), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(other.get(), b + sums[[1, 3, 2]].reshape(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_sum_is_as_good_as_a_short_one():
+    """As many float32 values of one sign, added up one by one, would lose a unit in the third place."""
+    values = np.random.default_rng(0).random((300_000, 1), np.float32) + np.float32(1)
+    with interpreted("numpy"):
+        total = put(np.zeros(1, np.float32))
+        device.add_columns(put(values), 1, total, first=(0,), second=(), start=0)
+        assert float(total[0]) == pytest.approx(values.sum(dtype=float), rel=2e-7)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int32", "float64"])
+def test_moves_of_any_type_come_in_order(kind):
+    x = np.arange(300).astype(kind)
+    with interpreted("numpy", 0):
+        a, b, c, moves = put(x[:77]), put(x[100:177]), put(x[200:277]), Moves()
+        moves.copy(a, b)
+        moves.copy(b, c)
+        numbers, nothing = put(np.zeros(9, np.int64)), put(np.zeros(0))
+        moves.fill(numbers, 5)
+        moves.copy(nothing, nothing)
+        targets = [put(np.zeros((3, 2), kind)) for _ in range(7)]
+        for target in targets:
+            moves.copy(target, put(x[:6].reshape(2, 3)).T)
+        moves.run()
+        assert (a.get() == x[100:177]).all() and (b.get() == x[200:277]).all() and (numbers.get() == 5).all()
+        assert all((target.get() == x[:6].reshape(2, 3).T).all() for target in targets)
+        moves.run()  # there is nothing left to do
 
 
 # Norms and clipping

@@ -5,6 +5,7 @@ refused by the interpreter, or come out wrong.  The source as it is goes the sam
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 import gpurnn
 import gpurnn.kernels
 from gpurnn import backend, launches
+from gpurnn.executors import device
+from gpurnn.executors import moves as moving
 from gpurnn.layers import add_rows
 from tests.interpreted import interpreted
-from tests.ptx.errors import OutOfBounds, Race
+from tests.ptx.errors import OutOfBounds, Race, Uninitialised
 from tests.test_training_kernels import LONG, Model, put, rows
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
@@ -39,7 +42,8 @@ def few_classes():
     logits[5, 7:] = -np.inf
     logits[6] += 200
     none = gpurnn.softmax_cross_entropy(logits, targets, reduction="none", ignore_index=-1)
-    return (*none, *gpurnn.softmax_cross_entropy(logits, targets, ignore_index=-1))
+    finite = gpurnn.softmax_cross_entropy(logits[:5], targets[:5], ignore_index=-1)
+    return (*none, *finite, *gpurnn.softmax_cross_entropy(logits, targets, ignore_index=-1))
 
 
 def many_classes():
@@ -110,6 +114,48 @@ def updates(kind, dtype="float32", **options):
     return (*model.params.values(), *(moment.flat for moment in optimizer.moments.values()))
 
 
+def wrong_tokens():
+    tokens = np.zeros(400, int)
+    tokens[[301, 360]] = 5, -1
+    try:
+        gpurnn.Embedding(5, 3, rng=1)(tokens)
+        gpurnn.synchronize()
+    except ValueError as error:  # NumPy names the extremes, a device the first
+        return (np.array([int(str(error).rpartition("(")[2].strip(",)")) if "(" in str(error) else 301]),)
+    return (np.array([-1]),)
+
+
+def column_sums():
+    values = np.random.default_rng(0).standard_normal((1100, 4 * 3)).astype("float32")
+    a, b = np.ones(6, np.float32), np.ones(9, np.float32)
+    if backend.name == "cuda":
+        a, b = put(a), put(b)
+        device.add_columns(put(values), 3, a, b, first=(1, 0), second=(2, 0, 1), start=1)
+        return a, b
+    sums = values.sum(0, dtype=float).reshape(4, 3)
+    return a + sums[[1, 0]].reshape(-1), b + sums[[2, 3, 1]].reshape(-1)
+
+
+def small_moves():
+    if backend.name == "numpy":
+        return np.arange(300.0), np.arange(300.0) + 1, np.full(5, 7), np.full(3, 3.0)
+    old, new = put(np.arange(300.0)), put(np.arange(300.0) + 1)
+    before, numbers, total = put(np.zeros(300)), put(np.zeros(5, np.int64)), put(np.zeros(3))
+    moves = moving.Moves()
+    moves.copy(before, old)
+    moves.copy(old, new)
+    moves.fill(numbers, 7)
+    moves.add(total, put(np.ones(3)), put(np.full(3, 2.0)))
+    moves.run()
+    return before, old, numbers, total
+
+
+def dropped():
+    layer, x = gpurnn.Dropout(0.4, rng=1), np.ones(1030, np.float32)
+    first, second = layer(put(x) if backend.name == "cuda" else x)[0], layer(put(x) if backend.name == "cuda" else x)[0]
+    return first, second, np.array([layer.masks.calls])
+
+
 CASES = {
     "few classes": few_classes, "many classes": many_classes, "wrong targets": wrong_targets, "table": table,
     "untouched": untouched, "norm": norm, "norm of extremes": norm_of_extremes, "wrong gradient": wrong_gradient,
@@ -117,6 +163,7 @@ CASES = {
     "rmsprop": lambda: updates(gpurnn.RMSprop, momentum=0.5, centered=True, weight_decay=0.1),
     "adam": lambda: updates(gpurnn.Adam, weight_decay=0.1, betas=(0.8, 0.7)),
     "adamw": lambda: updates(gpurnn.AdamW, weight_decay=0.5),
+    "dropped": dropped, "wrong tokens": wrong_tokens, "columns": column_sums, "moves": small_moves,
 }  # fmt: skip
 
 
@@ -134,17 +181,34 @@ def check(case):
             raise Wrong(f"result {k}")
 
 
+USERS = {  # of a module: whoever imports it
+    "faults": ("embedding", "losses", "norms", "optim"),
+    "last": ("losses", "norms", "optim"),
+}
+PLACES = {"faults": (launches, "record"), "columns": (device, "columns"), "moves": (moving, "moves")}
+
+
 def plant(patch, name, edits):
-    """kernels/`name`.py with the edits, as a module of its own."""
-    path = FOLDER / f"{name}.py"
-    text = path.read_text()
+    """kernels/`name`.py with the edits, as a module of its own, in the library's place and in that of its users."""
+    text = (FOLDER / f"{name}.py").read_text()
     for old, new in edits:
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
         text = text.replace(old, new)
-    spec = importlib.util.spec_from_loader(f"gpurnn.kernels.{name}", None, origin=str(path))
+    patch.setitem(sys.modules, f"gpurnn.kernels.{name}", loaded(name, text))
+    for user in (name, *USERS.get(name, ())):
+        module = (
+            sys.modules[f"gpurnn.kernels.{name}"] if user == name else loaded(user, (FOLDER / f"{user}.py").read_text())
+        )
+        where, attribute = PLACES.get(user, (launches, user))
+        if hasattr(where, attribute):
+            patch.setattr(where, attribute, module)
+
+
+def loaded(name, text):
+    spec = importlib.util.spec_from_loader(f"gpurnn.kernels.{name}", None, origin=str(FOLDER / f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
-    exec(compile(text, path, "exec"), vars(module))
-    patch.setattr(launches, "record" if name == "faults" else name, module)
+    exec(compile(text, FOLDER / f"{name}.py", "exec"), vars(module))
+    return module
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -163,7 +227,7 @@ def test_norms_of_more_than_all_blocks_take_at_once(case, monkeypatch):
 MUTANTS = {
     "rows: the last class is left out": ("few classes", "losses", Wrong, ("load(logits, start + c) if c < C else", "load(logits, start + c) if c < C - 1 else")),
     "rows: a class too many": ("few classes", "losses", (OutOfBounds, Wrong, Race), ("load(logits, start + c) if c < C else", "load(logits, start + c) if c <= C else")),
-    "rows: a row too many": ("few classes", "losses", OutOfBounds, ("if row >= R:", "if row > R:")),
+    "rows: a row too many": ("few classes", "losses", OutOfBounds, ("// WARP\n        if row >= R:", "// WARP\n        if row > R:")),
     "rows: no shift": ("few classes", "losses", Wrong, ("top = _warp_max(top)\n        for k", "top = real(0)\n        for k")),
     "rows: each lane its own maximum": ("few classes", "losses", Wrong, ("top = _warp_max(top)\n        for k", "for k")),
     "rows: half of a warp is summed": ("few classes", "losses", Wrong, ("    for mask in (16, 8, 4, 2, 1):\n        value +=", "    for mask in (8, 4, 2, 1):\n        value +=")),
@@ -180,8 +244,8 @@ MUTANTS = {
     "wide: every warp counts twice": ("many classes", "losses", Wrong, ("/ real(WARP // LANES)", "/ real(1)")),
     "gather: the row behind": ("table", "embedding", Wrong, ("weight[token * dim + d] if inside", "weight[(token + 1) * dim + d] if inside")),
     "gather: a token too many": ("table", "embedding", OutOfBounds, ("if k >= count:", "if k > count:")),
-    "add_rows: no barrier": ("table", "embedding", Race, ("        cuda.syncthreads()\n", "")),
-    "add_rows: the last token once more": ("table", "embedding", OutOfBounds, ("base + lane < count and tokens", "tokens")),
+    "add_rows: no barrier": ("table", "embedding", Race, ("            hits[warp] = found\n        cuda.syncthreads()\n", "            hits[warp] = found\n")),
+    "add_rows: the last token once more": ("table", "embedding", OutOfBounds, ("base + lane < count and i64(tokens", "i64(tokens")),
     "add_rows: tokens of the first 256": ("table", "embedding", Wrong, ("range(warp * WARP, count, THREADS)", "range(warp * WARP, min(count, 256), THREADS)")),
     "add_rows: assigns": ("table", "embedding", Wrong, ("target[row * dim + first + d] += total", "target[row * dim + first + d] = total")),
     "add_rows: the second span over the first": ("table", "embedding", Wrong, ("d = first + lane + WARP * i\n", "d = lane + WARP * i\n")),
@@ -203,11 +267,34 @@ MUTANTS = {
     "adam: 1 - b of a rounded b": ("adamw", "optim", Wrong, ("rest_b * (grad * grad)", "(types.float32(1) - b) * (grad * grad)")),
     "begin_update: no correction": ("adam", "faults", Wrong, ("lr[0] * root / (1 - power1)", "lr[0] * root")),
     "begin_update: a step too early": ("adam", "faults", Wrong, ("t = steps[0] + 1", "t = steps[0]")),
-    "end_update: steps are not counted": ("adam", "faults", Wrong, ("            steps[0] += 1\n", "")),
+    "end_update: steps are not counted": ("adam", "faults", Wrong, ("        steps[0] += 1\n", "        pass\n")),
     "settle: forgets to clear": ("wrong targets", "faults", Wrong, ("        record[FIRST] = NOWHERE\n", "        record[FIRST] = NOWHERE - 1\n        record[POSITION] += 1\n")),
+    "rows: a loss is left out of the sum": ("few classes", "losses", Wrong, ("for row in range(tid, R, threads):", "for row in range(tid + 1, R, threads):")),
+    "rows: no barrier in the sum": ("few classes", "losses", Race, ("                    sums[tid] += sums[tid + half]\n                cuda.syncthreads()\n", "                    sums[tid] += sums[tid + half]\n")),
+    "gather: the last wrong token": ("wrong tokens", "embedding", Wrong, ("firsts[tid] = min(firsts[tid], firsts[tid + half])", "firsts[tid] = max(firsts[tid], firsts[tid + half])")),
+    "gather: tokens of the first 256": ("wrong tokens", "embedding", Wrong, ("for k in range(tid, count, THREADS):", "for k in range(tid, 256, THREADS):")),
+    "last: nobody is": ("norm", "last", Wrong, ("flag[0] = before == i64(cuda.gridDim.x) - 1", "flag[0] = before == i64(cuda.gridDim.x)")),
+    "last: the first is": ("norm", "last", (Race, Wrong, Uninitialised), ("flag[0] = before == i64(cuda.gridDim.x) - 1", "flag[0] = before == 0")),
+    "last: counts on": ("norm", "last", Wrong, ("            done[0] = 0\n", "            pass\n")),
+    "last: nothing is published": ("norm", "last", Race, ("atom.acq_rel.gpu", "atom.relaxed.gpu")),
+    "last: no barrier before": ("few classes", "last", Race, ("    cuda.syncthreads()\n    if cuda.threadIdx.x == 0:\n        before", "    if cuda.threadIdx.x == 0:\n        before")),
+    "columns: no barrier": ("columns", "columns", Race, ("        shared[tid] = total\n        cuda.syncthreads()\n", "        shared[tid] = total\n")),
+    "columns: assigned": ("columns", "columns", Wrong, ("a[first_gate(slot) * H + unit] += real", "a[first_gate(slot) * H + unit] = real")),
+    "columns: gates as they come": ("columns", "columns", Wrong, ("b[second_gate(slot - start) * H + unit]", "b[(slot - start) * H + unit]")),
+    "columns: the last rows are left out": ("columns", "columns", Wrong, ("if row + i * LANES < rows:", "if row + i * LANES < rows - 1:")),
+    "columns: a chunk over the next": ("columns", "columns", Wrong, ("row += CHUNK * LANES", "row += LANES")),
+    "columns: a row too many": ("columns", "columns", OutOfBounds, ("if row + i * LANES < rows:", "if row + i * LANES <= rows:")),
+    "moves: one after the other's end": ("moves", "moves", Wrong, ("job(s0, t0, n0, p0, k)\n            job(s1, t1, n1, p1, k)", "job(s1, t1, n1, p1, k)\n            job(s0, t0, n0, p0, k)")),
+    "moves: the pattern's low half": ("moves", "moves", Wrong, ("u64(8 * size * (k % each))", "u64(0)")),
+    "moves: a word too many": ("moves", "moves", OutOfBounds, ("        if k < count:\n            if", "        if k <= count:\n            if")),
+    "moves: a sum of one": ("moves", "moves", Wrong, ("out[k] = a[k] + b[k]", "out[k] = a[k]")),
+    "drop: the key's halves swapped": ("dropped", "dropout", Wrong, ("u32(low), u32(high)", "u32(high), u32(low)")),
+    "drop: every call the same": ("dropped", "dropout", Wrong, ("calls[0] += 1", "calls[0] += 0")),
+    "drop: one too few at the end": ("dropped", "dropout", Wrong, ("min(EACH, count - first)", "min(EACH, count - first - 1)")),
+    "drop: beyond the end": ("dropped", "dropout", (OutOfBounds, Wrong), ("if aligned and first + EACH <= count", "if aligned")),
 }
 MORE_MUTANTS = {
-    "rows: a row's targets are the next one's": ("few classes", "losses", (OutOfBounds, Wrong), ("start, target = row * C, targets[row]\n        if ignoring and target == ignore:\n            for c in range(lane", "start, target = row * C, targets[row + 1]\n        if ignoring and target == ignore:\n            for c in range(lane")),
+    "rows: a row's targets are the next one's": ("few classes", "losses", (OutOfBounds, Wrong), ("start, target = row * C, i64(targets[row])\n        if ignoring and target == ignore:\n            for c in range(lane", "start, target = row * C, i64(targets[row + 1])\n        if ignoring and target == ignore:\n            for c in range(lane")),
     "rows: E without the shift": ("few classes", "losses", Wrong, ("losses[row] = f64(top) - f64(load(logits, start + target)) + math.log(f64(total))\n            else", "losses[row] = math.log(f64(total)) - f64(load(logits, start + target))\n            else")),
     "wide: the target's gradient of every thread": ("many classes", "losses", Wrong, ("store(dlogits, start + c, x - (one if c == target else real(0)))", "store(dlogits, start + c, x - (one if c % THREADS == target % THREADS else real(0)))")),
     "add_rows: hits of the first warp alone": ("table", "embedding", Wrong, ("found |= hits[w]", "found = hits[0] * hits[7] * 0")),

@@ -119,7 +119,8 @@ def _digest(text: str) -> str:
 def _environment_key() -> str:
     sources = hashlib.sha256()
     cells = Path(__file__).parents[1] / "cells"
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), cells / "cell.py", cells / "trace.py"):
+    philox = Path(__file__).parents[1] / "kernels" / "philox.py"
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), cells / "cell.py", cells / "trace.py", philox):
         sources.update(path.read_bytes())
     features = binding.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:3])

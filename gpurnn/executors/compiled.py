@@ -92,7 +92,7 @@ def forward(
 
 
 def backward(
-    tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...], grads: Weights, options: Backward
+    tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """See `numpy_loop.backward`."""
     cell, weights = tape.cell, tape.weights
@@ -101,9 +101,10 @@ def backward(
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
-    passed = memory.empty((cell.states, N, H), dtype)
-    for own, value in zip(passed, dstate, strict=True):
-        own[...] = value
+    passed = (memory.zeros if dstate is None else memory.empty)((cell.states, N, H), dtype)
+    if dstate is not None:
+        for own, value in zip(passed, dstate, strict=True):
+            own[...] = value
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))

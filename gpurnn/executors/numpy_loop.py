@@ -102,18 +102,21 @@ def forward(
 
 
 def backward(
-    tape: Tape, dy: Array, dstate: tuple[Array, ...], grads: Weights, options: Backward
+    tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
 ) -> tuple[Array, tuple[Array, ...]]:
     """Backpropagation through time.  Adds to `grads`; returns dx (T, N, I) and dL/d(initial state), S arrays (N, H).
 
-    dy (T, N, H) is read at living rows only; dstate: S arrays (N, H), dL/d(final state).
+    dy (T, N, H) is read at living rows only; dstate: S arrays (N, H), dL/d(final state); None: zeros.
     """
     xp = backend.xp
     cell, x, weights = tape.cell, tape.x, tape.weights
     T, N, I = x.shape
     H = weights.weight_hh.shape[1]
     dgates_x = xp.zeros((T, N, cell.gates * H), x.dtype)
-    passed = tuple(part.copy() for part in dstate)
+    if dstate is None:
+        passed = tuple(xp.zeros((N, H), x.dtype) for _ in range(cell.states))
+    else:
+        passed = tuple(part.copy() for part in dstate)
     for t, m, saved, before, after in reversed(tape.steps):
         dnext = tuple(part[:m] + (dy[t, :m] if s == 0 else 0) for s, part in enumerate(passed))
         if options.flow is not None:

@@ -14,10 +14,11 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.executors import device, step, tuning
-from gpurnn.executors.device import Tape
+from gpurnn.executors import device, step, sweeps, tuning
+from gpurnn.executors.layout import is_ragged
 from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
 from gpurnn.executors.passes import Pass, fitted
+from gpurnn.executors.sweeps import Tape
 from gpurnn.kernels import persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
@@ -58,35 +59,36 @@ class OnChip(NamedTuple):
             raise ValueError(
                 f"executor {self.name!r} computes in float32, got {x.dtype}: 'step' computes in float64 as well"
             )
-        sweep = device.begin(cell, x, weights, state, rows, reverse, training, precision)
-        tape = sweep.tape
-        carried = backend.stacked(state).astype(x.dtype, copy=False)
+        sweep = sweeps.begin(cell, x, weights, state, rows, reverse, training, precision)
+        tape, carried = sweep.tape, sweep.initial
         run = self._pass(FORWARD, tape, sweep.weight_hh, training=training)
         rest_state = tape.rest.strides[0] // x.itemsize
-        for t0, t1, slots in device.pieces(sweep):
-            rest, final = tape.rest[:, t0:] if training else tape.rest, carried.copy()
+        for t0, t1, slots in sweeps.pieces(sweep):
+            rest = tape.rest[:, t0:] if training else tape.rest
+            whole = training and not is_ragged(rows, x.shape[1])  # else rows that have ended keep their states
+            final = backend.xp.empty_like(carried) if whole else carried.copy()
             arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths)
             run(arrays, (t1 - t0, t0), (tape.h.shape[1], int(reverse), rest_state))
             carried = final  # blocks may still read the initial states when others have come to their end
-        return device.finish(sweep, tuple(carried))
+        return sweeps.finish(sweep, tuple(carried))
 
     def backward(
-        self, tape: Tape, dy: Array, dstate: tuple[Array, ...], grads: Weights, options: Backward
+        self, tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
     ) -> tuple[Array, tuple[Array, ...]]:
         """See `numpy_loop.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
         if options.flow is not None:
             return step.backward(tape, dy, dstate, grads, options)
         cell, dtype = tape.cell, tape.x.dtype
-        dy = device.with_unit_stride(dy)
+        dy = sweeps.with_unit_stride(dy)
         slots = tape.slots.copy() if options.keep else tape.slots
-        passed = backend.stacked(dstate).astype(dtype, copy=False)
-        params, dparams = device.parameters(tape)
-        weight_hh = device.ordered_weight_hh(cell, tape.weights)
+        passed = sweeps.passed_back(dstate, tape)
+        params, dparams = sweeps.parameters(tape)
+        weight_hh = sweeps.ordered_weight_hh(cell, tape.weights)
         run = self._pass(BACKWARD, tape, weight_hh, clip=options.clip is not None)
         arrays = (slots, tape.h, tape.rest, dy, passed, params, dparams, tape.lengths)
         strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
         run(arrays, (), (tape.h.shape[1], int(tape.reverse), *strides, dtype.type(options.clip or 0.0)))
-        dx = device.weight_gradients(tape, slots, grads)
+        dx = sweeps.weight_gradients(tape, slots, grads)
         for gradient, value in zip(grads.params, dparams, strict=True):
             gradient += value.sum(0)
         return dx, tuple(passed)

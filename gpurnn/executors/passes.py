@@ -8,7 +8,7 @@ import numpy as np
 from gpurnn import backend, faults
 from gpurnn.cells import Cell
 from gpurnn.executors import device
-from gpurnn.executors.device import Array, Tape
+from gpurnn.executors.sweeps import Array, Tape
 from gpurnn.kernels import exchange, packing, plan, tiles
 from gpurnn.kernels.launch import DoesNotFit, Launcher
 from gpurnn.kernels.plan import Chip, Choice
@@ -45,9 +45,12 @@ class Pass(NamedTuple):
         pointers = [array.data.ptr for array in (self.packed, *arrays)]
         for group in range(0, groups, running):
             count = min(running, groups - group)
-            mail = backend.xp.full(max(1, count * self.mail), exchange.beginning(self.choice.exchange), np.uint32)
             given_up = faults.record().data.ptr
-            self.kernel(count * blocks, *pointers, mail.data.ptr, given_up, *before, group * rows, *after)
+            mail, at = None, given_up  # an exchange without mail does not look there
+            if self.mail:
+                mail = backend.xp.full(count * self.mail, exchange.beginning(self.choice.exchange), np.uint32)
+                at = mail.data.ptr
+            self.kernel(count * blocks, *pointers, at, given_up, *before, group * rows, *after)
 
 
 @functools.lru_cache(maxsize=512)

@@ -18,7 +18,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.executors import cache, device
+from gpurnn.executors import cache, sweeps
 from gpurnn.executors.numpy_loop import Weights
 from gpurnn.executors.passes import Pass
 from gpurnn.kernels import build, persistent, plan
@@ -123,14 +123,14 @@ def microseconds(question: Question, choice: Choice) -> float:
     weights = Weights(weight_ih, weight_hh, None, None, tuple(xp.zeros(H, np.float32) for _ in cell.params))
     state = tuple(xp.zeros((N, H), np.float32) for _ in range(cell.states))
     x = xp.zeros((T, N, 1), np.float32)
-    sweep = device.begin(cell, x, weights, state, np.full(T, N), False, True, precision)
-    tape, carried = sweep.tape, backend.stacked(state)
+    sweep = sweeps.begin(cell, x, weights, state, np.full(T, N), False, True, precision)
+    tape, carried = sweep.tape, sweep.initial
     tape.slots.fill(0)
     rest_state = tape.rest.strides[0] // 4
     if transposed:
         run = Pass.prepare(choice, persistent.backward, tape, sweep.weight_hh, True, clip=False)
         dy = xp.zeros((T, N, H), np.float32)
-        arrays = (tape.slots, tape.h, tape.rest, dy, carried, *device.parameters(tape), tape.lengths)
+        arrays = (tape.slots, tape.h, tape.rest, dy, carried, *sweeps.parameters(tape), tape.lengths)
         given: Any = arrays, (), (N, 0, rest_state, N * H, H, np.float32(0))
     else:
         run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=True)

@@ -79,6 +79,11 @@ class Graph:
     def __init__(self, calls: list, pool: Any):
         self._calls, self._pool = calls, None if pool is None else weakref.ref(pool)
 
+    @property
+    def operations(self) -> list[str]:
+        """What the device is given to do, by name: kernels, products, fills and copies.  Views are none."""
+        return [name for call in self._calls if (name := _operation(*call)) is not None]
+
     def launch(self, stream: Any = None) -> None:
         if self._pool is not None and self._pool() is None:
             raise CaptureError("the pool that the graph's memory comes from is gone")
@@ -86,6 +91,30 @@ class Graph:
         with Capture.exclusive:
             for function, args, options, result in self._calls:
                 _copy(function(*args, **options), result)
+
+
+ALLOCATIONS = ("empty", "empty_like")
+
+
+def _operation(function: Callable, args: list, options: dict, result: Any) -> str | None:
+    """The name of what a call makes the device do; None for a view, an allocation, or what concerns no value at all."""
+    name, of = function.__name__, args[0] if args else None
+    if name == "__call__":  # of a ufunc, or of a kernel
+        name = getattr(of, "__name__", "") or of.kernel.name
+    if hasattr(result, "_host"):
+        shown = hasattr(of, "_host") and np.may_share_memory(of._host, result._host)
+        return None if name in ALLOCATIONS or not result.size or (shown and options.get("out") is None) else name
+    if name in ("__setitem__", "fill"):
+        target = of._host if name == "fill" else np.asarray(of._host[args[1]])
+        given = args[-1]._host if hasattr(args[-1], "_host") else None
+        return None if not target.size or (given is not None and _same(target, given)) else name
+    return name
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """CuPy leaves out what would be assigned to itself, as `a[...] += b` ends."""
+    ours, theirs = one.__array_interface__, other.__array_interface__
+    return all(ours[key] == theirs[key] for key in ("data", "shape", "strides"))
 
 
 def recorded(function: Callable) -> Callable:

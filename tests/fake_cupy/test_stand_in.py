@@ -390,3 +390,23 @@ def test_many_small_arrays_are_joined_by_addresses_from_the_host(join):
     before = cp.counters.transfers
     join(small, out=whole)
     assert cp.counters.transfers == before, "into another dtype they go one by one"
+
+
+def test_a_graph_counts_what_the_device_does():
+    a, b, empty = cp.zeros(4), cp.ones((2, 2)), cp.zeros(0)
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    with stream, cp.cuda.using_allocator(pool.malloc):
+        stream.begin_capture()
+        c = cp.empty(4) + a
+        c[...] += a
+        c[1:] = 0
+        b.T.reshape(2, 2).copy()
+        a.astype(float, copy=False).astype("f4")
+        cp.ascontiguousarray(a)
+        empty.copy()
+        empty.fill(1)
+        empty[...] = 2
+        cp.zeros(3).sum()
+        cp.square(a, out=a)
+        graph = stream.end_capture()
+    assert graph.operations == ["add", "add", "__setitem__", "copy", "astype", "zeros", "sum", "square"]
