@@ -224,25 +224,25 @@ def _in_turn(path: Path) -> Iterator[None]:
     try:
         import fcntl
 
-        file = open(lock, "wb")
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
     except (ImportError, OSError):
         yield
         return
-    with file:
+    try:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.02)
             except OSError:
                 break
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                lock.unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
 
 
 def _write(path: Path, kernel: Kernel) -> None:
