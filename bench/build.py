@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group", action="append", choices=list(cases.GROUPS), help="cases of this group; may be given again")
     add("--case", metavar="PATTERN", help="cases of such names, * and ? as in a shell")
     add("--precision", choices=cases.DTYPES, help="cases of this precision only")
+    add("--rank", type=int, metavar="N", help="cases up to that rank, see `bench run`")
     add("--tune", action="store_true", help="the candidates that `bench tune` measures for these cases, instead")
     add("--smoke", action="store_true", help="what `bench smoke` needs, instead")
     add("--tests", action="store_true", help="what `pytest -m gpu` needs, instead")
@@ -72,7 +73,7 @@ def _chosen(options: argparse.Namespace) -> list[Work]:
         from bench import smoke
 
         return [Work("smoke", (case.name,)) for case in smoke.select(options.case)]
-    found = cases.select(options.group, options.case, "cuda")
+    found = cases.select(options.group, options.case, "cuda", rank=options.rank)
     names = [case.name for case in found if options.precision in (None, case.dtype)]
     if not names:
         raise ValueError(f"no case of those computes in {options.precision}")

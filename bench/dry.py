@@ -7,6 +7,7 @@ results are whatever stood in memory: they are for nobody to look at.
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from gpurnn import backend, cublas, faults
-from gpurnn.executors import cache, device, passes, tuning
+from gpurnn.executors import cache, device, tuning
 from gpurnn.kernels import build
 from gpurnn.kernels.plan import Chip
+
+_numbers = itertools.count(-1, -1)
 
 
 class Target(NamedTuple):
@@ -66,7 +69,8 @@ def dry(target: Target) -> Iterator[Kernels]:
     """Within it work is done dry.  Arrays and layers from within are of no use outside, nor the other way round."""
     from tests import fake_cupy
 
-    kernels, chip = Kernels(target, folder()), target.chip
+    kernels = Kernels(target, folder())
+    chip = target.chip._replace(number=next(_numbers))  # what is remembered by chip is remembered apart
     replaced: list[tuple[Any, str, Any]] = [
         (backend, "name", "cuda"),
         (backend, "xp", fake_cupy),
@@ -84,7 +88,5 @@ def dry(target: Target) -> Iterator[Kernels]:
             stack.enter_context(patch.object(where, name, value))
         pool = SimpleNamespace(free_all_blocks=lambda: None)
         stack.enter_context(patch.object(fake_cupy, "get_default_memory_pool", lambda: pool, create=True))
-        stack.callback(passes._fitted.cache_clear)  # it keeps launchers
-        passes._fitted.cache_clear()
         faults.restart(0)
         yield kernels

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", action="append", choices=sorted(cases.GROUPS), help="cases of this group; repeatable"
     )
     parser.add_argument("--case", help="cases whose names match this pattern, as in a shell")
+    parser.add_argument("--rank", type=int, metavar="N", help="cases up to that rank, see `bench run`")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -26,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
     chip = device.chip()
     print("| case | direction | how | predicted us | measured us |")
     print("|---" * 5 + "|")
-    for case in cases.select(options.group, options.case, "cuda"):
+    for case in cases.select(options.group, options.case, "cuda", rank=options.rank):
         for alone, transposed in itertools.product((True, False), (False, True)):
             asked = question(case, alone, transposed)
             measured = tuning.tune(asked, chip) if asked and tuning.choices(asked, chip) else []

@@ -1,5 +1,6 @@
 """Kernels built ahead: their keys are those that a run asks for, spills and all, and each is built once."""
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -8,11 +9,11 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from bench import cases, dry, peers, problem
+from bench import cases, dry, model, peers, problem
 from bench.__main__ import main
 from bench.cases import Case
 from gpurnn.cells import CELLS
-from gpurnn.executors import device, passes
+from gpurnn.executors import device
 from gpurnn.kernels import build as kernels
 from gpurnn.kernels import step
 from tests.fake_cupy.backend import as_backend
@@ -71,6 +72,9 @@ def test_nobody_waits_for_ever_for_another_s_build(tmp_path, monkeypatch):
         assert kernels.build(recipe, (9, 0), tmp_path).cubin == b"code"
 
 
+numbers = itertools.count(100)
+
+
 class Asked:
     """Launches like `kernels.launch.Launcher`, and computes nothing; `names` of the kernels asked for."""
 
@@ -88,8 +92,9 @@ class Asked:
 def asked_by_a_run(case):
     """By all that the harness does with it, on the stand-in."""
     Asked.names.clear()
-    passes._fitted.cache_clear()
+    chip = model.GPUS["h200"].chip._replace(number=next(numbers))  # launchers are remembered by chip
     with as_backend(None), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_chip", lambda number: chip)
         patch.setattr(device, "_launcher", Asked)
         patch.setattr("tests.fake_cupy.get_default_memory_pool", lambda: None, raising=False)
         part = "model" if case.group == "train" else "layer"
@@ -97,7 +102,6 @@ def asked_by_a_run(case):
             for phase in case.phases:
                 if implementation.refuses(case, phase, part) is None:
                     implementation.build(problem.make(case), phase, part).results()
-    passes._fitted.cache_clear()
     return set(Asked.names)
 
 
