@@ -7,6 +7,7 @@ are is found by doing its work dry (`bench.dry`), a phase and an executor at a t
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -16,12 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from bench import cases, dry, model
 from bench.dry import Target
+from bench.gpu_parts import ROOT, TESTS
 from bench.peers import implementations
 from bench.problem import make
 from gpurnn import backend
@@ -29,8 +30,6 @@ from gpurnn.backend import one_line
 from gpurnn.environment import cpu_threads
 
 STEPS = 2  # of a case that is done dry: its kernels do not depend on how many there are
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_training.py")  # what `pytest -m gpu` needs kernels for
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Work(NamedTuple):
@@ -162,13 +161,19 @@ _DO: dict[str, Callable[..., None]] = {"case": _case, "tune": _tune, "smoke": _s
 
 
 def _tests(target: Target, jobs: int, pattern: str | None) -> int:
-    """Runs `pytest -m gpu` dry: its tests ask for their kernels, and what they find is of no interest."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "bench.dry_tests", "-p", "no:cacheprovider"]
-    command += ["--assert=plain", "--no-header", "--tb=no", "-r", "N", "-W", "ignore", "-n", str(jobs), *TESTS]
+    """Runs `pytest -m gpu` dry: its tests ask for their kernels, and what they find is of no interest.
+
+    Where pytest-xdist is not installed, one process does it all.
+    """
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "bench.dry_tests"]
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "gpu", "-q", "--assert=plain", "--no-header"]
+    command += ["--tb=no", "-r", "N", "-W", "ignore", *TESTS]
+    command += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 and importlib.util.find_spec("xdist") else []
     command += ["-k", pattern] if pattern else []
-    chip = json.dumps([target.chip, target.name])
-    with _without_gpu(), patch.dict(os.environ, {"GPURNN_DRY_TESTS": chip, "PYTHONOPTIMIZE": "1"}):
-        return 1 if subprocess.run(command, cwd=ROOT).returncode not in (0, 1) else 0
+    environment = {"GPURNN_DRY_TESTS": json.dumps([target.chip, target.name]), "PYTHONOPTIMIZE": "1"}
+    with _without_gpu(), patch.dict(os.environ, environment):
+        done = subprocess.run(command, cwd=ROOT).returncode
+    return 0 if done in (0, 1) else 1  # 1: a test failed, as it may
 
 
 def _target(name: str | None) -> Target:

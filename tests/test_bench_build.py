@@ -95,6 +95,7 @@ def asked_by_a_run(case):
     chip = model.GPUS["h200"].chip._replace(number=next(numbers))  # launchers are remembered by chip
     with as_backend(None), pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "_chip", lambda number: chip)
+        patch.setattr("tests.fake_cupy.cuda.runtime.getDeviceProperties", lambda number: {"name": b"H200"})
         patch.setattr(device, "_launcher", Asked)
         patch.setattr("tests.fake_cupy.get_default_memory_pool", lambda: None, raising=False)
         part = "model" if case.group == "train" else "layer"
