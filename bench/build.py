@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -170,8 +171,9 @@ def _tests(target: Target, jobs: int, pattern: str | None) -> int:
     command += ["--tb=no", "-r", "N", "-W", "ignore", *TESTS]
     command += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 and importlib.util.find_spec("xdist") else []
     command += ["-k", pattern] if pattern else []
-    environment = {"GPURNN_DRY_TESTS": json.dumps([target.chip, target.name]), "PYTHONOPTIMIZE": "1"}
-    with _without_gpu(), patch.dict(os.environ, environment):
+    with _without_gpu(), tempfile.TemporaryDirectory() as compiled:
+        chip = json.dumps([target.chip, target.name])
+        os.environ |= {"GPURNN_DRY_TESTS": chip, "PYTHONPYCACHEPREFIX": compiled}
         done = subprocess.run(command, cwd=ROOT).returncode
     return 0 if done in (0, 1) else 1  # 1: a test failed, as it may
 

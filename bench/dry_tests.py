@@ -1,15 +1,19 @@
 """A pytest plugin that runs the GPU tests dry, see `python -m bench build --tests`: they ask for their kernels, which are
-built, and whatever they assert is let pass, so that each test comes to its end.
+built, and whatever they assert is looked at and let pass, so that each test comes to its end.
 
-GPURNN_DRY_TESTS: the chip and its device's name, as JSON.  Run with PYTHONOPTIMIZE=1 and --assert=plain, which leave out
-`assert`; NumPy's own assertions are replaced here.
+GPURNN_DRY_TESTS: the chip and its device's name, as JSON.  Run with --assert=plain, and with a PYTHONPYCACHEPREFIX of
+its own: what is compiled here is of no use to anybody else.
 """
 
+import ast
 import contextlib
+import importlib.machinery
 import json
 import os
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from bench import dry
 from gpurnn.kernels.plan import Chip
@@ -21,8 +25,29 @@ _here = _held.enter_context(dry.dry(dry.Target(Chip(_number, tuple(_capability),
 _asked: set[str] = set()
 _built: set[str] = set()
 
+_tests = Path(__file__).resolve().parent.parent / "tests"
+_as_it_stands = importlib.machinery.SourceFileLoader.source_to_code
+
+
+class _LetPass(ast.NodeTransformer):
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        """What is asserted is computed, for it may be what the test does; what comes of it does not matter."""
+        passed = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])
+        return ast.fix_missing_locations(ast.copy_location(ast.Try([ast.Expr(node.test)], [passed], [], []), node))
+
+
+def _compiled(self, data, path, *, _optimize=-1):
+    if _tests in Path(path).resolve().parents:
+        data = _LetPass().visit(ast.parse(data, path))
+        return compile(data, path, "exec", dont_inherit=True, optimize=_optimize)
+    return _as_it_stands(self, data, path, _optimize=_optimize)
+
+
+importlib.machinery.SourceFileLoader.source_to_code = _compiled  # type: ignore[method-assign]
+
 for _assertion in ("assert_allclose", "assert_array_equal", "assert_equal"):
     setattr(np.testing, _assertion, lambda *arguments, **options: None)
+pytest.raises = lambda *expected, **options: contextlib.suppress(Exception)
 
 
 def pytest_sessionfinish(session):

@@ -12,6 +12,7 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 from bench import cases, dry, model, peers, problem
 from bench.__main__ import main
 from bench.cases import Case
+from gpurnn import backend
 from gpurnn.cells import CELLS
 from gpurnn.executors import device
 from gpurnn.kernels import build as kernels
@@ -125,3 +126,45 @@ def test_a_run_asks_for_nothing_that_was_not_built(case, quick_tools, tiny, tmp_
     count = len(quick_tools)
     assert main(command) == 0 and len(quick_tools) == count, "once"
     assert f"{len(before)} kernels, 0 of them new" in capsys.readouterr().out
+
+
+def test_the_gpu_tests_kernels_are_found_whatever_they_assert(tmp_path, monkeypatch, capfd):
+    """A test that raises, asserts and looks at results, none of which are there, comes to its last kernel."""
+    if backend.name == "cuda":
+        pytest.skip("on a GPU the stand-in is not gpurnn's backend")
+    monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
+    assert main(["build", "--gpu", "h200", "--tests", "--jobs", "1", "--case", "faults_come_late"]) == 0
+    shown = capfd.readouterr().out
+    found = {path.name.split("-")[0] for path in tmp_path.glob("*.cubin")}
+    assert {"adam", "rows", "settle", "gather"} <= found and "1 passed" in shown, shown
+    assert f"{len(list(tmp_path.glob('*.cubin')))} kernels" in shown
+
+
+def test_what_makes_no_sense(capsys, monkeypatch):
+    for wrong in (["--gpu", "h200", "--jobs", "0"], ["--gpu", "h200", "--group", "latency", "--precision", "tf32"]):
+        assert main(["build", *wrong]) == 2
+    monkeypatch.setattr(backend, "name", "numpy")
+    assert main(["build", "--group", "gaps"]) == 2
+    said = capsys.readouterr().err
+    assert "--jobs: expected" in said and "in tf32" in said and "--gpu: expected one of a100, h100, h200" in said
+
+
+def test_what_fails_is_named_and_the_rest_is_built(quick_tools, tiny, monkeypatch, capsys):
+    real = kernels._compiled
+
+    def fails(recipe, capability):
+        if "backward" in recipe.factory.__name__:
+            raise RuntimeError("it does not assemble")
+        return real(recipe, capability)
+
+    monkeypatch.setattr(kernels, "_compiled", fails)
+    assert main(["build", "--gpu", "h200", "--group", "gaps", "--case", TINY[0].name, "--jobs", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "training gpurnn-step FAILED: RuntimeError: it does not assemble" in shown and "3 of 8 failed" in shown
+
+
+def test_processes_share_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
+    assert main(["build", "--gpu", "a100", "--smoke", "--case", "small/*/step/*", "--jobs", "2"]) == 0
+    assert "4 kernels, 4 of them new" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.cubin"))) == 4
