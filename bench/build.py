@@ -155,7 +155,8 @@ def _tune(name: str, alone: bool, transposed: bool) -> None:
 def _smoke(name: str) -> None:
     from bench import smoke
 
-    smoke.on_device(smoke.find(name))
+    with contextlib.suppress(smoke.DoesNotFit):
+        smoke.on_device(smoke.find(name))
 
 
 _DO: dict[str, Callable[..., None]] = {"case": _case, "tune": _tune, "smoke": _smoke}

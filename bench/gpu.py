@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ OVERTIME = 1.5  # times its share that a part may take before it is killed
 FIRST_LOOK = 60.0  # s for the machine to be looked at
 SUMMARY = 60.0  # s for the summary at most
 ENDING = 10.0  # s kept for the summary, and for a group to end in before its limit
+TOOLKIT = "/usr/local/cuda"
 BROKEN = 3  # `bench run`: the device stopped working, the same command goes on behind the case
 SETTLED = ("ok", "failed", "skipped")  # not run again by --resume
 
@@ -60,6 +62,8 @@ def main(options: argparse.Namespace) -> int:
         return 1
     found = json.loads((run.folder / gpu_parts.ABOUT).read_text())
     print(found["device"] or f"no GPU: stand-in, nothing is measured ({found['reason']})", flush=True)
+    if found["device"]:
+        run.environment["GPURNN_BACKEND"] = "cuda"  # where that is lost on the way, it is an error and no surprise
     chosen = _chosen(gpu_parts.parts(run.folder, found), options.part, run.states)
     for place, part in enumerate(chosen):
         run.part(part, run.share(part, chosen[place:]))
@@ -100,6 +104,9 @@ class Run:
 
     def __init__(self, folder: Path, deadline: float):
         self.folder, self.deadline, self.states = folder, deadline, read(folder)
+        self.environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # what is killed has said all it had to say
+        if "CUDA_HOME" not in os.environ and os.path.isdir(TOOLKIT):
+            self.environment["CUDA_HOME"] = TOOLKIT
 
     def left(self) -> float:
         return self.deadline - ENDING - time.monotonic()
@@ -126,13 +133,17 @@ class Run:
         if self.left() < part.least:
             return "left out", f"{max(0.0, self.left()):.0f} s are left, it takes {part.least:.0f} s at least"
         allowed = min(self.left(), OVERTIME * share)
-        limit, log = time.monotonic() + allowed, self.folder / f"{part.name}.log"
-        failed = ""
+        began, log, failed = time.monotonic(), self.folder / f"{part.name}.log", ""
+
+        def executed(command: Command) -> int | None:
+            spent = time.monotonic() - began
+            budget = f"{max(1.0, min(share, allowed) - ENDING - spent):.0f}"
+            ready = [word.replace("{budget}", budget) for word in command]
+            return execute(ready, log, allowed - spent, self.environment)
+
         for command in part.commands:
-            ready = [word.replace("{budget}", f"{max(1.0, share - ENDING):.0f}") for word in command]
-            code = execute(ready, log, limit - time.monotonic())
-            while code == BROKEN and time.monotonic() < limit:
-                code = execute(ready, log, limit - time.monotonic())
+            while (code := executed(command)) == BROKEN:
+                pass  # it goes on behind the case that broke the device
             if code is None:
                 return "stopped", f"killed after {allowed:.0f} s: {_last_line(log)}"
             if code:
@@ -144,7 +155,7 @@ class Run:
         return "ok", _last_line(log)
 
 
-def execute(command: Command, log: Path, seconds: float) -> int | None:
+def execute(command: Command, log: Path, seconds: float, environment: dict[str, str]) -> int | None:
     """The command's exit status, None where it was killed because its time was over; its output is added to the log."""
     if seconds <= 0:
         return None
@@ -152,7 +163,13 @@ def execute(command: Command, log: Path, seconds: float) -> int | None:
         file.write(f"$ {' '.join(command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            command, cwd=gpu_parts.ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            cwd=gpu_parts.ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
         try:
             return process.wait(seconds)
@@ -176,7 +193,8 @@ def _unmeasured(asked: tuple[str, int], path: Path) -> int:
 
 def _summary(folder: Path) -> str:
     """Written in a process of its own, like all that imports the library."""
-    execute(gpu_parts.python("-m", "bench.gpu_summary", str(folder)), folder / "summary.log", SUMMARY)
+    command = gpu_parts.python("-m", "bench.gpu_summary", str(folder))
+    execute(command, folder / "summary.log", SUMMARY, os.environ | {"GPURNN_BACKEND": "numpy"})
     with contextlib.suppress(OSError):
         return (folder / "summary.md").read_text()
     return f"no summary: see {folder / 'summary.log'}"

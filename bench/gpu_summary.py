@@ -79,7 +79,7 @@ def _smoke(path: Path) -> Iterator[Line]:
     """The last word on each case."""
     if path.exists():
         last = {outcome["case"]: outcome for outcome in map(json.loads, path.read_text().splitlines())}
-        bad = [outcome for outcome in last.values() if outcome["verdict"] != "ok"]
+        bad = [outcome for outcome in last.values() if outcome["verdict"] not in ("ok", "skip")]
         shown = "; ".join(f"{outcome['case']} {outcome['verdict']}: {outcome['text']}" for outcome in bad[:NAMED])
         text = f"{len(last) - len(bad)} of {len(last)} right" + (f"; {shown}" if bad else "")
         yield Line("smoke", text, {"cases": len(last), "bad": bad})

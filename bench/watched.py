@@ -23,7 +23,7 @@ GRACE = 5.0  # s that a killed process has to end; a driver that cannot free a G
 
 
 class Outcome(NamedTuple):
-    """verdict: ok, WRONG, ERROR, HUNG or DIED.  seconds: that the case took."""
+    """verdict: ok, skip, WRONG, ERROR, HUNG or DIED.  seconds: that the case took."""
 
     case: str
     verdict: str
