@@ -21,6 +21,7 @@ OURS = ("gpurnn-resident", "gpurnn-persistent", "gpurnn-step")
 PEER = "torch-cudnn"
 ABOUT, RESULTS = "about.json", "results.jsonl"
 TESTS = ("tests/test_gpu.py", "tests/test_gpu_training.py")
+REHEARSED = "(test_nothing_to_do and step-float32) or test_the_choice_and_its_limits"
 TEST_PROCESSES = 4  # on one GPU
 SECONDS_PER_CASE = 9.0  # both phases, ours and cuDNN, and its share of the start
 LEAST = 20.0  # s: with less left a group is not begun
@@ -87,7 +88,7 @@ def _rehearsed(folder: Path) -> Iterator[Part]:
     build = _bench("build", "--smoke", "--case", "small/rnn/step/float32", "--gpu", "h200", "--jobs", "1")
     yield Part("smoke", 60, 10, [build, _bench("smoke", "--out", str(folder / "smoke.jsonl"))])
     missing = _needs("pytest") or (None if (ROOT / "tests/stand_in.py").exists() else "tests/stand_in.py is not there")
-    yield Part("tests", 60, 10, [_pytest(folder, "-p", "tests.stand_in", "-k", "test_what_runs_where")], missing)
+    yield Part("tests", 60, 10, [_pytest(folder, "-p", "tests.stand_in", "-k", REHEARSED)], missing)
     for name in (*SANITIZERS, "tune"):
         yield Part(name, 1, 1, [], "there is no GPU")
     rehearsal = python("-m", "bench.rehearsal", str(folder / RESULTS))
