@@ -148,11 +148,9 @@ class Run:
                 return "stopped", f"killed after {allowed:.0f} s: {_last_line(log)}"
             if code:
                 failed = f"exit status {code}: {_last_line(log)}"
-        if failed:
-            return "failed", failed
         if part.cases and (unmeasured := _unmeasured(part.cases, self.folder / gpu_parts.RESULTS)):
-            return "stopped", f"{unmeasured} cases and phases are left"
-        return "ok", _last_line(log)
+            return "stopped", "; ".join([f"{unmeasured} cases and phases are left", *([failed] if failed else [])])
+        return ("failed", failed) if failed else ("ok", _last_line(log))
 
 
 def execute(command: Command, log: Path, seconds: float, environment: dict[str, str]) -> int | None:

@@ -59,7 +59,7 @@ def parts(folder: Path, found: dict[str, Any]) -> list[Part]:
 def _right(folder: Path) -> Iterator[Part]:
     smoke = _bench("smoke", "--out", str(folder / "smoke.jsonl"))
     yield Part("smoke", 60, 20, [_bench("build", "--smoke"), smoke])
-    yield Part("tests", 150, 40, [_bench("build", "--tests"), _pytest(folder)], _needs("pytest"))
+    yield Part("tests", 150, 40, [_bench("build", "--tests"), _pytest(folder, TEST_PROCESSES)], _needs("pytest"))
     tool = _sanitizer()
     for name in SANITIZERS:
         here = _bench("smoke", "--here", "--case", "small/*")
@@ -88,7 +88,7 @@ def _rehearsed(folder: Path) -> Iterator[Part]:
     build = _bench("build", "--smoke", "--case", "small/rnn/step/float32", "--gpu", "h200", "--jobs", "1")
     yield Part("smoke", 60, 10, [build, _bench("smoke", "--out", str(folder / "smoke.jsonl"))])
     missing = _needs("pytest") or (None if (ROOT / "tests/stand_in.py").exists() else "tests/stand_in.py is not there")
-    yield Part("tests", 60, 10, [_pytest(folder, "-p", "tests.stand_in", "-k", REHEARSED)], missing)
+    yield Part("tests", 60, 10, [_pytest(folder, 1, "-p", "tests.stand_in", "-k", REHEARSED)], missing)
     for name in (*SANITIZERS, "tune"):
         yield Part(name, 1, 1, [], "there is no GPU")
     rehearsal = python("-m", "bench.rehearsal", str(folder / RESULTS))
@@ -103,12 +103,12 @@ def _bench(*arguments: str) -> Command:
     return python("-m", "bench", *arguments)
 
 
-def _pytest(folder: Path, *arguments: str) -> Command:
+def _pytest(folder: Path, processes: int, *arguments: str) -> Command:
     """With what is installed; -v so that each test's outcome stands in the log as soon as it is known."""
     command = python("-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "no:benchmark", "-m", "gpu", "-v")
     command += ["--tb=short", "-rf", f"--junitxml={folder / 'tests.xml'}"]
-    if not _needs("xdist"):
-        command += ["-n", str(TEST_PROCESSES), "--dist", "worksteal"]
+    if processes > 1 and not _needs("xdist"):
+        command += ["-n", str(processes), "--dist", "worksteal"]
     if not _needs("pytest_timeout"):
         command += ["--timeout", "120"]
     return [*command, *arguments, *TESTS]
