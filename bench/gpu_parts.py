@@ -86,7 +86,7 @@ def _fast(folder: Path, no_torch: str | None) -> Iterator[Part]:
 def _rehearsed(folder: Path) -> Iterator[Part]:
     """Without a GPU: the same on the tests' stand-in and interpreter, as small as can be; nothing is measured."""
     build = _bench("build", "--smoke", "--case", "small/rnn/step/float32", "--gpu", "h200", "--jobs", "1")
-    yield Part("smoke", 60, 10, [build, _bench("smoke", "--out", str(folder / "smoke.jsonl"))])
+    yield Part("smoke", 60, 10, [build, _bench("smoke", "--limit", "200", "--out", str(folder / "smoke.jsonl"))])
     missing = _needs("pytest") or (None if (ROOT / "tests/stand_in.py").exists() else "tests/stand_in.py is not there")
     yield Part("tests", 60, 10, [_pytest(folder, 1, "-p", "tests.stand_in", "-k", REHEARSED)], missing)
     for name in (*SANITIZERS, "tune"):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from bench import cases, gpu, gpu_parts, gpu_summary, results, watched
+from bench import cases, gpu, gpu_parts, gpu_summary, results, smoke, watched
 from bench.__main__ import main
 from bench.gpu_parts import Part
 from gpurnn import backend
@@ -195,7 +195,6 @@ def test_cases_that_hang_or_die_are_named_and_the_others_go_on(tmp_path, monkeyp
 
 def test_smoke_sees_what_is_wrong(monkeypatch):
     pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
-    from bench import smoke
     from tests.fake_cupy.backend import as_backend
 
     name, real = "usual/lstm/numpy/float32", smoke.on_device
@@ -212,6 +211,17 @@ def test_smoke_sees_what_is_wrong(monkeypatch):
     assert {(f"persistent-{x}", p) for x in smoke.EXCHANGES for p in smoke.PRECISIONS} <= kinds
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["resident", *(f"persistent-{exchange}" for exchange in smoke.EXCHANGES)])
+@pytest.mark.parametrize("kind", ["rnn/{}/float32", "lstm/{}/bfloat16"])
+def test_every_small_case_is_right_in_the_interpreter(kind, how):
+    from tests.interpreted import interpreted
+
+    with interpreted():
+        outcome = smoke.judged(f"small/{kind.format(how)}")
+    assert outcome.verdict == "ok", outcome
+
+
 def test_the_whole_command_without_a_gpu(tmp_path, monkeypatch, capsys):
     """On the stand-in and the interpreter, as small as can be."""
     if backend.name == "cuda":
@@ -224,7 +234,7 @@ def test_the_whole_command_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert "no GPU: stand-in, nothing is measured (there is no NVIDIA driver" in shown
     found = states(folder)
     assert found["smoke"] == found["groups"] == "ok" and found["memcheck"] == "skipped"
-    assert "right" in (folder / "summary.md").read_text() and "2 of 2 right" in shown
+    assert "right" in (folder / "summary.md").read_text() and "1 of 1 right" in shown
     assert [record["flags"][-1] for record in results.read(folder / gpu_parts.RESULTS)] == ["stand-in"] * 2
     assert list((tmp_path / "cache").glob("*.cubin")), "kernels were built for the chip that is not there"
     assert "% of the floor" not in shown and "stand-in, not measured" in shown
