@@ -1,4 +1,4 @@
-"""`python -m bench`: run, plot, report, compare, profile, tune, host, model."""
+"""`python -m bench`: gpu, run, plot, report, compare, profile, build, smoke, tune, host, model."""
 
 import argparse
 import importlib
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from types import ModuleType
 
 COMMANDS = {
+    "gpu": "all that a GPU should show, in so many minutes: is it right, does it hang, how fast is it",
     "run": "measure cases and append their lines to a results file",
     "plot": "figures of a results file",
     "report": "the tables and figures that README.md and bench/README.md show",
     "compare": "what became slower or faster between two results files, told apart from noise",
     "profile": "where the time of one case goes",
+    "build": "build the kernels of cases, of the smoke test or of the GPU tests ahead, on all CPUs; no GPU needed",
+    "smoke": "every executor, precision and exchange on this GPU against NumPy, in a minute",
     "tune": "measure the plan's choices on this GPU and keep the fastest",
     "host": "what the host spends on a time step of the executor step, without a GPU",
     "model": "what the kernels' model predicts for a GPU, without one",

@@ -142,10 +142,12 @@ QUICK = (
 )
 
 
-def select(groups: Sequence[str] | None, pattern: str | None, device: str, quick: bool = False) -> list[Case]:
+def select(
+    groups: Sequence[str] | None, pattern: str | None, device: str, quick: bool = False, rank: int | None = None
+) -> list[Case]:
     """The cases asked for, the most important first: rank by rank, the groups of a rank in turn.
 
-    groups: names, or None for all that suit the device.  pattern: of whole names, as in a shell.
+    groups: names, or None for all that suit the device.  pattern: of whole names, as in a shell.  rank: the last one.
     Raises ValueError for a group that does not exist, and where nothing is left.
     """
     for group in groups or ():
@@ -158,8 +160,12 @@ def select(groups: Sequence[str] | None, pattern: str | None, device: str, quick
         if device == "cpu" and not pattern:
             chosen = [case for case in chosen if case.dtype == "float32" and case.T <= LONGEST_ON_CPU]
     found = [case for case in chosen if fnmatch.fnmatchcase(case.name, pattern or "*")]
+    found = [case for case in found if rank is None or case.rank <= rank]
     if not found:
-        raise ValueError(f"no case of {', '.join(groups or ['the default groups'])} matches {pattern or '*'!r} here")
+        ranked = "" if rank is None else f" up to rank {rank}"
+        raise ValueError(
+            f"no case{ranked} of {', '.join(groups or ['the default groups'])} matches {pattern or '*'!r} here"
+        )
     return _in_turn(found)
 
 

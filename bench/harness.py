@@ -66,6 +66,7 @@ class Entrant:
     disturbed: int = 0
     kernels: list[str] = field(default_factory=list)
     peak_bytes: int | None = None
+    flags: list[str] = field(default_factory=list)
     energy_per_step: float | None = None
 
 
@@ -197,7 +198,7 @@ def _sample(entrant: Entrant, settings: Settings, device: str, deadline: float) 
 def _look_closer(entrant: Entrant, settings: Settings, telemetry: Telemetry | None) -> None:
     """What would disturb the samples: the profiler, and a burst long enough for the energy counter."""
     assert entrant.workload is not None
-    entrant.kernels = entrant.workload.kernels()
+    entrant.kernels, entrant.flags = entrant.workload.kernels(), entrant.workload.flags()
     if not settings.energy_s or telemetry is None:
         return
     steps = max(1, int(settings.energy_s / statistics.summary(entrant.samples)[0]))
@@ -234,7 +235,7 @@ def _record(
     record |= {name: getattr(case, name) for name in ("group", "cell", "T", "N", "I", "H", "dtype", "lengths", "heads")}
     record |= {"phase": phase, "part": part, "implementation": entrant.implementation.name}
     least = floor(case, phase, part, machine, problem.tokens)
-    record |= {"floor_us_per_step": 1e6 * least, "error": entrant.error, "flags": []}
+    record |= {"floor_us_per_step": 1e6 * least, "error": entrant.error, "flags": [*entrant.flags]}
     if entrant.failure is not None:
         return record | {"failure": entrant.failure, "median_s": None}
     samples = entrant.samples[-MOST_SAMPLES:]

@@ -80,10 +80,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _lines(case: Case, gpu: Gpu, measured: dict[tuple[str, str], float]) -> Iterator[str]:
-    both = directions(case, gpu)
-    recurrent = {"inference": both[0].microseconds, "training": sum(way.microseconds for way in both)}
-    for way, direction, phase in zip(both, ("forward", "backward"), ("inference", "training"), strict=True):
-        whole = recurrent[phase] + 1e6 * _products(case, phase == "training", gpu.machine)
+    for way, direction, phase in zip(
+        directions(case, gpu), ("forward", "backward"), ("inference", "training"), strict=True
+    ):
+        whole = predicted(case, phase, gpu)
         floor = 1e6 * floors.floor(case, phase, "layer", gpu.machine, case.T * case.N)
         found = measured.get((case.name, phase))
         yield (
@@ -91,6 +91,13 @@ def _lines(case: Case, gpu: Gpu, measured: dict[tuple[str, str], float]) -> Iter
             f"{way.exchanges} | {way.microseconds:.2f} | {phase} {whole:.2f} ({floor / whole:.0%}) | "
             f"{f'{found:.2f} us, {found / whole:.2f} x' if found else ''} |"
         )
+
+
+def predicted(case: Case, phase: str, gpu: Gpu) -> float:
+    """Us per step of a layer's whole pass: the recurrence, and the products around it at the peak of a large one."""
+    both = [way.microseconds for way in directions(case, gpu)]
+    recurrent = sum(both) if phase == "training" else both[0]
+    return recurrent + 1e6 * _products(case, phase == "training", gpu.machine)
 
 
 def directions(case: Case, gpu: Gpu) -> list[Prediction]:

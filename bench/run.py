@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--group", action="append", choices=list(cases.GROUPS), help="only this group; may be given again")
     add("--case", metavar="PATTERN", help="only cases of such names, * and ? as in a shell")
+    add("--rank", type=int, metavar="N", help="only cases up to that rank: 0 holds those that matter most, 2 is all")
     add("--only", action="append", metavar="NAME", help="only such implementations, also those left out by default")
     add("--peers-only", action="store_true", help="leave gpurnn out, to record baselines")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is a GPU")
@@ -144,7 +145,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         if options.rounds < 1:
             raise ValueError(f"--rounds: expected a number from 1, got {options.rounds}")
         settings = replace(settings, rounds=options.rounds)
-    chosen = cases.select(options.group, options.case, device, options.quick)
+    chosen = cases.select(options.group, options.case, device, options.quick, options.rank)
     path = options.out or (None if options.quick else _default_path(device))
     known = {results.key(record) for record in results.read(path)} if path is not None and path.exists() else set()
     return Plan(

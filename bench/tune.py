@@ -4,8 +4,10 @@ What the model predicted stands beside each time; see `gpurnn.executors.tuning`.
 """
 
 import argparse
+import itertools
 
 from bench import cases
+from bench.cases import Case
 from gpurnn import backend
 from gpurnn.cells import CELLS
 from gpurnn.executors import device, tuning
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", action="append", choices=sorted(cases.GROUPS), help="cases of this group; repeatable"
     )
     parser.add_argument("--case", help="cases whose names match this pattern, as in a shell")
+    parser.add_argument("--rank", type=int, metavar="N", help="cases up to that rank, see `bench run`")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -24,15 +27,19 @@ def main(options: argparse.Namespace) -> int:
     chip = device.chip()
     print("| case | direction | how | predicted us | measured us |")
     print("|---" * 5 + "|")
-    for case in cases.select(options.group, options.case, "cuda"):
-        cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
-        for alone in (True, False) if case.heads == 1 else ():
-            for transposed in (False, True):
-                question = tuning.Question(cell, case.H, case.N, case.dtype, transposed, alone)
-                measured = tuning.tune(question, chip) if tuning.choices(question, chip) else []
-                for choice, microseconds in measured:
-                    how = f"{choice.blocks} SMs a group, {choice.tile}, {choice.exchange}"
-                    predicted = 1e6 * choice.cost.cycles / chip.clock
-                    direction = "backward" if transposed else "forward"
-                    print(f"| {case.name} | {direction} | {how} | {predicted:.2f} | {microseconds:.2f} |", flush=True)
+    for case in cases.select(options.group, options.case, "cuda", rank=options.rank):
+        for alone, transposed in itertools.product((True, False), (False, True)):
+            asked = question(case, alone, transposed)
+            measured = tuning.tune(asked, chip) if asked and tuning.choices(asked, chip) else []
+            for choice, microseconds in measured:
+                how = f"{choice.blocks} SMs a group, {choice.tile}, {choice.exchange}"
+                predicted = 1e6 * choice.cost.cycles / chip.clock
+                direction = "backward" if transposed else "forward"
+                print(f"| {case.name} | {direction} | {how} | {predicted:.2f} | {microseconds:.2f} |", flush=True)
     return 0
+
+
+def question(case: Case, alone: bool, transposed: bool) -> tuning.Question | None:
+    """What there is to choose for a direction of a case; None where no kernel of ours runs all its steps."""
+    cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
+    return None if case.heads > 1 else tuning.Question(cell, case.H, case.N, case.dtype, transposed, alone)

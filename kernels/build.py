@@ -13,6 +13,7 @@ import json
 import os
 import re
 import threading
+import time
 import types as python_types
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -31,6 +32,7 @@ TOOLS = (
     "cuda-core",
 )
 DIGEST = 32  # bytes
+PATIENCE = 60.0  # s, with a process that builds the same kernel
 
 # What kernels are written in that came with PTX 8.6 and sm_90, and what stands for it where either is missing: the
 # mbarrier's own ordering in place of the fences around it, which says more than is needed and takes longer.
@@ -103,24 +105,38 @@ def recipe(factory: Callable[..., Source], trace: Any = None, /, **constants: An
 
 
 def build(recipe: Recipe, capability: tuple[int, int], folder: Path | None = None) -> Kernel:
-    """From the folder if an earlier process built it there, else compiled, in about a second, and kept there.
+    """From the folder if an earlier process built it there, else compiled and kept there.
 
-    Raises RuntimeError with the tool's message where the code does not assemble.
+    Compiling takes a processor half a second, 3 to 4 s for a kernel that runs all steps; processes that want the same
+    kernel at the same time do it once.  Raises RuntimeError with the tool's message where the code does not assemble.
     """
-    path = folder and folder / f"{recipe.factory.__name__}-{_key(recipe, capability)}.cubin"
-    kernel = _read(path) if path else None
+    if folder is None:
+        return _compiled(recipe, capability)
+    path = entry(recipe, capability, folder)
+    kernel = _read(path)
     if kernel is None:
-        source = recipe.factory(recipe.trace, **dict(recipe.constants))
-        name = f"gpurnn_{source.function.__name__}"
-        try:
-            code, usage = assemble(ptx(source, name, capability), capability)
-        except RuntimeError as error:
-            raise RuntimeError(f"{name}: {error}") from error
-        numbers: dict[str, Any] = {**usage, "cluster": source.cluster, "cooperative": source.cooperative}
-        kernel = Kernel(name, code, len(source.signature), source.threads, source.shared, **numbers)
-        if path:
-            _write(path, kernel)
+        with _in_turn(path):
+            kernel = _read(path)
+            if kernel is None:
+                kernel = _compiled(recipe, capability)
+                _write(path, kernel)
     return kernel
+
+
+def entry(recipe: Recipe, capability: tuple[int, int], folder: Path) -> Path:
+    """Where a folder has that kernel, if it has it."""
+    return folder / f"{recipe.factory.__name__}-{_key(recipe, capability)}.cubin"
+
+
+def _compiled(recipe: Recipe, capability: tuple[int, int]) -> Kernel:
+    source = recipe.factory(recipe.trace, **dict(recipe.constants))
+    name = f"gpurnn_{source.function.__name__}"
+    try:
+        code, usage = assemble(ptx(source, name, capability), capability)
+    except RuntimeError as error:
+        raise RuntimeError(f"{name}: {error}") from error
+    numbers: dict[str, Any] = {**usage, "cluster": source.cluster, "cooperative": source.cooperative}
+    return Kernel(name, code, len(source.signature), source.threads, source.shared, **numbers)
 
 
 def ptx(source: Source, name: str, capability: tuple[int, int]) -> str:
@@ -225,6 +241,36 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "none"
+
+
+@contextlib.contextmanager
+def _in_turn(path: Path) -> Iterator[None]:
+    """Lets one process at a time through for an entry, by a lock that ends with its holder; nobody waits for longer than
+    PATIENCE, and where there are no such locks nobody waits at all.
+    """
+    lock = path.with_name(f".lock-{path.name}")
+    try:
+        import fcntl
+
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
 
 
 def _write(path: Path, kernel: Kernel) -> None:

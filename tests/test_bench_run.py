@@ -223,8 +223,11 @@ def test_ours_on_cuda_gives_the_reference(on_a_gpu, name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["gpurnn-resident", "gpurnn-step"])
 def test_our_character_model_on_cuda_takes_the_same_three_steps(on_a_gpu, name):
     made = problem.make(Case("train", "lstm", 3, 2, 5, 5))
-    got = _ours_on_cuda()[name].build(made, "training", "model").results()
-    assert check.Expected(made).error(got, check.REQUIRED["model"]) < 1e-5
+    workload = _ours_on_cuda()[name].build(made, "training", "model")
+    assert check.Expected(made).error(workload.results(), check.REQUIRED["model"]) < 1e-5
+    assert workload.captured._recorded and workload.flags() == [], "as `gpurnn train` runs it"
+    workload.captured.reason = "cuBLAS cannot be called"
+    assert workload.flags() == ["not captured"]
 
 
 def test_model_reference_descends():
@@ -264,6 +267,9 @@ class Fake(Workload):
         if self.calls >= self.fails_at:
             raise MemoryError("no room")
         return self.seconds * steps
+
+    def flags(self):
+        return ["by hand"]
 
 
 def _fake(name, refuses=None, missing=None, **options):
@@ -312,7 +318,7 @@ def test_peers_alone_have_no_ratio():
 
 def test_a_time_below_the_floor_is_flagged():
     (record,) = harness.run(SMALL, "training", [_fake("peer", seconds=1e-9)], FAST, MACHINE, STAMP)
-    assert record["flags"] == ["beyond the floor"]
+    assert record["flags"] == ["by hand", "beyond the floor"]
 
 
 def _record(**changes):
@@ -484,7 +490,7 @@ def test_a_throttled_case_is_flagged():
         while not watched.samples:
             time.sleep(0.001)
         (record,) = harness.run(SMALL, "training", [_fake("p", seconds=1e-5)], FAST, MACHINE, STAMP, watched)
-    assert record["flags"] == ["throttled"] and record["telemetry"]["power_w"] == 650.0
+    assert record["flags"] == ["by hand", "throttled"] and record["telemetry"]["power_w"] == 650.0
 
 
 def test_no_nvml_is_a_reason_not_an_error():

@@ -1,7 +1,7 @@
 """On a GPU: what the interpreter proves on small shapes, on the chip and on large ones, and what only a device can show.
 
-Every result of a layer is compared with the NumPy executor in float64 on the host.  A run compiles some hundred kernels,
-about a second each; GPURNN_CACHE_DIR=folder keeps them from run to run.
+Every result of a layer is compared with the NumPy executor in float64 on the host.  A run builds some hundred kernels, up
+to four seconds each; GPURNN_CACHE_DIR=folder keeps them from run to run, `python -m bench build --tests` builds them ahead.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ A case's dtype asks for that precision of the matrix products; what goes in and 
 """
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,8 @@ import gpurnn
 from bench.peers.workload import Workload
 from bench.problem import CLIP_NORM, LEARNING_RATE, Problem
 from gpurnn import backend
+
+Array = Any
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
 
@@ -66,7 +69,7 @@ class GpurnnLayer(GpurnnWorkload):
 
 
 class GpurnnModel(GpurnnWorkload):
-    """The character model of group `train`: one full step."""
+    """The character model of group `train`: one full step, on CUDA one graph, as `gpurnn train` runs it."""
 
     def __init__(self, problem: Problem, executor: str):
         case = problem.case
@@ -78,16 +81,24 @@ class GpurnnModel(GpurnnWorkload):
             [backend.asarray(a, None, "tokens") for a in arrays] for arrays in (problem.x, problem.dy)
         )
         self.optimizer = gpurnn.Adam(self.model, lr=LEARNING_RATE)
+        self.captured = gpurnn.captured(self.whole)
+
+    def whole(self, x: Array, targets: Array) -> tuple[Array, Array]:
+        self.model.zero_grad()
+        logits, _, backward = self.model(x)
+        assert backward is not None
+        loss, dlogits = gpurnn.softmax_cross_entropy(logits, targets)
+        backward(dlogits)
+        norm = gpurnn.clip_grad_norm(self.model, CLIP_NORM)
+        self.optimizer.step()
+        return loss, norm
 
     def step(self, k: int) -> None:
         k %= len(self.x)
-        self.model.zero_grad()
-        logits, _, backward = self.model(self.x[k])
-        assert backward is not None
-        self.loss, dlogits = gpurnn.softmax_cross_entropy(logits, self.targets[k])
-        backward(dlogits)
-        self.norm = gpurnn.clip_grad_norm(self.model, CLIP_NORM)
-        self.optimizer.step()
+        self.loss, self.norm = self.captured(self.x[k], self.targets[k])
+
+    def flags(self) -> list[str]:
+        return ["not captured"] if backend.name == "cuda" and self.captured.reason else []
 
     def results(self) -> dict[str, np.ndarray]:
         seen = []

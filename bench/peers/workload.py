@@ -38,5 +38,9 @@ class Workload:
         """Device memory that a step needs at most beyond weights and input sets; None where the device does not tell."""
         return None
 
+    def flags(self) -> list[str]:
+        """What a reader of this implementation's times has to know."""
+        return []
+
     def close(self) -> None:
         """Gives back what the workload holds outside Python's own memory."""

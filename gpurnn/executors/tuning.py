@@ -1,7 +1,7 @@
 """Which of the plan's choices is fastest on the GPU at hand: measured once, where somebody asks for it, and kept on disk.
 
 With GPURNN_TUNE=1 the first use of a shape builds and times the plan's best choice of every exchange and the next
-cheapest ones, which takes some seconds each; `python -m bench tune` does so ahead.  Later processes read what was found,
+cheapest ones, which takes about four seconds each; `python -m bench tune` does so ahead.  Later processes read what was found,
 with or without the variable.  The file names choices among those that the plan gives today; what it does not know is
 nothing, and so is a file that cannot be read.
 """

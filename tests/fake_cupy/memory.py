@@ -70,8 +70,9 @@ class Allocations:
         """Puts them back; what was allocated since becomes NaN."""
         for base, (owner, _, _) in list(self._blocks.items()):
             if owner() is not None:
-                memory = self.find(base)[1]
-                memory[...] = snapshot.get(base, 0xFF)
+                memory, before = self.find(base)[1], snapshot.get(base)
+                same = before is not None and before.size == memory.size  # the address may have a new owner by now
+                memory[...] = before if same else 0xFF
 
     def find(self, address: int) -> tuple[int, np.ndarray, str]:
         """(base address, all bytes, name) of the allocation that `address` lies in; LookupError where there is none."""

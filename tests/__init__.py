@@ -1,0 +1,1 @@
+"""The tests.  A package, so that no other one of that name is taken for it; the stand-ins are modules of it."""
