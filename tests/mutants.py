@@ -134,7 +134,7 @@ def run(case, seed=None):
         slots = case.cell.trace.slots * len(case.lengths) * case.H
         patch.setattr(sweeps, "INFERENCE_BYTES", 2 * 4 * slots)
         patch.setattr(on_chip.OnChip, "choice", lambda *given: _choice(case, transposed=given[-1]))
-        passes._fitted.cache_clear()  # it remembers launchers, which know how many blocks run at once
+        passes.fitted.cache_clear()  # it remembers launchers, which know how many blocks run at once
         return training_step(on_chip.PERSISTENT if case.tiles else step, case, case.precision, fake_cupy.asarray)
 
 

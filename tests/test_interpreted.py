@@ -6,13 +6,13 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from gpurnn.kernels import build, faults, tiles
+from gpurnn.kernels import build, dropout, tiles
 from tests import interpreted
 
 
 def test_ptx_is_kept_for_other_processes_but_not_that_of_changed_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
-    recipe, built = build.recipe(faults.settle, dtype="float32"), []
+    recipe, built = build.recipe(dropout.advance), []
 
     def ptx(*given):
         built.append(given)
@@ -22,13 +22,13 @@ def test_ptx_is_kept_for_other_processes_but_not_that_of_changed_kernels(tmp_pat
         """Of a block, as another process reads or builds it."""
         interpreted.program.cache_clear()
         source, module = interpreted.program(recipe)
-        assert module.entry == "gpurnn_settle_fault"
+        assert module.entry == "gpurnn_advance_calls"
         return source.threads
 
     monkeypatch.setattr(interpreted, "build", SimpleNamespace(**vars(build) | {"ptx": ptx}))
     assert (threads(), threads(), len(built)) == (32, 32, 1)
     with monkeypatch.context() as changed:
-        changed.setattr(faults, "WARP", 64)
+        changed.setattr(dropout, "WARP", 64)
         assert (threads(), threads(), len(built)) == (64, 64, 3)
     with monkeypatch.context() as changed:  # of a function in another module, in its place
         changed.setattr(tiles.layout, "__code__", (lambda shape, tile: None).__code__)

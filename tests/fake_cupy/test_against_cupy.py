@@ -43,7 +43,7 @@ MODULES = {
 OURS = {"HostWait", "METHODS", "UFUNCS", "allocations", "counters", "backend", "compare", "forms", "functions"}
 OURS |= {"graphs", "indexing", "memory", "private_pool", "is_pinned", "cublas", "runtime"}
 OURS |= {"Capture", "CaptureError", "capturing", "poisoned", "recorded"}
-OURS_OF_CLASSES = {"happen", "later", "run", "given", "done_until", "taken", "NODES"}
+OURS_OF_CLASSES = {"happen", "later", "run", "given", "done_until", "taken", "NODES", "operations"}
 MADE_BY_OTHERS = {"cuda.Graph", "cuda.PinnedMemoryPointer", "ndarray"}  # nobody here calls them
 
 

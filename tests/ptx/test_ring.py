@@ -13,6 +13,7 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 from gpurnn.kernels.numba_cuda import cuda, types
 from gpurnn.kernels.ptx import (
+    acquire_shared,
     cluster_arrive,
     cluster_wait,
     fence_mbarrier_init,
@@ -21,6 +22,7 @@ from gpurnn.kernels.ptx import (
     mbarrier_init,
     mbarrier_passed,
     of_block,
+    release_shared,
     shared_address,
     store_async,
 )
@@ -68,15 +70,18 @@ def ring(out, steps, bug):
         if step >= 2 and bug != NOT_FREE:
             while mbarrier_passed(u32(empty + now), turn ^ u32(1)) == u32(0):
                 pass
+            acquire_shared()
         place = of_block(shared_address(inbox, slot + t), u32(to))
         store_async(place, u32(value), of_block(u32(full + now), u32(told)))
         if bug != NO_WAIT:
             while mbarrier_passed(u32(full + now), turn ^ other) == u32(0):
                 pass
+            acquire_shared()
         value = types.int32(inbox[slot + (t ^ 33)] * 3 + step)
         if bug != EARLY:
             cuda.syncthreads()
         if t == 0:
+            release_shared()
             mbarrier_arrive(of_block(u32(empty + now), u32(before)))
     out[cuda.grid(1)] = value
     if bug != NO_END:
