@@ -184,11 +184,12 @@ def plant(patch, case, where, edits):
         patch.setattr(getattr(tiles, function), "__code__", getattr(module, function).__code__)
     if function not in ("forward", "backward"):
         function = "backward" if case.back and case.training else "forward"
-    host = step if name == "step" else on_chip
-    called = "step" if name == "step" else "persistent"
-    kernels = SimpleNamespace(**vars(getattr(host, called)))
-    setattr(kernels, function, getattr(kernel, function))
-    patch.setattr(host, called, kernels)
+    factory = getattr(kernel, function)
+    if name == "step":
+        patch.setattr(step, "step", SimpleNamespace(**vars(step.step) | {function: factory}))
+    else:
+        way = getattr(on_chip, function.upper())
+        patch.setattr(on_chip, function.upper(), way._replace(factory=factory))
 
 
 def catch(monkeypatch, cases, mutant):
