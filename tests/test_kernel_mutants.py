@@ -42,7 +42,7 @@ CASES = {
 # fmt: off
 MUTANTS = {
     "forward: no barrier before the first product": ("ffma forward", "persistent.forward", Race,
-        ("open(vector)\n        cuda.syncthreads()\n", "open(vector)\n")),
+        ("open(vector, fault)\n        cuda.syncthreads()\n", "open(vector, fault)\n")),
     "forward: padding not zeroed": ("ffma forward", "persistent.forward", Uninitialised,
         ("store_shared_u(u32(vector + k), u32(0))", "pass")),
     "forward: rows run on behind their end": ("ffma forward", "persistent.forward", Wrong,
@@ -105,7 +105,7 @@ MORE_MUTANTS = {
     "initial: units not in their columns": ("mma forward", "persistent._initial", Wrong,
         ("unit = unit_at(place + half)", "unit = place + half")),
     "backward: no barrier after zeroing": ("ffma", "persistent.backward", Race,
-        ("open(vector)\n        cuda.syncthreads()\n", "open(vector)\n")),
+        ("open(vector, fault)\n        cuda.syncthreads()\n", "open(vector, fault)\n")),
     "backward: padding not zeroed": ("ffma", "persistent.backward", Uninitialised,
         ("store_shared_u(u32(vector + k), u32(0))", "pass")),
     "backward: second buffer not zeroed": ("ffma", "persistent.backward", Uninitialised,

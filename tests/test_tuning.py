@@ -98,7 +98,7 @@ def test_a_measurement_runs_the_kernel_alone(monkeypatch):
             choice = tuning.choices(asked, device.chip())[0]
             before = Interpreted.launches
             assert tuning.microseconds(asked, choice) == pytest.approx(2.0)
-            assert Interpreted.launches == before + 1 + tuning.REPEATS, "weights packed, and run"
+            assert Interpreted.launches == before + 2 + tuning.REPEATS, "buffers begun, weights packed, and run"
 
 
 def test_bench_tune(on_a_gpu, capsys):
