@@ -9,12 +9,11 @@ it is first chosen, so that a program pays only for the executor it uses.
 
 import functools
 import importlib
-import os
 from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, variables
 from gpurnn.cells import Cell
 
 MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step"}
@@ -28,10 +27,11 @@ def check(asked: str | None) -> str | None:
 
     Raises ValueError where the name is unknown or the executor cannot run on this backend.
     """
-    name = asked or os.environ.get("GPURNN_EXECUTOR") or None
+    name = asked or variables.given("GPURNN_EXECUTOR")
     if name is not None and name not in AVAILABLE[backend.name]:
         choices = ", ".join(AVAILABLE[backend.name])
-        raise ValueError(f"executor: expected one of {choices} on the {backend.name} backend, got {name!r}")
+        source = "executor" if asked else "GPURNN_EXECUTOR"
+        raise ValueError(f"{source}: expected one of {choices} on the {backend.name} backend, got {name!r}")
     return name
 
 
