@@ -111,7 +111,7 @@ def _trained(training: Any, folder: Path) -> int:
     baseline = _baseline(training)
     with _signals() as caught, _progress(training, caught) as report:
         train(training, folder, stop=lambda: bool(caught), report=report)
-    figures = _draw(folder, training, baseline)
+    figures = _draw(folder, baseline)
     if caught and training.progress < 1:
         again = f"gpurnn train --resume {shlex.quote(str(folder))}"
         print(f"stopped and saved at step {training.steps_done}; go on with: {again}")
@@ -271,13 +271,25 @@ def _short(bits: float) -> str:
     return f"{bits:.3f}" if bits < 1000 else f"{bits:.3g}"
 
 
-def _draw(folder: Path, training: Any, baseline: float | None) -> str:
-    """Draws loss.png and gradient_flow.png, from metrics.jsonl; returns where they are, or why there are none."""
+def _draw(folder: Path, baseline: float | None) -> str:
+    """Draws loss.png and gradient_flow.png; returns where they are, or why there are none, which costs no result."""
+    from gpurnn import plot
+    from gpurnn.backend import one_line
+
+    again = f"gpurnn train --resume {shlex.quote(str(folder))} draws them"
+    if reason := plot.why_not():
+        return f"none: {reason}; with it, {again}"
+    try:
+        return _figures(folder, baseline)
+    except Exception as error:
+        return f"none: drawing failed: {one_line(error)}; with that mended, {again}"
+
+
+def _figures(folder: Path, baseline: float | None) -> str:
+    """Draws from metrics.jsonl; returns where the figures are."""
     from gpurnn import checkpoint, plot
     from gpurnn.metrics import read_metrics
 
-    if reason := plot.why_not():
-        return f"none: {reason}; with it, gpurnn train --resume {shlex.quote(str(folder))} draws them"
     metrics = read_metrics(folder / checkpoint.METRICS)
     plot.loss_curve(metrics, folder / "loss.png", baseline=baseline)
     recorded = [line for line in metrics if "flow" in line and "reach" in line]
