@@ -77,8 +77,11 @@ class TruncatedBPTT:
             raise ValueError(f"expected 1 to k1 = {self.k1} steps of x and of targets, got {len(x)} and {len(targets)}")
         if flow is not None and not isinstance(flow, backend.xp.ndarray):
             raise ValueError(f"flow: expected a float64 array of {backend.xp.__name__}, got {type(flow).__name__}")
-        begin, stretch = self.before(len(x))
         x = backend.asarray(x, None, "x")
+        if self.stretch is not None and x.shape[1:] != self.stretch.shape[1:]:
+            wanted = ", ".join(map(str, ("t", *self.stretch.shape[1:])))
+            raise ValueError(f"x: expected ({wanted}) as in the steps before, got {x.shape}; another batch: reset() first")
+        begin, stretch = self.before(len(x))
         stretch = x if stretch is None else backend.xp.concatenate([stretch, x])
         before, cut = len(stretch) - len(x), self._dropped(len(stretch), self.k1)
         parts = [part for part in (slice(0, cut), slice(cut, len(stretch))) if part.start < part.stop]
