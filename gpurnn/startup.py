@@ -4,7 +4,9 @@ What is wrong there is raised.  Within the command `gpurnn` it is one sentence a
 Python imports the package before the command itself, which could not catch it.
 """
 
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from gpurnn import variables
@@ -17,6 +19,18 @@ def _is_command() -> bool:
     return as_module or Path(program).stem in ("gpurnn", "gpurnn-script")
 
 
+def _open_standard_descriptors() -> None:
+    """Where stdin, stdout or stderr is closed, the null device takes its place, so that no file of ours gets its number."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            with suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+if _is_command():
+    _open_standard_descriptors()
 try:
     variables.check()
     from gpurnn import backend  # noqa: F401

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -202,16 +203,22 @@ def _baseline(training: Any) -> float | None:
 def _signals() -> Iterator[list[int]]:
     """The list receives the exit code of a SIGINT or SIGTERM, so that a step is finished and saved.
 
-    A second signal kills the process where it stands, which a run survives at any moment.
+    A second signal kills the process where it stands, which a run survives at any moment.  Outside the main thread
+    signals are the program's own affair, and the list stays empty.
     """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    told = _stderr_descriptor()
 
     def note(number: int, frame: Any) -> None:
         caught.append(INTERRUPTED[signal.Signals(number)])
         for each in INTERRUPTED:
             signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
-            os.write(2, b"\nfinishing the step and saving; a second time ends at once\n")
+            if told is not None:
+                os.write(told, b"\nfinishing the step and saving; a second time ends at once\n")
 
     before = {number: signal.signal(number, note) for number in INTERRUPTED}
     try:
@@ -219,6 +226,14 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stderr_descriptor() -> int | None:
+    """None where the process has no stderr: descriptor 2 may then be any file, such as metrics.jsonl."""
+    try:
+        return None if sys.stderr is None else sys.stderr.fileno()
+    except (OSError, ValueError):  # a stream without a descriptor, or closed
+        return None
 
 
 @contextlib.contextmanager
