@@ -167,16 +167,20 @@ def standard_library() -> list[Path]:
 def folder_files(folder: Path, pattern: str = "*") -> list[Path]:
     """The regular files below `folder` whose name or relative path matches `pattern`, sorted by relative path.
 
-    Hidden files and folders are left out.  Raises FileNotFoundError where no file matches; OSError where a folder
+    Hidden files and folders are left out; links to folders are followed, each folder once.  Raises FileNotFoundError where no file matches; OSError where a folder
     cannot be read.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
-    files = []
-    for parent, subfolders, names in os.walk(folder, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    files, seen = [], {os.path.realpath(folder)}
+    for parent, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        shown, subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")), []
+        for name in shown:
+            if (real := os.path.realpath(Path(parent, name))) not in seen:
+                seen.add(real)
+                subfolders.append(name)
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
             relative = path.relative_to(folder).as_posix()
             matches = fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(relative, pattern)
