@@ -84,7 +84,9 @@ class TruncatedBPTT:
         x = backend.asarray(x, None, "x")
         if self.stretch is not None and x.shape[1:] != self.stretch.shape[1:]:
             wanted = ", ".join(map(str, ("t", *self.stretch.shape[1:])))
-            raise ValueError(f"x: expected ({wanted}) as in the steps before, got {x.shape}; another batch: reset() first")
+            raise ValueError(
+                f"x: expected ({wanted}) as in the steps before, got {x.shape}; another batch: reset() first"
+            )
         begin, stretch = self.before(len(x))
         stretch = x if stretch is None else backend.xp.concatenate([stretch, x])
         before, cut = len(stretch) - len(x), self._dropped(len(stretch), self.k1)

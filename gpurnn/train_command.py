@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(title, parser.add_argument_group(title))
         kind = value_type(option)
         shown = "" if option.default is None else f" (default {option.default})"
-        extra: dict[str, Any] = {"help": (option.metadata["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+        extra: dict[str, Any] = {
+            "help": (option.metadata["help"] + shown).replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+        }
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:

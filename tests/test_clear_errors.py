@@ -102,7 +102,17 @@ def test_a_smaller_batch_behind_a_larger_one():
 def test_without_numbas_compiler_a_run_is_slow_and_right(text, tmp_path):
     results = []
     for name, given in (("off", {"NUMBA_DISABLE_JIT": "1"}), ("numpy", {"GPURNN_EXECUTOR": "numpy"})):
-        command = [sys.executable, "-m", "gpurnn.cli", "train", "--data", str(text), *TINY, "--run", str(tmp_path / name)]
+        command = [
+            sys.executable,
+            "-m",
+            "gpurnn.cli",
+            "train",
+            "--data",
+            str(text),
+            *TINY,
+            "--run",
+            str(tmp_path / name),
+        ]
         env = os.environ | {"PYTHONPATH": str(ROOT)} | given
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
@@ -113,7 +123,9 @@ def test_without_numbas_compiler_a_run_is_slow_and_right(text, tmp_path):
 
 def test_a_forced_compiled_executor_needs_the_compiler(monkeypatch):
     monkeypatch.setattr(executors, "compiles", lambda: False)
-    with pytest.raises(ValueError, match="executor: compiled needs Numba's compiler, which NUMBA_DISABLE_JIT turns off"):
+    with pytest.raises(
+        ValueError, match="executor: compiled needs Numba's compiler, which NUMBA_DISABLE_JIT turns off"
+    ):
         gpurnn.GRU(3, 4, executor="compiled")(np.zeros((2, 2, 3)))
 
 

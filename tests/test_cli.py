@@ -376,7 +376,10 @@ def test_a_run_without_stdout_and_stderr_keeps_its_metrics(text, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     step = checkpoint.load(run / "model.safetensors").meta["step"]
-    assert read_metrics(run / "metrics.jsonl")[-1]["step"] <= step and "finishing" not in (run / "metrics.jsonl").read_text()
+    assert (
+        read_metrics(run / "metrics.jsonl")[-1]["step"] <= step
+        and "finishing" not in (run / "metrics.jsonl").read_text()
+    )
     assert main(["train", "--resume", str(run), "--steps", str(step + 2)]) == 0
 
 

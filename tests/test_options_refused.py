@@ -70,7 +70,18 @@ def test_what_means_nothing_is_refused_by_name(message):
 def test_numbers():
     assert arguments.whole("n", np.uint8(3)) == 3 and arguments.whole("n", 2**63 - 1) == 2**63 - 1
     assert arguments.number("n", np.float32(0.5)) == 0.5 and arguments.number("n", 2**64) == 2.0**64
-    for value in (True, np.True_, 1j, float("nan"), float("inf"), np.timedelta64(1, "s"), "1", None, np.ones(1), 10**5000):
+    for value in (
+        True,
+        np.True_,
+        1j,
+        float("nan"),
+        float("inf"),
+        np.timedelta64(1, "s"),
+        "1",
+        None,
+        np.ones(1),
+        10**5000,
+    ):
         with pytest.raises(ValueError, match="^n: expected a finite number, got"):
             arguments.number("n", value)
 

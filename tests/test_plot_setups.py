@@ -82,4 +82,6 @@ def test_a_matplotlib_that_does_not_load_is_said(text, tmp_path, capsys, monkeyp
     monkeypatch.setattr(style, "_matplotlib", lambda: (_ for _ in ()).throw(ImportError("libpng is broken")))
     assert main(["train", "--data", str(text), *SMALL, "--run", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
-    assert "figures   none: matplotlib does not load: libpng is broken; with it, " in output and "bits/char on" in output
+    assert (
+        "figures   none: matplotlib does not load: libpng is broken; with it, " in output and "bits/char on" in output
+    )

@@ -57,7 +57,10 @@ def test_empty_variables_change_nothing():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [("GPURNN_BACKEND", "cdua", "got 'cdua'"), ("GPURNN_NUM_THREADS", "0", "got '0'")]
-    + [("GPURNN_BACKEND", "cuda", "was asked for, but "), ("GPURNN_EXECUTOR", "step", "on the numpy backend, got 'step'")]
+    + [
+        ("GPURNN_BACKEND", "cuda", "was asked for, but "),
+        ("GPURNN_EXECUTOR", "step", "on the numpy backend, got 'step'"),
+    ]
     * (backend.name == "numpy"),
 )
 def test_a_command_says_it_in_one_sentence_and_a_script_gets_the_error(name, value, words):

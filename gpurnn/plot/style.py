@@ -63,7 +63,9 @@ def own() -> Iterator[None]:
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings that matplotlib itself gives up
-        changed = matplotlib.rc_context(defaults | {"svg.hashsalt": "gpurnn"})  # names within an SVG: the same each time
+        changed = matplotlib.rc_context(
+            defaults | {"svg.hashsalt": "gpurnn"}
+        )  # names within an SVG: the same each time
         changed.__enter__()
     try:
         yield
