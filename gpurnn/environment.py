@@ -9,7 +9,7 @@ from typing import Any
 
 from gpurnn import backend, variables
 from gpurnn._version import __version__
-from gpurnn.variables import MAX_THREADS
+from gpurnn.variables import MAX_THREADS as MAX_THREADS
 
 NOT_INSTALLED = "not installed"
 

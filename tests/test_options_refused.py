@@ -82,7 +82,7 @@ def test_numbers():
         np.ones(1),
         10**5000,
     ):
-        with pytest.raises(ValueError, match="^n: expected a finite number, got"):
+        with pytest.raises(ValueError, match=r"^n: expected a finite number, got"):
             arguments.number("n", value)
 
 
