@@ -58,9 +58,9 @@ class TruncatedBPTT:
     """
 
     def __init__(self, model: Any, loss: Loss, k1: int, k2: int | None = None):
-        k1 = whole("k1", k1)
-        k2 = k1 if k2 is None else whole("k2", k2)
-        if k2 < k1:
+        k1 = whole("k1", k1, 0)
+        k2 = k1 if k2 is None else whole("k2", k2, 0)
+        if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
         function("loss", loss), function("model", model)
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2

@@ -36,8 +36,6 @@ def check_gradients(
     Returns for x, each initial state and each parameter the largest error relative to that gradient's largest entry.
     Raises GradientError naming all that exceed `tolerance`.
     """
-    if not isinstance(subject, Recurrent | Cell):
-        raise TypeError(f"subject: expected a Cell or a recurrent layer, got {type(subject).__name__}")
     T, N, tolerance, rng = whole("T", T), whole("N", N), at_least_0("tolerance", tolerance), generator(rng)
     layer = subject if isinstance(subject, Recurrent) else _layer_around(subject, rng)
     if layer.dtype != np.float64:

@@ -26,8 +26,8 @@ def back(keep):
 
 
 REFUSED = {
-    "k1: expected a whole number from 1, got nan": lambda: gpurnn.TruncatedBPTT(lstm(), LOSS, float("nan")),
-    "k2: expected a whole number from 1, got 'all'": lambda: gpurnn.TruncatedBPTT(lstm(), LOSS, 2, "all"),
+    "k1: expected a whole number from 0, got nan": lambda: gpurnn.TruncatedBPTT(lstm(), LOSS, float("nan")),
+    "k2: expected a whole number from 0, got 'all'": lambda: gpurnn.TruncatedBPTT(lstm(), LOSS, 2, "all"),
     "loss: expected a function, got str": lambda: gpurnn.TruncatedBPTT(lstm(), "mse", 2),
     "model: expected a function, got int": lambda: gpurnn.full_bptt(3, LOGITS, TARGETS, LOSS),
     "nesterov: expected True or False, got 'no'": lambda: gpurnn.SGD(lstm(), 0.1, 0.9, "no"),
@@ -49,7 +49,7 @@ REFUSED = {
     "dtype: expected float32 or float64, got 'f4,,'": lambda: lstm(dtype="f4,,"),
     "rng: expected a seed": lambda: gpurnn.LSTM(4, 6, rng={"seed": 1}),
     "function: expected a function, got Array": lambda: gpurnn.captured(type("Array", (), {})()),
-    "subject: expected a Cell or a recurrent layer, got Linear": lambda: gpurnn.check_gradients(gpurnn.Linear(2, 2)),
+    "cell: expected a gpurnn.Cell, got Linear": lambda: gpurnn.check_gradients(gpurnn.Linear(2, 2)),
     "tolerance: expected a finite number from 0, got nan": lambda: gpurnn.check_gradients(
         gpurnn.cells.LSTM_CELL, tolerance=float("nan")
     ),
