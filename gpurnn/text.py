@@ -167,8 +167,8 @@ def standard_library() -> list[Path]:
 def folder_files(folder: Path, pattern: str = "*") -> list[Path]:
     """The regular files below `folder` whose name or relative path matches `pattern`, sorted by relative path.
 
-    Hidden files and folders are left out; links to folders are followed, each folder once.  Raises FileNotFoundError where no file matches; OSError where a folder
-    cannot be read.
+    Hidden files and folders are left out; links to folders are followed, each folder once.  Raises FileNotFoundError
+    where no file matches; OSError where a folder cannot be read.
     """
 
     def fail(error: OSError) -> None:
