@@ -26,17 +26,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of gpurnn and its peers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if name in arguments[:1]:  # the others' modules, matplotlib among what they need, are not loaded
-            command.set_defaults(main=_module(name).main)
-            _module(name).add_arguments(command)
+    parsers = {
+        name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        for name, text in COMMANDS.items()
+    }
+    asked = next((name for name in arguments[:1] if name in parsers), None)
+    if asked is not None:  # the others' modules, matplotlib among what they need, are not loaded
+        try:
+            parsers[asked].set_defaults(main=_module(asked).main)
+            _module(asked).add_arguments(parsers[asked])
+        except (ValueError, RuntimeError, ImportError) as error:  # a variable of gpurnn's, or a package that is missing
+            return _refused(asked, error)
     options = parser.parse_args(arguments)
     try:
         return options.main(options) or 0
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog} {options.command}: error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        return _refused(options.command, error)
+
+
+def _refused(command: str, error: Exception) -> int:
+    print(f"python -m bench {command}: error: {error}", file=sys.stderr)
+    return 2
 
 
 def _module(command: str) -> ModuleType:

@@ -25,6 +25,7 @@ from bench.plot_style import BLUE, COLOURS, DPI, INK, VERMILLION
 from bench.standings import CELLS, PHASES, Row, Section, Standing, sections
 from bench.tables import shown
 from gpurnn.checkpoint import write_atomically
+from gpurnn.plot.style import own
 
 CLIP = 2.0  # ratios beyond take the last colour: what is near 1 must be told apart, a large win needs no shade
 SMALL_SVG = 100_000  # bytes: larger ones stay away from the repository
@@ -49,6 +50,7 @@ def paths(section: Section, folder: Path) -> list[Path]:
     return [folder / f"{section.name}-{kind}.png" for kind, (_, chosen) in FIGURES.items() if chosen(section.standings)]
 
 
+@own()
 def draw(section: Section, folder: Path) -> list[Path]:
     """Draws the figures of `paths`, each with what it was drawn from in its metadata, as SVG too where that is small."""
     from matplotlib import rc_context

@@ -1,5 +1,8 @@
 """Recurrent networks trained by backpropagation through time, from one cell definition, on NVIDIA GPUs and CPUs."""
 
+from gpurnn import startup  # noqa: F401 (first: it says what is wrong with the environment)
+
+# isort: split
 from gpurnn import backend, initializers, schedules
 from gpurnn._version import __version__
 from gpurnn.bptt import TruncatedBPTT, full_bptt

@@ -1,6 +1,7 @@
 """Checks of the arguments of the library: each returns the value, or names it, what was expected and what came."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,39 @@ Array = Any
 DTYPES = ("float32", "float64")
 
 
+LARGEST = (1 << 63) - 1  # what 64 bits hold
+
+
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """`value` if it is a whole number from `least`; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+    """`value` if it is a whole number from `least`, one of 64 bits; ValueError otherwise."""
+    if not _is_real(value, int | np.integer) or value < least:
         raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+    if value > LARGEST:
+        raise ValueError(f"{name}: expected a whole number of 64 bits, got {_short(value)}")
     return int(value)
 
 
 def number(name: str, value: Any, fits: Callable[[Any], bool] = lambda value: True, where: str = "") -> float:
     """`value` if it is a finite number that `fits`, which `where` says in words; ValueError otherwise."""
-    proper = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not (proper and np.isfinite(value) and fits(value)):
-        raise ValueError(f"{name}: expected a finite number{where and ' ' + where}, got {value!r}")
-    return float(value)
+    try:
+        found = float(value) if _is_real(value, int | float | np.integer | np.floating) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not (math.isfinite(found) and fits(found)):
+        raise ValueError(f"{name}: expected a finite number{where and ' ' + where}, got {_short(value)}")
+    return found
+
+
+def _is_real(value: Any, kinds: Any) -> bool:
+    """Whether it is one of these numbers; True is none, nor is a time, which NumPy counts among its integers."""
+    return isinstance(value, kinds) and not isinstance(value, bool | np.timedelta64)
+
+
+def _short(value: Any) -> str:
+    """As a message shows it; Python refuses to write out a whole number of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a whole number of {value.bit_length()} bits"
+    return f"{value!r:.80}"
 
 
 def positive(name: str, value: Any) -> float:
@@ -48,11 +69,32 @@ def switch(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` if it is one of these words; ValueError otherwise."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r:.80}")
+    return value
+
+
+def function(name: str, value: Any) -> Any:
+    """`value` if it can be called; TypeError otherwise."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+    return value
+
+
+def trained(model: Any) -> Any:
+    """`model` if it has parameters and gradients, as a layer has; TypeError otherwise."""
+    if not (hasattr(model, "params") and hasattr(model, "grads")) or isinstance(model, type):
+        raise TypeError(f"model: expected a layer or a model with params and grads, got {type(model).__name__}")
+    return model
+
+
 def supported(dtype: Any) -> np.dtype:
     """The NumPy dtype of a layer; ValueError unless it is one that layers can have."""
     try:
         found = np.dtype(dtype) if dtype is not None else None
-    except TypeError:
+    except Exception:  # NumPy's own parser of dtypes raises what it comes upon
         found = None
     if found is None or found.name not in DTYPES:
         raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {repr(dtype) if found is None else found.name}")
@@ -63,8 +105,9 @@ def generator(rng: Any) -> np.random.Generator:
     """A random generator from a seed, a generator (itself), or None (a seed of the system's)."""
     try:
         return np.random.default_rng(rng)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"rng: expected a seed, a numpy.random.Generator or None, got {rng!r}: {error}") from error
+    except Exception as error:  # whatever NumPy meets on its way to a seed
+        expected = "a seed, a numpy.random.Generator or None"
+        raise ValueError(f"rng: expected {expected}, got {rng!r:.80}: {backend.one_line(error)}") from error
 
 
 def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], form: str = "") -> Array:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy
 
+from gpurnn import variables
+
 Array = Any  # numpy.ndarray or cupy.ndarray
 Version = tuple[int, int]
 
@@ -303,4 +305,4 @@ def _described(array: Any) -> str:
 name: str
 xp: Any
 reason: str
-name, xp, reason = _choose(os.environ.get("GPURNN_BACKEND", "auto"))
+name, xp, reason = _choose(variables.given("GPURNN_BACKEND") or "auto")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import function, whole
 
 Array = Any
 Loss = Callable[[Array, Array], tuple[Any, Array]]
@@ -32,6 +33,7 @@ def full_bptt(
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
     them, time first.  Returns the loss's value and the final state.
     """
+    function("model", model), function("loss", loss)
     out, final, backward = model(x, state, lengths=lengths)
     value, dout = loss(out, targets)
     backward(dout, flow=flow)
@@ -56,9 +58,11 @@ class TruncatedBPTT:
     """
 
     def __init__(self, model: Any, loss: Loss, k1: int, k2: int | None = None):
-        k2 = k1 if k2 is None else k2
+        k1 = whole("k1", k1, 0)
+        k2 = k1 if k2 is None else whole("k2", k2, 0)
         if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
+        function("loss", loss), function("model", model)
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
         self._own: dict[tuple, Array] = {}
         self.reset()
@@ -77,8 +81,13 @@ class TruncatedBPTT:
             raise ValueError(f"expected 1 to k1 = {self.k1} steps of x and of targets, got {len(x)} and {len(targets)}")
         if flow is not None and not isinstance(flow, backend.xp.ndarray):
             raise ValueError(f"flow: expected a float64 array of {backend.xp.__name__}, got {type(flow).__name__}")
-        begin, stretch = self.before(len(x))
         x = backend.asarray(x, None, "x")
+        if self.stretch is not None and x.shape[1:] != self.stretch.shape[1:]:
+            wanted = ", ".join(map(str, ("t", *self.stretch.shape[1:])))
+            raise ValueError(
+                f"x: expected ({wanted}) as in the steps before, got {x.shape}; another batch: reset() first"
+            )
+        begin, stretch = self.before(len(x))
         stretch = x if stretch is None else backend.xp.concatenate([stretch, x])
         before, cut = len(stretch) - len(x), self._dropped(len(stretch), self.k1)
         parts = [part for part in (slice(0, cut), slice(cut, len(stretch))) if part.start < part.stop]

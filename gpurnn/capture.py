@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from gpurnn import backend, cublas, faults
+from gpurnn import arguments, backend, cublas, faults
 
 Array = Any
 
@@ -37,7 +37,9 @@ class Captured:
     """
 
     def __init__(self, function: Callable[..., Any], when: Callable[[], bool] | None = None, quiet: bool = False):
-        self._function, self._when, self._quiet = function, when, quiet
+        self._function, self._when, self._quiet = arguments.function("function", function), when, quiet
+        if when is not None:
+            arguments.function("when", when)
         self.reason: str | None = "NumPy has no graphs" if backend.name == "numpy" else None
         self._warm: dict[tuple, tuple[int, Any]] = {}  # calls so far, and the pool that they have filled
         self._recorded: dict[tuple, _Recorded] = {}

@@ -24,7 +24,7 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
     embedding = Embedding(alphabet_size, config.embedding_size, **common)
     options = common | {
         "num_layers": config.num_layers,
-        "dropout": config.dropout,
+        "dropout": config.dropout if config.num_layers > 1 else 0.0,
         "trainable_h0": config.trainable_h0,
         "clip_in_time": config.clip_in_time or None,
         "precision": config.precision,

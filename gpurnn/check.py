@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import at_least_0, generator, whole
 from gpurnn.cells import Cell
 from gpurnn.recurrent import Recurrent
 
@@ -35,7 +36,7 @@ def check_gradients(
     Returns for x, each initial state and each parameter the largest error relative to that gradient's largest entry.
     Raises GradientError naming all that exceed `tolerance`.
     """
-    rng = np.random.default_rng(rng)
+    T, N, tolerance, rng = whole("T", T), whole("N", N), at_least_0("tolerance", tolerance), generator(rng)
     layer = subject if isinstance(subject, Recurrent) else _layer_around(subject, rng)
     if layer.dtype != np.float64:
         raise ValueError(f"layer: expected dtype float64, which central differences need, got {layer.dtype}")

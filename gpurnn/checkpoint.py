@@ -145,7 +145,7 @@ def write_atomically(path: StrPath, data: bytes) -> None:
     path = Path(path)
     temporary = path.parent / _temporary_name()
     try:
-        with open(temporary, "xb") as file:
+        with named(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # before the rename: else the new name may outlive a power loss, and its data not
@@ -155,6 +155,17 @@ def write_atomically(path: StrPath, data: bytes) -> None:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def named(path: StrPath) -> Iterator[None]:
+    """Within it an OSError that names no file, as a full disk's, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def clean(folder: StrPath, older_than: float = 0.0) -> None:
@@ -181,10 +192,10 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def read_config(path: StrPath) -> dict[str, Any]:
-    """Reads a TOML file.  ValueError names the file and the line that is wrong."""
+    """Reads a TOML file, with a byte-order mark or without.  ValueError names the file and the line that is wrong."""
     data = Path(path).read_bytes()
     try:
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}: line {line}: expected UTF-8, got byte {data[error.start]:#04x}") from None

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return train_command.CLOSED_PIPE
     except (ValueError, TypeError, KeyError, OSError, ArithmeticError, MemoryError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        notes = getattr(error, "__notes__", [])
+        notes = [*getattr(error, "__notes__", []), *_no_current_folder()]
         print("; ".join([f"gpurnn: error: {message or type(error).__name__}", *notes]), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -44,6 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gpurnn: interrupted", file=sys.stderr)
         return train_command.INTERRUPTED[signal.SIGINT]
+
+
+def _no_current_folder() -> list[str]:
+    """Why a relative name leads nowhere, in a folder that is gone."""
+    try:
+        os.getcwd()
+    except OSError:
+        return ["the current folder does not exist any more"]
+    return []
 
 
 class _Parser(argparse.ArgumentParser):

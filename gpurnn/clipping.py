@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import positive
+from gpurnn.arguments import positive, trained
 from gpurnn.parameters import Array, Model, Parameters
 
 SUM_BLOCK = 1 << 13  # values: OpenBLAS starts its threads for longer dot products, which costs more than it gains
@@ -22,6 +22,7 @@ def grad_norm(model: Model) -> Any:
     A float; on CUDA a CuPy array of shape ().  Raises FloatingPointError with the name of the first gradient that is not
     finite, on CUDA by `gpurnn.synchronize`.
     """
+    trained(model)
     if backend.name == "cuda":
         from gpurnn import launches
 

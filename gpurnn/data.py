@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gpurnn.checkpoint import named
 from gpurnn.text import (
     Alphabet,
     BinaryFileError,
@@ -237,7 +238,8 @@ def _tokens(survey: _Survey, alphabet: Alphabet, encoding: str | None, cache_dir
         return np.memmap(survey.files[0], np.uint8, "r", shape=(survey.length,))
     folder = _cache_folder() if cache_dir is None else Path(cache_dir)
     if folder is None:
-        with tempfile.TemporaryFile() as file:  # nameless: gone with the process, however it ends
+        # Without a name it is gone with the process, however that ends.
+        with named(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             _write(file, blocks)
             return np.memmap(file, dtype, "r", shape=(survey.length,))
     key = repr(("gpurnn tokens 1", survey.sha256, survey.length, encoding, alphabet.to_json()))
@@ -280,7 +282,7 @@ def _write_safely(path: Path, blocks: Iterator[np.ndarray]) -> None:
                 abandoned.unlink()
     handle, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
     try:
-        with open(handle, "wb") as file:
+        with named(path), open(handle, "wb") as file:
             _write(file, blocks)
         os.replace(partial, path)
     except BaseException:

@@ -7,10 +7,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gpurnn import backend
+from gpurnn import backend, variables
 from gpurnn._version import __version__
-
-MAX_THREADS = 1024  # a slip of the finger must not start a million threads
+from gpurnn.variables import MAX_THREADS as MAX_THREADS
 
 NOT_INSTALLED = "not installed"
 
@@ -33,13 +32,8 @@ def cpu_threads() -> int:
 
     Raises ValueError where GPURNN_NUM_THREADS is anything but a whole number from 1 to 1024.
     """
-    given = os.environ.get("GPURNN_NUM_THREADS")
-    if given is None:
-        return min(_usable_cpus(), MAX_THREADS)
-    plain = given.isascii() and given.isdigit() and len(given) <= 9
-    if not plain or not 1 <= int(given) <= MAX_THREADS:
-        raise ValueError(f"GPURNN_NUM_THREADS: expected a whole number from 1 to {MAX_THREADS}, got {given!r}")
-    return int(given)
+    given = variables.given("GPURNN_NUM_THREADS")
+    return min(_usable_cpus(), MAX_THREADS) if given is None else int(given)
 
 
 def describe() -> dict[str, str]:

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints verdicts, a table and biases; leaves flow.json and flow_*.png, .svg in the run folder."""
     from gpurnn import character_model, checkpoint, diagnose, losses, plot
+    from gpurnn.backend import one_line
     from gpurnn.metrics import plain, read_metrics
 
     folder = Path(options.folder)
@@ -56,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
     if reason := plot.why_not():
         figures = f"none: {reason}"
     else:
-        _draw(folder, model, config, len(alphabet), curves, terms, metrics)
+        try:
+            _draw(folder, model, config, len(alphabet), curves, terms, metrics)
+        except Exception as error:  # the numbers are there
+            figures = f"none: drawing failed: {one_line(error)}"
     print(f"figures   {figures}; all numbers in {folder / 'flow.json'}")
     return 0
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gpurnn.arguments import at_least_0
+
 Initializer = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
@@ -35,6 +37,7 @@ def zeros(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 def uniform(limit: float) -> Initializer:
     """Uniform within [-limit, limit]; PyTorch's recurrent layers use 1/sqrt(H) for every parameter."""
+    at_least_0("limit", limit)
 
     def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
         return rng.uniform(-limit, limit, (rows, columns))
@@ -44,6 +47,7 @@ def uniform(limit: float) -> Initializer:
 
 def normal(deviation: float) -> Initializer:
     """Gaussian with mean 0."""
+    at_least_0("deviation", deviation)
 
     def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
         return rng.normal(0, deviation, (rows, columns))

@@ -65,6 +65,7 @@ class Linear(Layer):
 
     def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
         """x (..., in) -> y (..., out), backward.  `backward(dy)` adds to grads and returns dx (..., in)."""
+        training = switch("training", training)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected (..., in_features) = (..., {self.in_features}), got {x.shape}")
@@ -98,6 +99,7 @@ class Embedding(Layer):
 
         Raises ValueError for a token out of range; on CUDA its y is NaN, and `gpurnn.synchronize` raises.
         """
+        training = switch("training", training)
         tokens = backend.asarray(tokens, None, "tokens")
         if tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
@@ -135,6 +137,7 @@ class Dropout(Layer):
 
     def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
         """x of any shape -> y, backward."""
+        training = switch("training", training)
         x = backend.asarray(x, self.dtype, "x")
         if not training or self.p == 0:
             return x, (lambda dy: checked(dy, self.dtype, "dy", x.shape)) if training else None
@@ -166,6 +169,7 @@ class SequenceModel(Layer):
         `dx, dstate0 = backward(dout, dstate=None, keep=False, flow=None)`; dx is None behind an embedding.  The other
         arguments are those of `Recurrent`: behind a row's length x and dout are not read, and out is 0.
         """
+        training = switch("training", training)
         padding = None
         if lengths is not None:
             x, padding = self._without_padding(x, lengths)
@@ -186,6 +190,7 @@ class SequenceModel(Layer):
             nonlocal used
             # The head's gradients are added before the recurrent layer looks at its arguments: look now.
             check_unused(used)
+            keep = switch("keep", keep)
             self.recurrent.check_backward(dstate, flow, *y.shape[:2])
             dy = None if dout is None else self._blank(checked(dout, self.dtype, "dout", y.shape), padding)
             used = not keep

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend, faults
+from gpurnn.arguments import one_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
 
@@ -31,6 +32,8 @@ def softmax(logits: Array, axis: int = -1) -> Array:
     softmax and comes out as NaN.  Raises TypeError for integers, ValueError where `axis` is missing or empty.
     """
     logits = _floats(logits, "logits")
+    if not isinstance(axis, int | np.integer) or isinstance(axis, bool | np.timedelta64):
+        raise ValueError(f"axis: expected a whole number, got {axis!r:.80}")
     if not -logits.ndim <= axis < logits.ndim or logits.shape[axis] < 1:
         raise ValueError(f"logits: expected at least 1 class along axis {axis}, got the shape {logits.shape}")
     exps, _ = _exp(logits, axis)
@@ -51,7 +54,7 @@ def softmax_cross_entropy(
     Raises TypeError for integer logits or non-integer targets; ValueError where shapes do not fit, C is 0, ignore_index
     is no whole number, or a target is out of range, naming the first such target (on CUDA by `gpurnn.synchronize`).
     """
-    _check_choice("reduction", reduction, REDUCTIONS)
+    one_of("reduction", reduction, REDUCTIONS)
     logits, targets = _floats(logits, "logits"), backend.asarray(targets, None, "targets")
     if targets.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integers, got {targets.dtype}")
@@ -116,8 +119,8 @@ def mean_squared_error(
     Returns loss, a float64 scalar, for "none" float64 of the shape of pred; and dpred, of the shape and dtype of pred.
     Of no elements the mean is 0.  Raises TypeError for integer `pred`, ValueError where the shapes differ.
     """
-    _check_choice("output", output, OUTPUTS)
-    _check_choice("reduction", reduction, REDUCTIONS)
+    one_of("output", output, OUTPUTS)
+    one_of("reduction", reduction, REDUCTIONS)
     xp = backend.xp
     pred = _floats(pred, "pred")
     target = backend.asarray(target, xp.promote_types(pred.dtype, xp.float32), "target")
@@ -169,15 +172,10 @@ def _floats(array: Any, name: str) -> Array:
 
 def _whole(ignore_index: Any) -> int:
     """As Python's own, of which kernels take the 64 bits that they read."""
-    proper = isinstance(ignore_index, int | np.integer) and not isinstance(ignore_index, bool)
+    proper = isinstance(ignore_index, int | np.integer) and not isinstance(ignore_index, bool | np.timedelta64)
     if not proper or not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index: expected a whole number of 64 bits, got {ignore_index!r}")
     return int(ignore_index)
-
-
-def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {given!r}")
 
 
 def _check_range(targets: Array, kept: Array | None, classes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpurnn.checkpoint import StrPath, parse_json, write_atomically
+from gpurnn.checkpoint import StrPath, named, parse_json, write_atomically
 
 
 class MetricsLog:
@@ -23,6 +23,7 @@ class MetricsLog:
     def __init__(self, path: StrPath):
         if os.path.exists(path) and _lines(path)[1]:
             raise ValueError(f"{path}: expected whole lines, got half a line at its end: open it with resume()")
+        self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the log)
 
     @classmethod
@@ -50,15 +51,18 @@ class MetricsLog:
     def write(self, step: int, **values: Any) -> None:
         """Appends one line, and hands it to the operating system.  Values: JSON, NumPy scalars, NumPy arrays."""
         line = json.dumps(plain({"step": operator.index(step), **values}), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        with named(self._path):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Forces the lines to the disk: before a checkpoint is saved, so that the log never lags behind it."""
-        os.fsync(self._file.fileno())
+        with named(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with named(self._path):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import whole
+from gpurnn.arguments import function, whole
 from gpurnn.clipping import all_finite
 from gpurnn.diagnose.flow import Flow
 from gpurnn.diagnose.subject import layer_names, recurrent_part
@@ -122,6 +122,8 @@ class Monitor:
     def __init__(self, model: Any, every: int = 100, *, reach: int = 10, log: Callable[[Look], Any] | None = None):
         self.layer = recurrent_part(model)
         self.model, self.every, self.reach, self.log = model, whole("every", every), whole("reach", reach), log
+        if log is not None:
+            function("log", log)
         self.update = 0
         self.looks: list[Look] = []
         self._due = False

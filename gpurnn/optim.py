@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend, faults
-from gpurnn.arguments import at_least_0, positive, probability
+from gpurnn.arguments import at_least_0, positive, probability, switch, trained
 from gpurnn.clipping import all_finite, grad_norm, raise_where_not_finite
 from gpurnn.parameters import Array, Model, Parameters
 
@@ -122,6 +122,8 @@ class Optimizer:
         Raises KeyError where names are missing or unknown; ValueError where a shape differs, a value is NaN or "step"
         is negative; TypeError where a value is no array of numbers.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"expected a mapping from names to arrays, got {type(values).__name__}")
         views = self._named()
         expected = ["step", *views]
         missing = [name for name in expected if name not in values]
@@ -162,8 +164,9 @@ class SGD(Optimizer):
     def __init__(
         self, model: Model, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
     ):
+        trained(model)
         self.momentum = at_least_0("momentum", momentum)
-        self.nesterov = nesterov
+        self.nesterov = switch("nesterov", nesterov)
         if nesterov and momentum == 0:
             raise ValueError("nesterov: expected momentum > 0 with it, got momentum 0")
         super().__init__(model, lr, weight_decay, ("momentum_buffer",) if momentum else ())
@@ -207,8 +210,10 @@ class RMSprop(Optimizer):
         centered: bool = False,
         weight_decay: float = 0.0,
     ):
+        trained(model)
         self.alpha, self.eps = probability("alpha", alpha), positive("eps", eps)
-        self.momentum, self.centered = at_least_0("momentum", momentum), centered
+        self.momentum = at_least_0("momentum", momentum)
+        self.centered = switch("centered", centered)
         moments = ["square_avg"] + ["grad_avg"] * bool(centered) + ["momentum_buffer"] * bool(momentum)
         super().__init__(model, lr, weight_decay, tuple(moments))
 
@@ -259,8 +264,9 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        if len(betas) != 2:
-            raise ValueError(f"betas: expected two numbers, got {betas}")
+        trained(model)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {betas!r:.80}")
         self.betas = probability("betas[0]", betas[0]), probability("betas[1]", betas[1])
         self.eps = positive("eps", eps)
         super().__init__(model, lr, weight_decay, ("exp_avg", "exp_avg_sq"))

@@ -58,12 +58,26 @@ class Masks:
 
             drop, number = launches.drop, launches.advance(self._calls)
         else:
-            from gpurnn.executors import dropout
-
-            drop, number = dropout.drop, self.calls
+            drop, number = _drop_on_host(), self.calls
             self._calls += 1
         masked = functools.partial(drop, seed=self.seed, number=number, threshold=threshold, scale=scale)
         return masked(x), masked
+
+
+def _drop_on_host() -> Callable[..., np.ndarray]:
+    from gpurnn.executors import compiles
+
+    if not compiles():
+        return _drop
+    from gpurnn.executors import dropout
+
+    return dropout.drop
+
+
+def _drop(x: np.ndarray, seed: int, number: int, threshold: int, scale: np.floating) -> np.ndarray:
+    """What `executors.dropout.drop` does, by NumPy alone."""
+    kept = words(seed, number, x.size).reshape(x.shape) >= threshold
+    return x * np.where(kept, scale, x.dtype.type(0))
 
 
 def words(seed: int, call: int, count: int) -> np.ndarray:

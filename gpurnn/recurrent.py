@@ -1,6 +1,8 @@
 """Recurrent layers: RNN, LSTM, GRU, and Recurrent for any cell.  Several layers, both directions, one executor below."""
 
+import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +29,7 @@ class Recurrent(Layer):
     num_layers      L; layer k reads what layer k-1 wrote.
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
-    dropout         between layers, not behind the last; see `Dropout`.
+    dropout         between layers, not behind the last; see `Dropout`.  With one layer it means nothing, and warns.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
@@ -73,6 +75,10 @@ class Recurrent(Layer):
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
         self.dropout, self.executor = probability("dropout", dropout), executor
+        if self.dropout and self.num_layers == 1:
+            warnings.warn(
+                f"dropout: it acts between layers, and of one layer {dropout} means nothing", stacklevel=_outside()
+            )
         self.precision = _precision(precision, supported(dtype))
         self.rng = generator(rng)
         self.masks = Masks(self.rng)
@@ -145,6 +151,7 @@ class Recurrent(Layer):
         carried: for an LSTM h_t and c_t side by side, dL/dc_t without its way through h_t.
         Raises ValueError where a shape is wrong, RuntimeError where backward is called again without keep.
         """
+        training = switch("training", training)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
@@ -191,6 +198,7 @@ class Recurrent(Layer):
         def backward(dy: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
             nonlocal used
             check_unused(used)
+            keep = switch("keep", keep)
             H, D, S = self.hidden_size, self.directions, self.cell.states
             xp = backend.xp
             if dy is None:
@@ -332,6 +340,14 @@ class GRU(Recurrent):
         update_bias = number("update_bias", update_bias)
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
         self._add_to_gate(1, update_bias)
+
+
+def _outside() -> int:
+    """The stacklevel, for a warning of the caller's, of the first frame that is not in this file."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _precision(given: Any, dtype: np.dtype) -> str:

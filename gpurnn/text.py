@@ -5,6 +5,7 @@ made in `gpurnn.data`.
 """
 
 import codecs
+import contextlib
 import fnmatch
 import io
 import itertools
@@ -166,16 +167,20 @@ def standard_library() -> list[Path]:
 def folder_files(folder: Path, pattern: str = "*") -> list[Path]:
     """The regular files below `folder` whose name or relative path matches `pattern`, sorted by relative path.
 
-    Hidden files and folders are left out.  Raises FileNotFoundError where no file matches; OSError where a folder
-    cannot be read.
+    Hidden files and folders are left out; links to folders are followed, each folder once.  Raises FileNotFoundError
+    where no file matches; OSError where a folder cannot be read.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
-    files = []
-    for parent, subfolders, names in os.walk(folder, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    files, seen = [], {os.path.realpath(folder)}
+    for parent, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        shown, subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")), []
+        for name in shown:
+            if (real := os.path.realpath(Path(parent, name))) not in seen:
+                seen.add(real)
+                subfolders.append(name)
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
             relative = path.relative_to(folder).as_posix()
             matches = fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(relative, pattern)
@@ -197,11 +202,17 @@ class BinaryFileError(ValueError):
 
 def check_encoding(encoding: str) -> None:
     """Raises ValueError where `encoding` names no text codec that can stream."""
+    if not _streams(encoding):
+        raise ValueError(f"encoding: unknown text encoding {encoding!r}; try utf-8, latin-1, cp1252, utf-16")
+
+
+def _streams(encoding: str) -> bool:
+    """Whether it names a codec that makes text of bytes, block by block: not hex, zlib, rot13 or undefined."""
     try:
-        "a".encode(encoding)  # refuses codecs such as hex, which are not about text
         codecs.getincrementaldecoder(encoding)
-    except LookupError as error:
-        raise ValueError(f"encoding: unknown text encoding {encoding!r}; try utf-8, latin-1, cp1252, utf-16") from error
+        return "a".encode(encoding).decode(encoding) == "a"
+    except (LookupError, ValueError):  # ValueError: of `undefined`, and of a NUL in the name
+        return False
 
 
 def read_bytes(path: Path, digest: Any) -> Iterator[bytes]:
@@ -246,10 +257,10 @@ def _detect(path: Path, head: bytes) -> tuple[bytes, str]:
     if b"\0" in head:
         raise BinaryFileError(_binary(path, f"NUL byte at offset {head.index(0)}"))
     if path.suffix == ".py":
-        try:
-            return b"", tokenize.detect_encoding(io.BytesIO(head).readline)[0]
-        except SyntaxError:  # a coding line that Python does not know either, or no UTF-8: the decoder says where
-            pass
+        with contextlib.suppress(SyntaxError):  # a coding line that Python does not know either, or no UTF-8
+            codec = tokenize.detect_encoding(io.BytesIO(head).readline)[0]
+            if _streams(codec):
+                return b"", codec
     return b"", "utf-8"
 
 

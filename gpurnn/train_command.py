@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(title, parser.add_argument_group(title))
         kind = value_type(option)
         shown = "" if option.default is None else f" (default {option.default})"
-        extra: dict[str, Any] = {"help": option.metadata["help"] + shown, "default": argparse.SUPPRESS}
+        extra: dict[str, Any] = {
+            "help": (option.metadata["help"] + shown).replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+        }
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
@@ -111,7 +115,7 @@ def _trained(training: Any, folder: Path) -> int:
     baseline = _baseline(training)
     with _signals() as caught, _progress(training, caught) as report:
         train(training, folder, stop=lambda: bool(caught), report=report)
-    figures = _draw(folder, training, baseline)
+    figures = _draw(folder, baseline)
     if caught and training.progress < 1:
         again = f"gpurnn train --resume {shlex.quote(str(folder))}"
         print(f"stopped and saved at step {training.steps_done}; go on with: {again}")
@@ -202,16 +206,22 @@ def _baseline(training: Any) -> float | None:
 def _signals() -> Iterator[list[int]]:
     """The list receives the exit code of a SIGINT or SIGTERM, so that a step is finished and saved.
 
-    A second signal kills the process where it stands, which a run survives at any moment.
+    A second signal kills the process where it stands, which a run survives at any moment.  Outside the main thread
+    signals are the program's own affair, and the list stays empty.
     """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    told = _stderr_descriptor()
 
     def note(number: int, frame: Any) -> None:
         caught.append(INTERRUPTED[signal.Signals(number)])
         for each in INTERRUPTED:
             signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
-            os.write(2, b"\nfinishing the step and saving; a second time ends at once\n")
+            if told is not None:
+                os.write(told, b"\nfinishing the step and saving; a second time ends at once\n")
 
     before = {number: signal.signal(number, note) for number in INTERRUPTED}
     try:
@@ -219,6 +229,14 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stderr_descriptor() -> int | None:
+    """None where the process has no stderr: descriptor 2 may then be any file, such as metrics.jsonl."""
+    try:
+        return None if sys.stderr is None else sys.stderr.fileno()
+    except (OSError, ValueError):  # a stream without a descriptor, or closed
+        return None
 
 
 @contextlib.contextmanager
@@ -271,13 +289,25 @@ def _short(bits: float) -> str:
     return f"{bits:.3f}" if bits < 1000 else f"{bits:.3g}"
 
 
-def _draw(folder: Path, training: Any, baseline: float | None) -> str:
-    """Draws loss.png and gradient_flow.png, from metrics.jsonl; returns where they are, or why there are none."""
+def _draw(folder: Path, baseline: float | None) -> str:
+    """Draws loss.png and gradient_flow.png; returns where they are, or why there are none, which costs no result."""
+    from gpurnn import plot
+    from gpurnn.backend import one_line
+
+    again = f"gpurnn train --resume {shlex.quote(str(folder))} draws them"
+    if reason := plot.why_not():
+        return f"none: {reason}; with it, {again}"
+    try:
+        return _figures(folder, baseline)
+    except Exception as error:
+        return f"none: drawing failed: {one_line(error)}; with that mended, {again}"
+
+
+def _figures(folder: Path, baseline: float | None) -> str:
+    """Draws from metrics.jsonl; returns where the figures are."""
     from gpurnn import checkpoint, plot
     from gpurnn.metrics import read_metrics
 
-    if reason := plot.why_not():
-        return f"none: {reason}; with it, gpurnn train --resume {shlex.quote(str(folder))} draws them"
     metrics = read_metrics(folder / checkpoint.METRICS)
     plot.loss_curve(metrics, folder / "loss.png", baseline=baseline)
     recorded = [line for line in metrics if "flow" in line and "reach" in line]

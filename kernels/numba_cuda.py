@@ -7,6 +7,7 @@ Where it is loaded already there is nothing to do.
 """
 
 import contextlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
@@ -31,11 +32,20 @@ def _as_numba_expects() -> Iterator[None]:
             delattr(np, LENT)
 
 
-with _as_numba_expects():
-    from numba import cuda
-    from numba.cuda import cgutils, dispatcher, types
-    from numba.cuda.extending import intrinsic
-    from numba.cuda.np import arrayobj as _table  # noqa: F401
-    from numba.cuda.typing import signature
+try:
+    with _as_numba_expects():
+        from numba import cuda
+        from numba.cuda import cgutils, dispatcher, types
+        from numba.cuda.extending import intrinsic
+        from numba.cuda.np import arrayobj as _table  # noqa: F401
+        from numba.cuda.typing import signature
+except ImportError as error:  # Numba alone has a numba.cuda too, an older one
+    if importlib.util.find_spec("numba_cuda") is not None:
+        raise
+    raise ModuleNotFoundError(
+        "CUDA kernels need numba-cuda, which is not installed: pip install 'gpurnn[cuda13]', or 'gpurnn[test]' to build "
+        "them without a GPU",
+        name="numba-cuda",
+    ) from error
 
 __all__ = ["cgutils", "cuda", "dispatcher", "intrinsic", "signature", "types"]

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -340,6 +341,46 @@ def test_one_signal_is_noted_and_a_second_kills():
         os.kill(os.getpid(), signal.SIGTERM)
         assert caught == [143] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_thread_trains_too(text, tmp_path):
+    """Only the main thread can have handlers of signals."""
+    codes, arguments = [], ["train", "--data", str(text), *SMALL, "--run", str(tmp_path / "run")]
+    thread = threading.Thread(target=lambda: codes.append(main(arguments)))
+    thread.start()
+    thread.join(60)
+    assert codes == [0] and (tmp_path / "run" / "loss.png").exists()
+
+
+def test_a_signal_is_told_on_stderr_or_nowhere(tmp_path, monkeypatch):
+    """Descriptor 2 may be another file where there is no stderr."""
+    log, kept = open(tmp_path / "log", "w+b"), os.dup(2)  # noqa: SIM115
+    try:
+        os.dup2(log.fileno(), 2)
+        monkeypatch.setattr(sys, "stderr", None)
+        with _signals() as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [143] and (tmp_path / "log").read_bytes() == b""
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        log.close()
+
+
+def test_a_run_without_stdout_and_stderr_keeps_its_metrics(text, tmp_path):
+    run = tmp_path / "run"
+    options = [*SMALL, "--steps", "1000000", "--save-every", "1000000", "--run", str(run)]
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *COMMAND, "train", "--data", str(text), *options]
+    process = subprocess.Popen(closed, env=ENVIRONMENT)
+    wait_for_step(run, 10, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    step = checkpoint.load(run / "model.safetensors").meta["step"]
+    assert (
+        read_metrics(run / "metrics.jsonl")[-1]["step"] <= step
+        and "finishing" not in (run / "metrics.jsonl").read_text()
+    )
+    assert main(["train", "--resume", str(run), "--steps", str(step + 2)]) == 0
 
 
 def test_a_training_whose_reader_leaves_is_saved(text, tmp_path):

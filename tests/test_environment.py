@@ -102,7 +102,7 @@ def test_threads(monkeypatch):
     assert environment.describe()["threads"] == "3"
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "1.5", "two", "", " 2", "1025", "٣", "9" * 5000])
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "two", " 2", "1025", "٣", "9" * 5000])
 def test_threads_that_make_no_sense(monkeypatch, given):
     monkeypatch.setenv("GPURNN_NUM_THREADS", given)
     with pytest.raises(ValueError, match="GPURNN_NUM_THREADS: expected a whole number from 1 to 1024, got '"):

@@ -47,10 +47,24 @@ class Cell:
         object.__setattr__(self, "params", tuple(self.params))
         object.__setattr__(self, "trace", Trace(self))
 
+    def __reduce__(self) -> Any:
+        """A shipped cell is itself again, so that what was compiled for it serves; another is made anew."""
+        from gpurnn.cells import CELLS
+
+        if CELLS.get(self.name) is self:
+            return _shipped, (self.name,)
+        return Cell, (self.name, self.gates, self.states, self.forward, self.backward, self.params)
+
     @property
     def state_names(self) -> tuple[str, ...]:
         """h, c, and s2, s3, ... for cells that carry more."""
         return tuple(STATE_NAMES[s] if s < len(STATE_NAMES) else f"s{s}" for s in range(self.states))
+
+
+def _shipped(name: str) -> Cell:
+    from gpurnn.cells import CELLS
+
+    return CELLS[name]
 
 
 class Trace:

@@ -71,7 +71,10 @@ class Graph:
                 raise TypeError("a comparison is not a number: choose values with where(condition, a, b)")
             return value
         if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
-            return self.constant(float(value))
+            try:
+                return self.constant(float(value))
+            except OverflowError:
+                raise ValueError("a cell's number: expected one that a float can hold, got a larger one") from None
         raise TypeError(f"a cell may combine its values with each other and with numbers, got {type(value).__name__}")
 
     def users(self, index: int) -> list[int]:

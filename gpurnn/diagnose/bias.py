@@ -52,6 +52,7 @@ def truncation_bias(
         full = _gradients(model)
         model.zero_grad()
         window = [0, 0]
+        k1 = whole("k1", k1)
         bptt = TruncatedBPTT(model, lambda out, _: (0.0, dout[window[0] : window[1]]), k1, k2)
         bptt.reset(state)
         for start in range(0, len(x), k1):

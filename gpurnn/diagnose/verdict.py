@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpurnn import backend
 from gpurnn.arguments import whole
 from gpurnn.diagnose.advice import advice, reasons
 from gpurnn.diagnose.evidence import Evidence, evidence
@@ -114,10 +115,10 @@ def clip_threshold(grad_norms: Sequence[float]) -> float:
 
     Norms that are not finite are left out.  Raises ValueError where none is left.
     """
-    norms = np.asarray(grad_norms, float).ravel()
-    norms = norms[np.isfinite(norms)]
+    given = backend.to_numpy(backend.asarray(grad_norms, np.float64, "grad_norms")).ravel()
+    norms = given[np.isfinite(given)]
     if not norms.size:
-        raise ValueError(f"grad_norms: expected at least one finite norm, got {len(grad_norms)} of which none is")
+        raise ValueError(f"grad_norms: expected at least one finite norm, got {given.size} of which none is")
     return float(np.quantile(norms, 1 - CLIPPED))
 
 

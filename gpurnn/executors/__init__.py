@@ -9,12 +9,12 @@ it is first chosen, so that a program pays only for the executor it uses.
 
 import functools
 import importlib
-import os
+import warnings
 from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, variables
 from gpurnn.cells import Cell
 
 MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step"}
@@ -28,10 +28,11 @@ def check(asked: str | None) -> str | None:
 
     Raises ValueError where the name is unknown or the executor cannot run on this backend.
     """
-    name = asked or os.environ.get("GPURNN_EXECUTOR") or None
+    name = asked or variables.given("GPURNN_EXECUTOR")
     if name is not None and name not in AVAILABLE[backend.name]:
         choices = ", ".join(AVAILABLE[backend.name])
-        raise ValueError(f"executor: expected one of {choices} on the {backend.name} backend, got {name!r}")
+        source = "executor" if asked else "GPURNN_EXECUTOR"
+        raise ValueError(f"{source}: expected one of {choices} on the {backend.name} backend, got {name!r}")
     return name
 
 
@@ -53,14 +54,33 @@ def choose(
     training, clip: of the passes to come, so that what this GPU turns out not to run is passed over; None: not tried.
     """
     name = check(asked)
+    if name == "compiled" and not compiles():
+        raise ValueError("executor: compiled needs Numba's compiler, which NUMBA_DISABLE_JIT turns off here")
     if name is not None or backend.name == "numpy":
-        return executor(name or "compiled")
+        return executor(name or _usual())
     on_chip = importlib.import_module("gpurnn.executors.on_chip")
     while True:
         name = on_chip.fastest(cell, H, N, dtype, precision)
         engine = executor(name)
         if training is None or name == "step" or engine.runs(cell, H, N, precision, training, clip):
             return engine
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether Numba compiles: its own NUMBA_DISABLE_JIT turns that off."""
+    from numba import config
+
+    return not config.DISABLE_JIT
+
+
+@functools.cache
+def _usual() -> str:
+    """What runs on a CPU where nothing is forced.  Warns, once, where that is the slow one."""
+    if compiles():
+        return "compiled"
+    warnings.warn("NUMBA_DISABLE_JIT is set: layers run on NumPy alone, many times slower", stacklevel=2)
+    return "numpy"
 
 
 @functools.cache

@@ -6,7 +6,6 @@ would otherwise fall to run-time alias checks, and `math.tanh` costs 12 ns an el
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils
 
+from gpurnn import variables
 from gpurnn.cells.trace import Graph
 
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
@@ -41,10 +41,8 @@ def host() -> Target:
     features = binding.get_host_cpu_features()
     x86 = binding.get_process_triple().startswith(("x86_64", "i386", "i686"))
     widest = 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
-    asked = os.environ.get("GPURNN_VECTOR_BYTES", str(widest))
-    if asked not in ("16", "32", "64"):
-        raise ValueError(f"GPURNN_VECTOR_BYTES: expected 16, 32 or 64, got {asked!r}")
-    return Target(int(asked), 32 if features.get("avx512f") or not x86 else 16, x86)
+    asked = variables.given("GPURNN_VECTOR_BYTES")
+    return Target(int(asked or widest), 32 if features.get("avx512f") or not x86 else 16, x86)
 
 
 class Emitter:

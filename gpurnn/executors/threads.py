@@ -19,6 +19,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.environment import MAX_THREADS, cpu_threads
+from gpurnn.executors import compiles
 
 PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
 PARALLEL_BYTES = 1 << 22  # nor fewer zeros; the forward pass behind them has use for a thread that is awake
@@ -138,7 +139,7 @@ def product(a: Any, b: Any) -> Any:
 
 def clear(buffer: Any) -> None:
     """buffer[...] = 0 on either backend, for a buffer of `Parameters`."""
-    if backend.name == "cuda" or buffer.nbytes < PARALLEL_BYTES:
+    if backend.name == "cuda" or buffer.nbytes < PARALLEL_BYTES or not compiles():
         buffer[...] = 0
     else:
         importlib.import_module("gpurnn.executors.clear").clear(buffer)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, variables
 from gpurnn.cells import Cell
 from gpurnn.executors import cache, sweeps
 from gpurnn.executors.numpy_loop import Weights
@@ -51,7 +51,7 @@ def choice(question: Question, chip: Chip) -> Choice | None:
         return None
     known = _read().get(_key(question, chip), {}).get("choice")
     found = next((choice for choice in every if _name(choice) == known), None)
-    if found is None and os.environ.get("GPURNN_TUNE") == "1" and not backend.thread.capturing:
+    if found is None and variables.given("GPURNN_TUNE") == "1" and not backend.thread.capturing:
         every = [choice for choice, _ in _measured(question, chip)]  # none, where the chip runs nothing of it
     return found or next(iter(every), None)
 

@@ -37,6 +37,7 @@ class Panel:
     legend: str = ""
 
 
+@style.own()
 def curves(panels: Sequence[Panel], path: StrPath, *, title: str | None = None) -> None:
     """Draws the panels side by side, as PNG and as SVG; curves of one label look the same in all of them.
 

@@ -12,6 +12,7 @@ from gpurnn.plot import style
 LEGIBLE = 8  # entries in a legend
 
 
+@style.own()
 def gradient_flow(
     norms: Any,
     path: StrPath,

@@ -12,6 +12,7 @@ REPEATS = (1, 2, 4, 8, 16)
 STEPS = ((style.VERMILLION, "^"), ("#56B4E9", "o"))  # on a dark ground
 
 
+@style.own()
 def activations(path: StrPath) -> None:
     """Draws tanh and sigmoid, their derivatives, and both applied again and again, as PNG and as SVG."""
     figure = style.figure(13.5, 4.6)
@@ -45,6 +46,7 @@ def _fading() -> list[Any]:
     return [shades.get(time) for time in range(1, max(REPEATS) + 1)]
 
 
+@style.own()
 def unrolled(
     inputs: Sequence[str],
     outputs: Sequence[str],
@@ -98,6 +100,7 @@ def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], colo
     axes.annotate("", end, start, arrowprops=head)
 
 
+@style.own()
 def surface(
     w: Any, b: Any, loss: Any, steps: Mapping[str, tuple[Any, Any]], along: Mapping[str, Any], path: StrPath
 ) -> None:

@@ -12,6 +12,7 @@ from gpurnn.plot import style
 DECADES = 6  # beyond 10^-6 and 10^6 a colour says no more
 
 
+@style.own()
 def flow_map(
     norms: Any, path: StrPath, *, rows: Sequence[Any], row_label: str = "training step", title: str | None = None
 ) -> None:
@@ -53,6 +54,7 @@ def flow_map(
     style.save_both(figure, path)
 
 
+@style.own()
 def eigenvalues(spectra: Mapping[str, Any], path: StrPath, *, title: str | None = None) -> None:
     """Draws the eigenvalues of recurrent matrices in the complex plane beside the unit circle, as PNG and as SVG.
 

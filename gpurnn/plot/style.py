@@ -1,16 +1,24 @@
 """What the figures share: colours, the empty figure, lines with gaps, logarithmic axes, files.
 
 matplotlib is imported by the functions, not by the module; pyplot, which owns global state and may want a display, is
-never imported.
+never imported.  Figures look the same for everyone: `own` puts a user's matplotlibrc aside while one is drawn, and a
+variable or file of the user's that keeps matplotlib from loading is left out.
 """
 
 import io
 import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from gpurnn import backend
 from gpurnn.checkpoint import StrPath, write_atomically
 
 # Okabe and Ito's blue and vermillion, and a darker green: they stay apart for colour-blind eyes.
@@ -26,16 +34,52 @@ TICKS = [1, 2, 5, 10]
 def why_not() -> str | None:
     """Why no figure can be drawn here; None where one can."""
     try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        return "matplotlib is not installed"
+        _matplotlib()
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:  # whatever keeps it from loading, results do without figures
+        return f"matplotlib does not load: {backend.one_line(error)}"
     return None
 
 
+def _matplotlib() -> Any:
+    """The module.  Where it does not load as the user has set it up, it loads as it comes."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise
+    except Exception:  # a notebook's MPLBACKEND outside the notebook, a matplotlibrc that cannot be read
+        for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+            del sys.modules[name]  # parts that were loaded before it failed, which do not fit another attempt
+        with mock.patch.dict(os.environ, MPLBACKEND="agg", MATPLOTLIBRC=os.devnull):
+            import matplotlib
+    return matplotlib
+
+
+@contextmanager
+def own() -> Iterator[None]:
+    """Within it, and within a function that it decorates, matplotlib has its own defaults, nothing of the user's."""
+    matplotlib = _matplotlib()
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of settings that matplotlib itself gives up
+        changed = matplotlib.rc_context(
+            defaults | {"svg.hashsalt": "gpurnn"}
+        )  # names within an SVG: the same each time
+        changed.__enter__()
+    try:
+        yield
+    finally:
+        changed.__exit__(None, None, None)
+
+
 def figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    made = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(made)  # which becomes the figure's own, whatever MPLBACKEND says
+    return made
 
 
 def draw(
@@ -109,12 +153,9 @@ def rate(norms: np.ndarray) -> str:
 
 def save(figure: Any, path: StrPath) -> None:
     """Writes the figure atomically, as PNG or in whatever format the name ends in."""
-    from matplotlib import rc_context
-
     picture = io.BytesIO()
     form = Path(path).suffix[1:] or "png"
-    with rc_context({"svg.hashsalt": "gpurnn"}):  # names within the file are drawn from it: the same, run to run
-        figure.savefig(picture, format=form, metadata={"Date": None} if form == "svg" else None)
+    figure.savefig(picture, format=form, metadata={"Date": None} if form == "svg" else None)
     write_atomically(path, picture.getvalue())
 
 

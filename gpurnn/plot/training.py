@@ -14,6 +14,7 @@ LARGEST_STEP = 2**53  # beyond it, steps are not told apart on an axis
 MARKED, DENSE = 60, 400  # points: fewer get dots, more get a running mean
 
 
+@style.own()
 def loss_curve(
     metrics: Sequence[Mapping[str, Any]],
     path: StrPath,
