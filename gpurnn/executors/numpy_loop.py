@@ -3,6 +3,7 @@
 It shares no layout, no graph and no compiled code with the other executors: what they compute is what stands here.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gpurnn import backend
@@ -52,6 +53,7 @@ class Tape(NamedTuple):
     weights: Weights
     reverse: bool
     steps: list[tuple]  # (t, m, saved, state, next_state) of the m rows that live at t
+    derivative: Callable  # the cell's backward
 
 
 def forward(
@@ -82,6 +84,7 @@ def forward(
     if T:
         h[T if reverse else 0] = state[0]  # overwritten where a row begins later; y never shows it
     current = tuple(part.copy() for part in state)
+    equations, derivative = cell.functions()
     steps: list[tuple] = []
     for t in range(T - 1, -1, -1) if reverse else range(T):
         m = int(rows[t])
@@ -91,13 +94,13 @@ def forward(
             gates_r = gates_r + weights.bias_hh
         split_x = tuple(gates_x[t, :m, g * H : (g + 1) * H] for g in range(cell.gates))
         split_r = tuple(gates_r[:, g * H : (g + 1) * H] for g in range(cell.gates))
-        after, saved = cell.forward(split_x, split_r, before, weights.params)
+        after, saved = equations(split_x, split_r, before, weights.params)
         for part, value in zip(current, after, strict=True):
             part[:m] = value
         h[t if reverse else t + 1, :m] = after[0]
         if training:
             steps.append((t, m, saved, before, tuple(part[:m].copy() for part in current)))
-    tape = Tape(cell, x, weights, reverse, steps) if training else None
+    tape = Tape(cell, x, weights, reverse, steps, derivative) if training else None
     return States(h, current), tape
 
 
@@ -110,6 +113,7 @@ def backward(
     """
     xp = backend.xp
     cell, x, weights = tape.cell, tape.x, tape.weights
+    tape = tape._replace(derivative=cell.functions()[1])  # what it reads may have changed since forward
     T, N, I = x.shape
     H = weights.weight_hh.shape[1]
     dgates_x = xp.zeros((T, N, cell.gates * H), x.dtype)
@@ -150,7 +154,7 @@ def step_backward(
     cell, weight_hh = tape.cell, tape.weights.weight_hh
     _, _, saved, before, after = step
     H, shape = weight_hh.shape[1], dnext[0].shape
-    dx, dr, direct, dparams = cell.backward(dnext, saved, before, after, tape.weights.params)
+    dx, dr, direct, dparams = tape.derivative(dnext, saved, before, after, tape.weights.params)
     dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), weight_hh.dtype) for _ in range(2))
     for g in range(cell.gates):
         dgates_x[..., g * H : (g + 1) * H] = dx[g]
