@@ -1,5 +1,8 @@
 """Checks of the arguments of the library: each returns the value, or names it, what was expected and what came."""
 
+import functools
+import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +78,29 @@ def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], fo
     return array
 
 
-def check_unused(used: bool) -> None:
-    """Raises RuntimeError where backward has given its tape away."""
-    if used:
-        raise RuntimeError("backward was called before and its tape is gone: the first call needs keep=True")
+class Turn:
+    """Who may go back along a tape: one thread at a time, and nobody once it is `gone`.  `with turn:` or RuntimeError."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("backward is running in another thread, on this same tape: call it from one at a time")
+        if self.gone:
+            self._lock.release()
+            raise RuntimeError("backward was called before and its tape is gone: the first call needs keep=True")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@functools.cache
+def _takes_copy(kind: type) -> bool:
+    return "copy" in inspect.signature(kind.__call__).parameters
+
+
+def uncopied(layer: Any) -> dict[str, bool]:
+    """What to call a layer with where x lives, unchanged, until backward: {"copy": False} if it has such an option."""
+    return {"copy": False} if _takes_copy(type(layer)) else {}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import uncopied
 from gpurnn.losses import Loss, evaluate
 from gpurnn.sequence import checked_lengths
 
@@ -36,7 +37,7 @@ def full_bptt(
     them, time first.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
     final state.
     """
-    out, final, backward = model(x, state, lengths=lengths)
+    out, final, backward = model(x, state, lengths=lengths, **uncopied(model))
     value, dout = evaluate(loss, out, targets, lengths)
     backward(dout, flow=flow)
     return value, final
@@ -99,7 +100,8 @@ class TruncatedBPTT:
         parts = [part for part in (slice(0, cut), slice(cut, len(stretch))) if part.start < part.stop]
         state, outputs, backwards, carried = begin, [], [], begin
         for part in parts:
-            out, state, backward = self.model(stretch[part], state, lengths=_within(valid, part.start, part.stop))
+            own_part = _within(valid, part.start, part.stop)
+            out, state, backward = self.model(stretch[part], state, lengths=own_part, **uncopied(self.model))
             if part.stop == cut:
                 carried = state
             outputs.append(out[max(0, before - part.start) :])
