@@ -44,6 +44,13 @@ def probability(name: str, value: Any) -> float:
     return number(name, value, lambda v: 0 <= v < 1, "in [0, 1)")
 
 
+def fitting(name: str, value: float, dtype: np.dtype) -> float:
+    """`value` if it is finite in `dtype`, too; ValueError otherwise."""
+    if abs(value) > float(np.finfo(dtype).max):
+        raise ValueError(f"{name}: expected a number that {dtype} can hold, got {value!r}")
+    return value
+
+
 def switch(name: str, value: Any) -> bool:
     """`value` if it is True or False; ValueError otherwise, since "no" would count as yes."""
     if not isinstance(value, bool | np.bool_):

@@ -48,7 +48,11 @@ class Layer:
         load(self.params, values)
 
     def _set(self, name: str, value: np.ndarray) -> None:
-        self.params[name][...] = backend.asarray(value, self.dtype, name)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is refused
+            array = backend.asarray(value, self.dtype, name)
+        if not bool(backend.xp.isfinite(array).all()):
+            raise ValueError(f"{name}: expected an initial value that is finite in {self.dtype}, got one that is not")
+        self.params[name][...] = array
 
 
 class Linear(Layer):

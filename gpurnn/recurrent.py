@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import Turn, checked, generator, number, positive, probability, supported, switch, whole
+from gpurnn.arguments import Turn, checked, fitting, generator, number, positive, probability, supported, switch, whole
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.numpy_loop import Backward, Weights
@@ -317,7 +317,7 @@ class LSTM(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, forget_bias: float = 1.0, **options: Any
     ):
-        forget_bias = number("forget_bias", forget_bias)
+        forget_bias = fitting("forget_bias", number("forget_bias", forget_bias), supported(options.get("dtype", "float32")))
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
         self._add_to_gate(1, forget_bias)
 
@@ -332,7 +332,7 @@ class GRU(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, update_bias: float = 0.0, **options: Any
     ):
-        update_bias = number("update_bias", update_bias)
+        update_bias = fitting("update_bias", number("update_bias", update_bias), supported(options.get("dtype", "float32")))
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
         self._add_to_gate(1, update_bias)
 
