@@ -20,6 +20,7 @@ from gpurnn.random import Masks
 from gpurnn.sequence import prepare_lengths
 
 Array = Any
+CHUNK = 16  # rows whose float32 sum is as good as one of a few
 
 
 class Layer:
@@ -260,7 +261,24 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
     order = np.argsort(rows, kind="stable")
     ordered = rows[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    target[ordered[starts]] += np.add.reduceat(values[order], starts, axis=0)
+    target[ordered[starts]] += _segment_sums(values[order], starts)
+
+
+def _segment_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums of the rows from each start to the next, of CHUNK rows in their own type, and of those in float64."""
+    lengths = np.diff(starts, append=len(values))
+    if lengths.max() <= CHUNK:
+        return np.add.reduceat(values, starts, axis=0)
+    begins = (np.arange(len(values)) - np.repeat(starts, lengths)) % CHUNK == 0
+    partial = np.add.reduceat(values, np.flatnonzero(begins), axis=0)
+    return np.add.reduceat(partial, np.cumsum(begins)[starts] - 1, axis=0, dtype=np.float64)
+
+
+def _column_sums(values: np.ndarray) -> np.ndarray:
+    """Of (R, C), in float64: of CHUNK rows in their own type, and of those in float64."""
+    whole = len(values) // CHUNK * CHUNK
+    partial = values[:whole].reshape(-1, CHUNK, values.shape[1]).sum(1)
+    return partial.sum(0, dtype=np.float64) + values[whole:].sum(0, dtype=np.float64)
 
 
 def _add_product(target: Array, a: Array, b: Array) -> None:
@@ -276,7 +294,7 @@ def _add_product(target: Array, a: Array, b: Array) -> None:
 def _add_columns(target: Array, values: Array) -> None:
     """target (C,) += the sums of the columns of values (R, C)."""
     if backend.name == "numpy":
-        target += values.sum(0)
+        target += _column_sums(values)
     else:
         from gpurnn.executors import device
 

@@ -223,7 +223,7 @@ class Recurrent(Layer):
                 dstates = tuple(_stacked(parts) for parts in zip(*dinitial, strict=True))
                 for name, part, was_given in zip(self.cell.state_names, dstates, given, strict=True):
                     if self.trainable_h0 and not was_given:
-                        self.grads[f"{name}_0"][...] += part.sum(1)
+                        self.grads[f"{name}_0"][...] += part.sum(1, dtype="float64").astype(self.dtype)
                 if not keep:
                     levels.clear()
                 return dy, self._packed(dstates)

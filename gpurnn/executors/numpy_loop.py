@@ -116,6 +116,9 @@ def backward(
     tape = tape._replace(derivative=cell.functions()[1])  # what it reads may have changed since forward
     T, N, I = x.shape
     H = weights.weight_hh.shape[1]
+    totals = [(grad, xp.zeros(grad.shape)) for grad in (grads.weight_hh, *grads.params)]  # long sums are in float64
+    (_, dweight_hh), *dparams_totals = totals
+    dbias_hh = xp.zeros(cell.gates * H)
     dgates_x = xp.zeros((T, N, cell.gates * H), x.dtype)
     if dstate is None:
         passed = tuple(xp.zeros((N, H), x.dtype) for _ in range(cell.states))
@@ -129,15 +132,17 @@ def backward(
         dgates_x[t, :m], dgates_r, before_this, dparams = step_backward(tape, (t, m, saved, before, after), dnext)
         for part, gradient in zip(passed, before_this, strict=True):
             part[:m] = gradient if options.clip is None else xp.clip(gradient, -options.clip, options.clip)
-        grads.weight_hh[...] += dgates_r.T @ before[0]
-        if grads.bias_hh is not None:
-            grads.bias_hh[...] += dgates_r.sum(0)
-        for total, value in zip(grads.params, dparams, strict=True):
-            total[...] += value.sum(0)
+        dweight_hh += dgates_r.T @ before[0]
+        dbias_hh += dgates_r.sum(0, dtype="float64")
+        for (_, total), value in zip(dparams_totals, dparams, strict=True):
+            total += value.sum(0, dtype="float64")
+    for grad, total in totals:
+        grad[...] += total.astype(grad.dtype)
     flat = dgates_x.reshape(T * N, cell.gates * H)
     grads.weight_ih[...] += flat.T @ x.reshape(T * N, I)
-    if grads.bias_ih is not None:
-        grads.bias_ih[...] += flat.sum(0)
+    if grads.bias_ih is not None and grads.bias_hh is not None:
+        grads.bias_hh[...] += dbias_hh.astype(x.dtype)
+        grads.bias_ih[...] += flat.sum(0, dtype="float64").astype(x.dtype)
     return dgates_x @ weights.weight_ih, passed
 
 
