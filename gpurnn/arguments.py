@@ -104,10 +104,11 @@ class Turn:
 
 
 @functools.cache
-def _takes_copy(kind: type) -> bool:
+def _takes_copy(kind: Any) -> bool:
     return "copy" in inspect.signature(kind.__call__).parameters
 
 
 def uncopied(layer: Any) -> dict[str, bool]:
     """What to call a layer with where x lives, unchanged, until backward: {"copy": False} if it has such an option."""
-    return {"copy": False} if _takes_copy(type(layer)) else {}
+    kind: Any = type(layer)
+    return {"copy": False} if _takes_copy(kind) else {}

@@ -171,7 +171,9 @@ class TruncatedBPTT:
         again = (past < length - cut) & (own > 0)
         if again.any():
             row = int(again.argmax())
-            raise ValueError(f"lengths: row {row} has ended within the last k2 steps, expected 0 for it, got {own[row]}")
+            raise ValueError(
+                f"lengths: row {row} has ended within the last k2 steps, expected 0 for it, got {own[row]}"
+            )
         return past + own
 
     def _dropped(self, length: int, steps: int) -> int:

@@ -221,8 +221,8 @@ class SequenceModel(Layer):
                 raise TypeError(f"{name}: expected a layer, got {type(part).__name__}")
         for name in ("embedding", "head"):
             if isinstance(parts.get(name), SequenceModel) or hasattr(parts.get(name), "check_backward"):
-                came = type(parts[name]).__name__
-                raise TypeError(f"{name}: expected a layer without memory, such as Embedding or Linear, got {came}")
+                kind = type(parts[name]).__name__
+                raise TypeError(f"{name}: expected a layer without memory, such as Embedding or Linear, got {kind}")
         if not hasattr(self.recurrent, "check_backward"):
             raise TypeError(f"recurrent: expected a recurrent layer, got {type(self.recurrent).__name__}")
         if self.dropout is not None and not isinstance(self.dropout, Dropout):

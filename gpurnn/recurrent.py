@@ -317,7 +317,9 @@ class LSTM(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, forget_bias: float = 1.0, **options: Any
     ):
-        forget_bias = fitting("forget_bias", number("forget_bias", forget_bias), supported(options.get("dtype", "float32")))
+        forget_bias = fitting(
+            "forget_bias", number("forget_bias", forget_bias), supported(options.get("dtype", "float32"))
+        )
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
         self._add_to_gate(1, forget_bias)
 
@@ -332,7 +334,9 @@ class GRU(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, update_bias: float = 0.0, **options: Any
     ):
-        update_bias = fitting("update_bias", number("update_bias", update_bias), supported(options.get("dtype", "float32")))
+        update_bias = fitting(
+            "update_bias", number("update_bias", update_bias), supported(options.get("dtype", "float32"))
+        )
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
         self._add_to_gate(1, update_bias)
 

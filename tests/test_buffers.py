@@ -159,7 +159,11 @@ def test_of_two_threads_in_one_closure_the_second_is_refused(restless, executor,
 
 def test_a_kept_tape_and_a_layer_without_memory_are_for_one_thread_at_a_time(restless):
     """Every call that was not refused has added its gradients."""
-    recurrent, linear, embedding = gpurnn.GRU(4, 16, rng=0), gpurnn.Linear(64, 64, rng=0), gpurnn.Embedding(9, 64, rng=0)
+    recurrent, linear, embedding = (
+        gpurnn.GRU(4, 16, rng=0),
+        gpurnn.Linear(64, 64, rng=0),
+        gpurnn.Embedding(9, 64, rng=0),
+    )
     y, _, kept = recurrent(values(20, 8, 4))
     out, back = linear(values(400, 64))
     row, gather = embedding(TOKENS)

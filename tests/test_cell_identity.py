@@ -137,7 +137,7 @@ TAKEN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "h_0", "c_0")
 
 @pytest.mark.parametrize("name", [*TAKEN, "", "a.b", "1", "a b", 3, None, b"a", ("a",)])
 def test_names_that_a_parameter_cannot_have(name):
-    with pytest.raises(ValueError, match="cell c: expected (other )?names in params"):
+    with pytest.raises(ValueError, match=r"cell c: expected (other )?names in params"):
         with_params("fine", name)
 
 

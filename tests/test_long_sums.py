@@ -27,7 +27,10 @@ def test_linear(rows):
 @pytest.mark.parametrize("rows", [5, 1000, 100_003, pytest.param(10_000_000, marks=pytest.mark.slow)])
 def test_an_embeddings_rows(rows):
     rng = np.random.default_rng(0)
-    tokens, values = rng.choice(4, rows, p=[0.9, 0.0999, 0.0001, 0]), np.float32(0.1) + rng.random((rows, 2), np.float32)
+    tokens, values = (
+        rng.choice(4, rows, p=[0.9, 0.0999, 0.0001, 0]),
+        np.float32(0.1) + rng.random((rows, 2), np.float32),
+    )
     target, expected = np.ones((4, 2), np.float32), np.ones((4, 2))
     add_rows(target, tokens, values)
     for token in range(4):
@@ -91,7 +94,9 @@ def test_wide_sums_reach_every_unit_of_any_width():
                 y, _, backward = one(x)
                 backward(np.sin(np.arange(y.size, dtype=np.float32)).reshape(y.shape))
             for name, expected in oracle.grads.items():
-                np.testing.assert_allclose(layer.grads[name], expected, rtol=1e-4, atol=1e-4, err_msg=f"{name}, {H}, {N}")
+                np.testing.assert_allclose(
+                    layer.grads[name], expected, rtol=1e-4, atol=1e-4, err_msg=f"{name}, {H}, {N}"
+                )
 
 
 def peepholes(x, r, state, params):

@@ -52,7 +52,9 @@ def test_an_eps_that_the_type_cannot_hold_does_not_vanish(make, eps):
     np.testing.assert_allclose(layer.params.flat, before, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("make", "decay"), [(lambda m: RMSprop(m, alpha=0.5), 0.5), (lambda m: Adam(m, betas=(0.5, 0.5)), 0.5)])
+@pytest.mark.parametrize(
+    ("make", "decay"), [(lambda m: RMSprop(m, alpha=0.5), 0.5), (lambda m: Adam(m, betas=(0.5, 0.5)), 0.5)]
+)
 @pytest.mark.parametrize(("dtype", "peak"), [("float32", 2e19), ("float32", 3e38), ("float64", 1e300)])
 def test_a_weight_moves_again_after_one_gradient_whose_square_overflows(make, decay, dtype, peak):
     layer = Linear(1, 1, bias=False, dtype=dtype, rng=0)

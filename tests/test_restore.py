@@ -16,7 +16,15 @@ def run(tmp_path_factory):
     """What makes a training of this text, and its file after 6 steps."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "t.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
-    options = {"data": str(folder / "t.txt"), "hidden_size": 4, "embedding_size": 3, "k1": 5, "k2": 8, "batch": 2, "steps": 50}
+    options = {
+        "data": str(folder / "t.txt"),
+        "hidden_size": 4,
+        "embedding_size": 3,
+        "k1": 5,
+        "k2": 8,
+        "batch": 2,
+        "steps": 50,
+    }
     config = TrainConfig(**options)
     corpus = load_corpus(config.data)
     training = Training(config, corpus)
@@ -51,7 +59,10 @@ DAMAGES = {
     "a step beyond all": (lambda c: c.meta.update(step=10**30), "step: expected one number in all parts"),
     "another window": (lambda c: c.meta["data"].update(window=5), "step: expected one number in all parts"),
     "another update": (lambda c: c.optimizer.update(step=np.array(7)), "step: expected one number in all parts"),
-    "a negative second moment": (lambda c: c.optimizer["exp_avg_sq.head.bias"].fill(-1), "exp_avg_sq.head.bias: expected"),
+    "a negative second moment": (
+        lambda c: c.optimizer["exp_avg_sq.head.bias"].fill(-1),
+        "exp_avg_sq.head.bias: expected",
+    ),
     "an infinite moment": (lambda c: c.optimizer["exp_avg.head.bias"].fill(np.inf), "exp_avg.head.bias: expected"),
 }
 
@@ -87,7 +98,7 @@ def test_a_flipped_bit_anywhere_is_seen(run, tmp_path):
         damaged = bytearray(good)
         damaged[place // 8] ^= 1 << place % 8
         (tmp_path / "m").write_bytes(damaged)
-        with pytest.raises(ValueError, match="can be loaded|expected a gpurnn checkpoint"):
+        with pytest.raises(ValueError, match=r"can be loaded|expected a gpurnn checkpoint"):
             checkpoint.load(tmp_path / "m")
 
 
@@ -97,7 +108,11 @@ def test_carried_states_that_do_not_fit_a_model_of_ones_own_are_refused():
     for _ in range(3):
         bptt.step(np.ones((2, 5, 3)), np.ones((2, 5, 4)))
     saved = bptt.state_dict()
-    for name, value in {"begin0": saved["begin0"][:, :4], "stretch": np.ones((4, 5, 3)), "carried1": saved["carried1"] * np.inf}.items():
+    for name, value in {
+        "begin0": saved["begin0"][:, :4],
+        "stretch": np.ones((4, 5, 3)),
+        "carried1": saved["carried1"] * np.inf,
+    }.items():
         with pytest.raises(ValueError, match=name.rstrip("01")):
             bptt.load_state_dict(saved | {name: value})
     np.testing.assert_array_equal(bptt.state_dict()["begin0"], saved["begin0"])

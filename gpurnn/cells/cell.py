@@ -49,12 +49,14 @@ class Cell:
     def __post_init__(self) -> None:
         for what, given in (("gates", self.gates), ("states", self.states)):
             if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST:
-                raise ValueError(f"cell {self.name}: expected {what} to be a whole number from 1 to {MOST}, got {given!r}")
+                raise ValueError(
+                    f"cell {self.name}: expected {what} to be a whole number from 1 to {MOST}, got {given!r}"
+                )
         object.__setattr__(self, "params", self._checked_params())
         object.__setattr__(self, "trace", Trace(self))
 
     def _checked_params(self) -> tuple[str, ...]:
-        given = self.params
+        given: Any = self.params
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise ValueError(f"cell {self.name}: expected params to be a tuple of names, got {given!r}")
         names = tuple(given)

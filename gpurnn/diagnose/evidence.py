@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.cells import GRU_CELL, LSTM_CELL, Cell
+from gpurnn.cells import GRU_CELL, LSTM_CELL
 from gpurnn.diagnose.spectrum import steepest_slope
 from gpurnn.executors.numpy_loop import Tape
 

@@ -79,7 +79,12 @@ def reduction(dtype: np.dtype) -> Compiled:
 
     A part's share: first, last, and the address of `work`, room of `reduction_size`.
     """
-    add, transpose, pack, add_row = _make_add(dtype), make_transpose(dtype), make_pack_rows(dtype), _make_add_rows(dtype, 1)
+    add, transpose, pack, add_row = (
+        _make_add(dtype),
+        make_transpose(dtype),
+        make_pack_rows(dtype),
+        _make_add_rows(dtype, 1),
+    )
     add_rows = _make_add_rows(dtype, SIDE_BY_SIDE)
     size, width, read, read_share = dtype.itemsize, host().width(dtype), words(18), words(3)
 
