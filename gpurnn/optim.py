@@ -6,7 +6,7 @@ buffers behind them, in place.  They are looked up anew at every call: a layer's
 An update is bound by memory: NumPy passes over the data once for every operation.  So a buffer is taken in blocks that
 stay in cache between the passes, and the only temporaries are two arrays of one block.  Passes per block, with weight
 decay in brackets: SGD 2 (+2), RMSprop 9 (+2), centered 15 (+2), Adam 12 (+2), AdamW 13; momentum takes 2 more, Nesterov
-another 2; the gradient check is 2 passes that only read, and so are the two looks for what is too large to go on with.
+another 2; the gradient check is 2 passes that only read.  One more copies what is finite into the parameters.
 
 No finite gradient and no setting brings a value that is not finite into a parameter.  A gradient whose square would
 overflow counts, for Adam and RMSprop, as the largest whose square does not.  A parameter whose update is not finite keeps
@@ -24,7 +24,7 @@ import numpy as np
 
 from gpurnn import backend, faults
 from gpurnn.arguments import at_least_0, positive, probability
-from gpurnn.clipping import SUM_BLOCK, all_finite, grad_norm, raise_where_not_finite
+from gpurnn.clipping import all_finite, grad_norm, raise_where_not_finite
 from gpurnn.parameters import Array, Model, Parameters
 
 BLOCK = 1 << 16  # values: some of the L2 cache
@@ -46,6 +46,7 @@ class Optimizer:
             self._clock = Clock(params.dtype)
         else:
             self._steps = 0
+            self._flagged = False
             self._work = np.empty((2, min(params.flat.size, BLOCK)), params.dtype)
         self.lr = lr
         self.weight_decay = at_least_0("weight_decay", weight_decay)
@@ -94,30 +95,43 @@ class Optimizer:
         moments = [moment.flat for moment in self.moments.values()]
         block = max(self._work.shape[1], 1)
         lost = None  # the first place whose update is not finite
-        with np.errstate(all="ignore"):
+        with np.errstate(under="ignore", over="call", invalid="call", divide="call", call=self._flag):
             for start in range(0, params.flat.size, block):
                 cut = slice(start, start + block)
                 param = params.flat[cut]
                 work, spare = self._work[:, : param.size]
                 self._update(param, grads.flat[cut], work, spare, *(moment[cut] for moment in moments))
-                at = self._subtract(param, work)
+                at = self._move(param, work)
                 lost = start + at if lost is None and at is not None else lost
         if lost is not None:
             raise faults.wrong_update(params.places, lost)
 
-    def _subtract(self, param: Array, step: Array) -> int | None:
-        """param -= step, but where that is not finite, whose first place it returns."""
-        if _sum_of_squares(step) < self._limit**2:  # no parameter is moved that far beyond its own rounding
-            param -= step
+    def _flag(self, kind: str, flags: int) -> None:
+        """NumPy's call where an operation overflowed or had no number for an answer: from then on updates look closely."""
+        self._flagged = True
+
+    def _move(self, param: Array, step: Array) -> int | None:
+        """param -= step, but where that is not finite, whose first place it returns.  Overwrites step."""
+        moved = np.subtract(param, step, out=step)
+        if not self._flagged:
+            param[...] = moved
             return None
-        moved = param - step
         good = np.isfinite(moved)
         np.copyto(param, moved, where=good)
         return None if good.all() else int(np.argmin(good))
 
-    def _bounded(self, grad: Array, spare: Array) -> Array:
-        """grad within plus and minus the limit: itself, or in `spare`."""
-        return grad if _sum_of_squares(grad) < self._limit**2 else np.clip(grad, -self._limit, self._limit, out=spare)
+    def _average_square(self, mean: Array, grad: Array, keep: float, work: Array, spare: Array) -> Array:
+        """mean = keep mean + (1 - keep) grad^2; returns grad, in `spare` where it had to be limited."""
+        np.multiply(grad, grad, out=work)
+        if self._flagged:
+            grad = np.clip(grad, -self._limit, self._limit, out=spare)
+            np.multiply(grad, grad, out=work)
+        work *= 1 - keep
+        mean *= keep
+        mean += work
+        if self._flagged:
+            np.minimum(mean, self._most, out=mean)
+        return grad
 
     def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
         """The same by one kernel: `self._clock.update`."""
@@ -252,8 +266,7 @@ class RMSprop(Optimizer):
     def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
         named = dict(zip(self.moments, moments, strict=True))
         square_avg = named["square_avg"]
-        grad = self._bounded(self._decayed(param, grad, spare), spare)
-        _average_square(square_avg, grad, self.alpha, work)
+        grad = self._average_square(square_avg, self._decayed(param, grad, spare), self.alpha, work, spare)
         if self.centered:
             _average(named["grad_avg"], grad, self.alpha, work)
             np.multiply(named["grad_avg"], named["grad_avg"], out=work)
@@ -311,9 +324,8 @@ class Adam(Optimizer):
             param *= 1 - lost
         elif not self.decoupled:
             grad = self._decayed(param, grad, spare)
-        grad = self._bounded(grad, spare)
+        grad = self._average_square(exp_avg_sq, grad, beta2, work, spare)
         _average(exp_avg, grad, beta1, work)
-        _average_square(exp_avg_sq, grad, beta2, work)
         # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the division by sqrt(c) goes into the step size.
         root = math.sqrt(1 - beta2**self._steps)
         np.sqrt(exp_avg_sq, out=work)
@@ -346,22 +358,8 @@ def _eps(eps: Any, beta: float, dtype: np.dtype) -> float:
     return max(positive("eps", eps), float(np.finfo(dtype).tiny) / math.sqrt(1 - beta))
 
 
-def _sum_of_squares(block: Array) -> float:
-    """In the block's own type, so inf or NaN where it overflows or a value is not finite."""
-    parts = (block[start : start + SUM_BLOCK] for start in range(0, block.size, SUM_BLOCK))
-    return sum(float(part.dot(part)) for part in parts)
-
-
 def _average(mean: Array, value: Array, keep: float, work: Array) -> None:
     """mean += (1 - keep) (value - mean)."""
     np.subtract(value, mean, out=work)
     work *= 1 - keep
-    mean += work
-
-
-def _average_square(mean: Array, value: Array, keep: float, work: Array) -> None:
-    """mean = keep mean + (1 - keep) value^2."""
-    np.multiply(value, value, out=work)
-    work *= 1 - keep
-    mean *= keep
     mean += work
