@@ -156,6 +156,7 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
         (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given)),
         [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
     )
+    sums = sums.astype(dtype)
     if grads.bias_hh is not None and grads.bias_ih is not None:
         add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
         add_ordered(grads.bias_ih, sums[split * H :], trace.x_order, H)
