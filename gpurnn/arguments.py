@@ -1,6 +1,9 @@
 """Checks of the arguments of the library: each returns the value, or names it, what was expected and what came."""
 
+import functools
+import inspect
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +65,13 @@ def probability(name: str, value: Any) -> float:
     return number(name, value, lambda v: 0 <= v < 1, "in [0, 1)")
 
 
+def fitting(name: str, value: float, dtype: np.dtype) -> float:
+    """`value` if it is finite in `dtype`, too; ValueError otherwise."""
+    if abs(value) > float(np.finfo(dtype).max):
+        raise ValueError(f"{name}: expected a number that {dtype} can hold, got {value!r}")
+    return value
+
+
 def switch(name: str, value: Any) -> bool:
     """`value` if it is True or False; ValueError otherwise, since "no" would count as yes."""
     if not isinstance(value, bool | np.bool_):
@@ -118,7 +128,30 @@ def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], fo
     return array
 
 
-def check_unused(used: bool) -> None:
-    """Raises RuntimeError where backward has given its tape away."""
-    if used:
-        raise RuntimeError("backward was called before and its tape is gone: the first call needs keep=True")
+class Turn:
+    """Who may go back along a tape: one thread at a time, and nobody once it is `gone`.  `with turn:` or RuntimeError."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("backward is running in another thread, on this same tape: call it from one at a time")
+        if self.gone:
+            self._lock.release()
+            raise RuntimeError("backward was called before and its tape is gone: the first call needs keep=True")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@functools.cache
+def _takes_copy(kind: Any) -> bool:
+    return "copy" in inspect.signature(kind.__call__).parameters
+
+
+def uncopied(layer: Any) -> dict[str, bool]:
+    """What to call a layer with where x lives, unchanged, until backward: {"copy": False} if it has such an option."""
+    kind: Any = type(layer)
+    return {"copy": False} if _takes_copy(kind) else {}

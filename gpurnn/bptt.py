@@ -2,19 +2,22 @@
 
 Both only fill `model.grads`; clipping and the optimiser's step are the caller's.  A loss is any function
 `loss(out, targets) -> value, dout`, such as `gpurnn.softmax_cross_entropy`; with reduction "sum" the gradient is that of
-E = sum over the steps of E_t.
+E = sum over the steps of E_t.  With lengths a loss is one of valid steps only: it is told them if it has a parameter
+`lengths`; any other is given the valid positions alone, one behind another, (M, ...) for (T, N, ...).
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import function, whole
+from gpurnn.arguments import function, uncopied, whole
+from gpurnn.losses import Loss, evaluate
+from gpurnn.sequence import checked_lengths
 
 Array = Any
-Loss = Callable[[Array, Array], tuple[Any, Array]]
 STATES = ("begin", "carried")
 
 
@@ -31,11 +34,12 @@ def full_bptt(
     """Forward over all T steps, backward over all T steps; adds the gradients, summed over steps, to `model.grads`.
 
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
-    them, time first.  Returns the loss's value and the final state.
+    them, time first.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
+    final state.
     """
     function("model", model), function("loss", loss)
-    out, final, backward = model(x, state, lengths=lengths)
-    value, dout = loss(out, targets)
+    out, final, backward = model(x, state, lengths=lengths, **uncopied(model))
+    value, dout = evaluate(loss, out, targets, lengths)
     backward(dout, flow=flow)
     return value, final
 
@@ -55,6 +59,9 @@ class TruncatedBPTT:
             model.zero_grad()
             loss = bptt.step(x, targets)
             optimizer.step()
+
+    Whatever is kept from call to call, inputs and states, is a copy: buffers may be filled anew.  A bidirectional model
+    has no truncated BPTT, since a window's end is not its row's: ValueError.
     """
 
     def __init__(self, model: Any, loss: Loss, k1: int, k2: int | None = None):
@@ -63,6 +70,8 @@ class TruncatedBPTT:
         if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
         function("loss", loss), function("model", model)
+        if getattr(getattr(model, "recurrent", model), "directions", 1) != 1:
+            raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
         self._own: dict[tuple, Array] = {}
         self.reset()
@@ -70,11 +79,15 @@ class TruncatedBPTT:
     def reset(self, state: Any = None) -> None:
         """Starts a new sequence, from `state` or the model's own initial state."""
         self.stretch: Array | None = None  # the inputs of the last call's up to k2 steps
+        self.lengths: np.ndarray | None = None  # of each row, how many of those steps are valid; None: all of them
+        state = copy.deepcopy(state)
         self.begin = self.carried = state  # the states at its start, and where the next k1 steps' stretch begins
 
-    def step(self, x: Array, targets: Array, *, flow: Array | None = None) -> Any:
+    def step(self, x: Array, targets: Array, *, lengths: Any = None, flow: Array | None = None) -> Any:
         """The next 1..k1 steps: x (t, N, ...), targets (t, ...).  Adds to `model.grads`; returns the loss's value.
 
+        lengths: N whole numbers in 0..t, of each row how many steps of this window are valid; means are over those only.
+        A row that has ended stays at length 0 as long as its end lies within the k2 steps: ValueError where it does not.
         flow: float64 (L*D, S, t) that receives the L2 norms of dL/dstate over the window (see `Recurrent`).
         """
         if not 1 <= len(x) <= self.k1 or len(targets) != len(x):
@@ -87,20 +100,25 @@ class TruncatedBPTT:
             raise ValueError(
                 f"x: expected ({wanted}) as in the steps before, got {x.shape}; another batch: reset() first"
             )
+        own = None if lengths is None else checked_lengths(lengths, len(x), x.shape[1] if x.ndim > 1 else 0)
+        valid = self._valid(len(x), own)
         begin, stretch = self.before(len(x))
         stretch = x if stretch is None else backend.xp.concatenate([stretch, x])
         before, cut = len(stretch) - len(x), self._dropped(len(stretch), self.k1)
         parts = [part for part in (slice(0, cut), slice(cut, len(stretch))) if part.start < part.stop]
         state, outputs, backwards, carried = begin, [], [], begin
         for part in parts:
-            out, state, backward = self.model(stretch[part], state)
+            own_part = _within(valid, part.start, part.stop)
+            out, state, backward = self.model(stretch[part], state, lengths=own_part, **uncopied(self.model))
             if part.stop == cut:
                 carried = state
             outputs.append(out[max(0, before - part.start) :])
             backwards.append(backward)
-        value, dout = self.loss(outputs[0] if len(outputs) == 1 else backend.xp.concatenate(outputs), targets)
+        out = outputs[0] if len(outputs) == 1 else backend.xp.concatenate(outputs)
+        value, dout = evaluate(self.loss, out, targets, own)
         self._back(parts, before, backwards, dout, flow)
-        self._keep(stretch, begin, carried)
+        self._keep(stretch.copy() if stretch is x and backend.name == "numpy" else stretch, begin, carried)
+        self.lengths = valid
         return value
 
     @property
@@ -110,7 +128,7 @@ class TruncatedBPTT:
         They are once k2 steps lie behind, and a captured step needs it: `gpurnn.captured(step, when=lambda: bptt.steady)`.
         """
         known = not any(part is None for part in (self.stretch, self.begin, self.carried))
-        return known and len(self.stretch) == self.k2  # type: ignore[arg-type]
+        return known and self.lengths is None and len(self.stretch) == self.k2  # type: ignore[arg-type]
 
     def _keep(self, stretch: Array | None, begin: Any, carried: Any) -> None:
         """For the next window.  `begin` first: what was carried becomes it."""
@@ -144,8 +162,27 @@ class TruncatedBPTT:
         cut = self._dropped(len(self.stretch), steps)
         begin = self.carried
         if cut != self._dropped(len(self.stretch), self.k1):  # a shorter window, a stream's last, reaches further back
-            begin = self.model(self.stretch[:cut], self.begin, training=False)[1] if cut else self.begin
+            valid = _within(self.lengths, 0, cut)
+            run = self.model(self.stretch[:cut], self.begin, lengths=valid, training=False) if cut else None
+            begin = run[1] if run else self.begin
         return begin, self.stretch[cut:] if cut < len(self.stretch) else None
+
+    def _valid(self, steps: int, own: np.ndarray | None) -> np.ndarray | None:
+        """Of each row, how many steps are valid of the past in reach and a window of `steps`, of which `own` are."""
+        length = 0 if self.stretch is None else len(self.stretch)
+        cut = self._dropped(length, steps)
+        past = _within(self.lengths, cut, length) if cut < length else None
+        if past is None and own is None:
+            return None
+        own = np.full_like(past, steps) if own is None else own
+        past = np.full_like(own, max(0, length - cut)) if past is None else past
+        again = (past < length - cut) & (own > 0)
+        if again.any():
+            row = int(again.argmax())
+            raise ValueError(
+                f"lengths: row {row} has ended within the last k2 steps, expected 0 for it, got {own[row]}"
+            )
+        return past + own
 
     def _dropped(self, length: int, steps: int) -> int:
         """How many of the last `length` steps are out of reach for a window of `steps` more."""
@@ -173,18 +210,51 @@ class TruncatedBPTT:
     def state_dict(self) -> dict[str, np.ndarray]:
         """What a run needs to go on from here: the carried states, and the inputs that are still in reach."""
         states = {f"{name}{s}": part for name in STATES for s, part in enumerate(_parts(getattr(self, name)))}
-        arrays = states if self.stretch is None else states | {"stretch": self.stretch}
+        kept = {"stretch": self.stretch, "lengths": self.lengths}
+        arrays = states | {name: part for name, part in kept.items() if part is not None}
         return {name: backend.to_numpy(array).copy() for name, array in arrays.items()}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave.  Raises ValueError for other names."""
-        given = {name: backend.asarray(value, None, name) for name, value in values.items()}
-        stretch = given.pop("stretch", None)
-        states = [[given.pop(f"{name}{s}") for s in range(len(values)) if f"{name}{s}" in given] for name in STATES]
+        """Takes copies of what `state_dict` gave.  Nothing changes unless all of it fits.
+
+        Raises ValueError for other names, for states that are missing, misshapen or not finite, for more than k2 steps.
+        """
+        given = {name: backend.asarray(value, None, name).copy() for name, value in values.items()}
+        stretch, valid = given.pop("stretch", None), given.pop("lengths", None)
+        like = stretch if stretch is not None else given.get("carried0")
+        N = like.shape[1] if like is not None and like.ndim > 1 else 0
+        begin, carried = (self._loaded(given, name, N) for name in STATES)
         if given:
-            raise ValueError(f"expected begin0, begin1, ..., carried0, ..., stretch; got {', '.join(values)}")
-        begin, carried = (None if not s else s[0] if len(s) == 1 else tuple(s) for s in states)
+            names = "begin0, begin1, ..., carried0, ..., stretch, lengths"
+            raise ValueError(f"expected {names}; got {', '.join(values)}")
+        length = 0 if stretch is None else len(stretch) if stretch.ndim > 1 else -1
+        if not 0 <= length <= self.k2 or (stretch is not None and not length):
+            raise ValueError(f"stretch: expected (t, N, ...) of 1 to k2 = {self.k2} steps, got {stretch.shape}")
+        dropped = self._dropped(length, self.k1) if stretch is not None else 0
+        if (carried is None) != (begin is None and not dropped):
+            raise ValueError(f"expected begin and carried states that go with {length} steps, got {', '.join(values)}")
+        if stretch is not None and not bool(backend.xp.isfinite(stretch).all()) and valid is None:
+            raise ValueError("stretch: expected finite values, got some that are not")
+        self.lengths = None if valid is None else checked_lengths(valid, length, N)
         self._keep(stretch, begin, carried)
+
+    def _loaded(self, given: dict[str, Array], name: str, N: int) -> Any:
+        """Takes the states `name` out of `given`: None, one array or a tuple, as the model takes them."""
+        layer = getattr(self.model, "recurrent", self.model)
+        parts = [given.pop(f"{name}{s}") for s in range(len(given)) if f"{name}{s}" in given]
+        if not parts:
+            return None
+        state = parts[0] if len(parts) == 1 else tuple(parts)
+        if hasattr(layer, "unpacked"):
+            parts = layer.unpacked(state, N, name)
+        if not all(bool(backend.xp.isfinite(part).all()) for part in parts):
+            raise ValueError(f"{name}: expected finite states, got some that are not")
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _within(lengths: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
+    """Of each row, how many of the steps from start to stop are valid; None: all of them."""
+    return None if lengths is None else np.clip(lengths - start, 0, stop - start)
 
 
 def _parts(state: Any) -> tuple:

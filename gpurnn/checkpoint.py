@@ -9,6 +9,7 @@ are read or written: who keeps none does without.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -225,10 +226,21 @@ def _checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
         text = json.dumps({"format": FORMAT, **checkpoint.meta})
     except TypeError as error:
         raise TypeError(f"meta: expected JSON values: {error}") from None
-    return _tensor_bytes(tensors, {"gpurnn": text})
+    return _tensor_bytes(tensors, text)
 
 
-def _tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None) -> bytes:
+def _digest(meta: str, arrays: Tensors) -> str:
+    """Of all that a checkpoint holds: safetensors sees to the file's form, not to a bit that flipped in its values."""
+    found = hashlib.sha256(meta.encode())
+    for name, array in sorted(arrays.items()):
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        found.update(f"\n{name} {little.dtype.str} {little.shape}\n".encode())
+        found.update(little.tobytes())
+    return found.hexdigest()
+
+
+def _tensor_bytes(tensors: Mapping[str, np.ndarray], meta: str | None) -> bytes:
+    """A safetensors file; meta: a checkpoint's, as JSON."""
     arrays = {}
     for name, tensor in tensors.items():
         # safetensors writes the memory behind an array and ignores its strides; asarray, unlike
@@ -238,7 +250,7 @@ def _tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | 
             raise ValueError(f"{name}: expected a tensor of type {', '.join(DTYPES)}, got {array.dtype}")
     from safetensors.numpy import save as saved
 
-    return saved(arrays, metadata)
+    return saved(arrays, None if meta is None else {"gpurnn": meta, "sha256": _digest(meta, arrays)})
 
 
 def _read_tensors(path: StrPath) -> tuple[Tensors, dict[str, Any] | None]:
@@ -255,6 +267,8 @@ def _read_tensors(path: StrPath) -> tuple[Tensors, dict[str, Any] | None]:
             raise ValueError(
                 f"expected checkpoint format {FORMAT}, got {version!r}: a newer gpurnn may have written it"
             )
+        if meta is not None and metadata.get("sha256") != _digest(metadata["gpurnn"], tensors):
+            raise ValueError("its digest is not that of its contents: the file is damaged")
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: not a file that can be loaded: {error}") from None
     return tensors, meta

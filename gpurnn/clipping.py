@@ -53,7 +53,8 @@ def clip_grad_norm(model: Model, max_norm: float) -> Any:
     norm = grad_norm(model)
     if norm > max_norm:
         flat = model.grads.flat
-        flat *= max_norm / norm
+        with np.errstate(all="ignore"):  # what underflows is 0, whatever the caller wants to hear of
+            flat *= max_norm / norm
     return norm
 
 
@@ -74,7 +75,7 @@ def _sum_of_squares(flat: Array, unit: float = 1.0) -> float:
     """Sum of (flat / unit)^2 in float64: not finite where a value is not, or where float64's squares overflow."""
     total = 0.0
     work: Array = np.empty(min(flat.size, SUM_BLOCK))
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         for start in range(0, flat.size, SUM_BLOCK):
             block = flat[start : start + SUM_BLOCK]
             wide = work[: block.size]

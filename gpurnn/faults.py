@@ -158,19 +158,24 @@ def _tokens(site: Site, position: int, value: float) -> Exception:
     return ValueError(f"tokens: expected values from 0 to {site.bound - 1}, got {value:.0f} at {at}")
 
 
-def _part(site: Site, position: int) -> str:
+def _part(parts: tuple, position: int) -> str:
     """The name of the part of a flat buffer that a position lies in, and where in it."""
-    name, start, shape = next(part for part in reversed(site.parts) if part[1] <= position)
+    name, start, shape = next(part for part in reversed(parts) if part[1] <= position)
     where = tuple(int(i) for i in np.unravel_index(position - start, shape))
     return f"{name} at {where}" if where else name
 
 
 def _gradient(site: Site, position: int, value: float) -> Exception:
-    return FloatingPointError(f"gradient of {_part(site, position)}: expected finite values, got {value}")
+    return FloatingPointError(f"gradient of {_part(site.parts, position)}: expected finite values, got {value}")
 
 
 def _parameter(site: Site, position: int, value: float) -> Exception:
-    return FloatingPointError(f"the update of {_part(site, position)} is not finite")
+    return wrong_update(site.parts, position)
+
+
+def wrong_update(parts: tuple, position: int) -> FloatingPointError:
+    """For a parameter that would not be finite, at `position` of the flat buffer with these `places`."""
+    return FloatingPointError(f"the update of {_part(parts, position)} is not finite")
 
 
 def _scalar(site: Site, position: int, value: float) -> Exception:

@@ -1,7 +1,9 @@
 """Layers without memory, the base of all layers, and SequenceModel, which joins them.
 
 A layer is called forward and answers with its output and a closure: `y, backward = layer(x)`.  `backward(dy)` adds to
-`layer.grads` and returns dx.  What backward needs lives in the closure and goes when it goes.
+`layer.grads` and returns dx.  What backward needs lives in the closure and goes when it goes: x is copied for it, so that
+a caller may fill his buffer anew, unless copy=False promises that x stays as it is.  Parameters must stay until backward.
+One thread at a time calls a closure; a second one gets RuntimeError.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend, faults
-from gpurnn.arguments import check_unused, checked, generator, probability, supported, switch, whole
+from gpurnn.arguments import Turn, checked, generator, probability, supported, switch, uncopied, whole
 from gpurnn.executors.threads import clear, product
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
@@ -18,6 +20,7 @@ from gpurnn.random import Masks
 from gpurnn.sequence import prepare_lengths
 
 Array = Any
+CHUNK = 16  # rows whose float32 sum is as good as one of a few
 
 
 class Layer:
@@ -46,7 +49,11 @@ class Layer:
         load(self.params, values)
 
     def _set(self, name: str, value: np.ndarray) -> None:
-        self.params[name][...] = backend.asarray(value, self.dtype, name)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is refused
+            array = backend.asarray(value, self.dtype, name)
+        if not bool(backend.xp.isfinite(array).all()):
+            raise ValueError(f"{name}: expected an initial value that is finite in {self.dtype}, got one that is not")
+        self.params[name][...] = array
 
 
 class Linear(Layer):
@@ -63,23 +70,29 @@ class Linear(Layer):
         super().__init__(shapes, dtype, {"weight": "(out_features, in_features)", "bias": "(out_features,)"})
         self._set("weight", glorot_uniform(generator(rng), out_features, in_features))
 
-    def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
-        """x (..., in) -> y (..., out), backward.  `backward(dy)` adds to grads and returns dx (..., in)."""
+    def __call__(self, x: Array, *, training: bool = True, copy: bool = True) -> tuple[Array, Callable | None]:
+        """x (..., in) -> y (..., out), backward.  `backward(dy)` adds to grads and returns dx (..., in).
+
+        copy: x is copied for backward; with False it must not change before.
+        """
         training = switch("training", training)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected (..., in_features) = (..., {self.in_features}), got {x.shape}")
+        x = x.copy() if training and copy else x
         flat = x.reshape(-1, self.in_features)
         y = _product(flat, self.params["weight"].T)
         if "bias" in self.params:
             y += self.params["bias"]
+        turn = Turn()
 
         def backward(dy: Array) -> Array:
-            dy = checked(dy, self.dtype, "dy", (*x.shape[:-1], self.out_features)).reshape(-1, self.out_features)
-            _add_product(self.grads["weight"], dy.T, flat)
-            if "bias" in self.params:
-                _add_columns(self.grads["bias"], dy)
-            return _product(dy, self.params["weight"]).reshape(x.shape)
+            with turn:
+                dy = checked(dy, self.dtype, "dy", (*x.shape[:-1], self.out_features)).reshape(-1, self.out_features)
+                _add_product(self.grads["weight"], dy.T, flat)
+                if "bias" in self.params:
+                    _add_columns(self.grads["bias"], dy)
+                return _product(dy, self.params["weight"]).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], self.out_features), backward if training else None
 
@@ -94,20 +107,23 @@ class Embedding(Layer):
         super().__init__({"weight": (num_embeddings, embedding_dim)}, dtype, symbols)
         self._set("weight", normal(1.0)(generator(rng), num_embeddings, embedding_dim))
 
-    def __call__(self, tokens: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
+    def __call__(self, tokens: Array, *, training: bool = True, copy: bool = True) -> tuple[Array, Callable | None]:
         """tokens: integers in [0, num), any shape -> y (*tokens.shape, dim), backward (which returns None).
 
+        copy: tokens are copied for backward; with False they must not change before.
         Raises ValueError for a token out of range; on CUDA its y is NaN, and `gpurnn.synchronize` raises.
         """
         training = switch("training", training)
         tokens = backend.asarray(tokens, None, "tokens")
         if tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
-        y = self._rows(tokens)
+        tokens = tokens.copy() if training and copy else tokens
+        y, turn = self._rows(tokens), Turn()
 
         def backward(dy: Array) -> None:
-            dy = checked(dy, self.dtype, "dy", (*tokens.shape, self.embedding_dim))
-            add_rows(self.grads["weight"], tokens.reshape(-1), dy.reshape(-1, self.embedding_dim))
+            with turn:
+                dy = checked(dy, self.dtype, "dy", (*tokens.shape, self.embedding_dim))
+                add_rows(self.grads["weight"], tokens.reshape(-1), dy.reshape(-1, self.embedding_dim))
 
         return y, backward if training else None
 
@@ -162,7 +178,7 @@ class SequenceModel(Layer):
         self.dtype = self.params.dtype
 
     def __call__(
-        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True
+        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
     ) -> tuple[Array, Any, Callable | None]:
         """x: tokens (T, N), or (T, N, I) without an embedding -> out (T, N, C), state, backward.
 
@@ -174,30 +190,32 @@ class SequenceModel(Layer):
         if lengths is not None:
             x, padding = self._without_padding(x, lengths)
         embed_backward = drop_backward = head_backward = None
+        copy = copy and padding is None
         if self.embedding is not None:
-            x, embed_backward = self.embedding(x, training=training)
-        y, state, recurrent_backward = self.recurrent(x, state, lengths=lengths, training=training)
+            x, embed_backward = self.embedding(x, training=training, **({} if copy else uncopied(self.embedding)))
+            copy = copy and type(self.embedding) not in (Embedding, Linear)  # whose y is in memory of its own
+        options = {} if copy else uncopied(self.recurrent)
+        y, state, recurrent_backward = self.recurrent(x, state, lengths=lengths, training=training, **options)
         if self.dropout is not None:
             y, drop_backward = self.dropout(y, training=training)
         if self.head is not None:
-            y, head_backward = self.head(y, training=training)
+            y, head_backward = self.head(y, training=training, **uncopied(self.head))
             y = self._blank(y, padding)
-        used = False
+        turn = Turn()
 
         def backward(
             dout: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None
         ) -> tuple[Array, Any]:
-            nonlocal used
-            # The head's gradients are added before the recurrent layer looks at its arguments: look now.
-            check_unused(used)
-            keep = switch("keep", keep)
-            self.recurrent.check_backward(dstate, flow, *y.shape[:2])
-            dy = None if dout is None else self._blank(checked(dout, self.dtype, "dout", y.shape), padding)
-            used = not keep
-            for back in (head_backward, drop_backward):
-                dy = back(dy) if back is not None and dy is not None else dy
-            dx, dstate0 = recurrent_backward(dy, dstate, keep=keep, flow=flow)
-            return (embed_backward(dx) if embed_backward else dx), dstate0
+            with turn:
+                keep = switch("keep", keep)
+                # The head's gradients are added before the recurrent layer looks at its arguments: look now.
+                self.recurrent.check_backward(dstate, flow, *y.shape[:2])
+                dy = None if dout is None else self._blank(checked(dout, self.dtype, "dout", y.shape), padding)
+                turn.gone = not keep
+                for back in (head_backward, drop_backward):
+                    dy = back(dy) if back is not None and dy is not None else dy
+                dx, dstate0 = recurrent_backward(dy, dstate, keep=keep, flow=flow)
+                return (embed_backward(dx) if embed_backward else dx), dstate0
 
         return y, state, backward if training else None
 
@@ -206,6 +224,10 @@ class SequenceModel(Layer):
         for name, part in {"recurrent": self.recurrent, **parts}.items():
             if not isinstance(part, Layer):
                 raise TypeError(f"{name}: expected a layer, got {type(part).__name__}")
+        for name in ("embedding", "head"):
+            if isinstance(parts.get(name), SequenceModel) or hasattr(parts.get(name), "check_backward"):
+                kind = type(parts[name]).__name__
+                raise TypeError(f"{name}: expected a layer without memory, such as Embedding or Linear, got {kind}")
         if not hasattr(self.recurrent, "check_backward"):
             raise TypeError(f"recurrent: expected a recurrent layer, got {type(self.recurrent).__name__}")
         if self.dropout is not None and not isinstance(self.dropout, Dropout):
@@ -244,7 +266,24 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
     order = np.argsort(rows, kind="stable")
     ordered = rows[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    target[ordered[starts]] += np.add.reduceat(values[order], starts, axis=0)
+    target[ordered[starts]] += _segment_sums(values[order], starts)
+
+
+def _segment_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums of the rows from each start to the next, of CHUNK rows in their own type, and of those in float64."""
+    lengths = np.diff(starts, append=len(values))
+    if lengths.max() <= CHUNK:
+        return np.add.reduceat(values, starts, axis=0)
+    begins = (np.arange(len(values)) - np.repeat(starts, lengths)) % CHUNK == 0
+    partial = np.add.reduceat(values, np.flatnonzero(begins), axis=0)
+    return np.add.reduceat(partial, np.cumsum(begins)[starts] - 1, axis=0, dtype=np.float64)
+
+
+def _column_sums(values: np.ndarray) -> np.ndarray:
+    """Of (R, C), in float64: of CHUNK rows in their own type, and of those in float64."""
+    whole = len(values) // CHUNK * CHUNK
+    partial = values[:whole].reshape(-1, CHUNK, values.shape[1]).sum(1)
+    return partial.sum(0, dtype=np.float64) + values[whole:].sum(0, dtype=np.float64)
 
 
 def _add_product(target: Array, a: Array, b: Array) -> None:
@@ -260,7 +299,7 @@ def _add_product(target: Array, a: Array, b: Array) -> None:
 def _add_columns(target: Array, values: Array) -> None:
     """target (C,) += the sums of the columns of values (R, C)."""
     if backend.name == "numpy":
-        target += values.sum(0)
+        target += _column_sums(values)
     else:
         from gpurnn.executors import device
 

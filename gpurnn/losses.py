@@ -6,17 +6,24 @@ Each returns `loss, dinput` from one call.  Reductions, with E_t the loss of one
   "none"   each by itself; the gradient is then that of their SUM
 The loss is computed in float64 whatever the input, and is a scalar of the backend, numpy.float64 or a CuPy array of
 shape (), so that adding losses up never makes the host wait for the device.  The gradient has the input's dtype.
+With `lengths`, N whole numbers, the first two axes are (T, N) and positions behind a row's length do not exist: a mean is
+over valid steps only, and there loss and gradient are 0 whatever stands there.
 A target out of range is raised at once on NumPy; on CUDA its loss and gradient are NaN, and `gpurnn.synchronize` raises it.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gpurnn import backend, faults
 from gpurnn.arguments import one_of
+from gpurnn.sequence import checked_lengths
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
+Loss = Callable[..., tuple[Any, Array]]
 
 REDUCTIONS = ("mean", "sum", "none")
 OUTPUTS = ("linear", "softmax")
@@ -42,19 +49,28 @@ def softmax(logits: Array, axis: int = -1) -> Array:
 
 
 def softmax_cross_entropy(
-    logits: Array, targets: Array, *, reduction: str = "mean", ignore_index: int | None = None
+    logits: Array,
+    targets: Array,
+    *,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    lengths: Any = None,
 ) -> tuple[Array, Array]:
     """Cross-entropy of softmax(logits) against class numbers, E_t = -log softmax(logits)[target], in nats.
 
     logits: (..., C) float, usually (T, N, C).  targets: (...) integers in [0, C), or `ignore_index`.
     Positions whose target is `ignore_index` have loss 0 and gradient exactly 0 even where their logits are NaN, and
     "mean" does not count them; where nothing is left to count, loss and gradient are 0.
+    lengths: None, or of each row of (T, N, C) and (T, N) how many steps are valid; see above.
     Returns loss, a float64 scalar, for "none" (...) float64; and dlogits, of the shape and dtype of logits.
     A target of logit -inf has loss inf.  A row whose largest logit is inf, -inf or NaN has loss and gradient NaN.
     Raises TypeError for integer logits or non-integer targets; ValueError where shapes do not fit, C is 0, ignore_index
     is no whole number, or a target is out of range, naming the first such target (on CUDA by `gpurnn.synchronize`).
     """
     one_of("reduction", reduction, REDUCTIONS)
+    if lengths is not None:
+        own = functools.partial(softmax_cross_entropy, reduction=reduction, ignore_index=ignore_index)
+        return over_valid_steps(own, logits, targets, lengths)
     logits, targets = _floats(logits, "logits"), backend.asarray(targets, None, "targets")
     if targets.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integers, got {targets.dtype}")
@@ -107,7 +123,7 @@ def _cross_entropy(logits: Array, targets: Array, kept: Array | None, count: int
 
 
 def mean_squared_error(
-    pred: Array, target: Array, *, output: str = "linear", reduction: str = "mean"
+    pred: Array, target: Array, *, output: str = "linear", reduction: str = "mean", lengths: Any = None
 ) -> tuple[Array, Array]:
     """Squared error (f(pred) - target)^2, without a factor 1/2, as PyTorch's `mse_loss`.
 
@@ -116,11 +132,15 @@ def mean_squared_error(
         probabilities, its gradient taken back through the softmax.  Both are reduced alike: "mean" divides by the
         number of ELEMENTS (T N C), "sum" adds the squares up, "none" returns them.  The literature's
         E = sum of 1/2 |y_t - target_t|^2 is half of "sum", its gradient half of the gradient here.
+    lengths: None, or of each row of (T, N, ...) how many steps are valid; see above.
     Returns loss, a float64 scalar, for "none" float64 of the shape of pred; and dpred, of the shape and dtype of pred.
     Of no elements the mean is 0.  Raises TypeError for integer `pred`, ValueError where the shapes differ.
     """
     one_of("output", output, OUTPUTS)
     one_of("reduction", reduction, REDUCTIONS)
+    if lengths is not None:
+        own = functools.partial(mean_squared_error, output=output, reduction=reduction)
+        return over_valid_steps(own, pred, target, lengths)
     xp = backend.xp
     pred = _floats(pred, "pred")
     target = backend.asarray(target, xp.promote_types(pred.dtype, xp.float32), "target")
@@ -139,6 +159,65 @@ def mean_squared_error(
         return squares, dpred
     total = squares.sum()
     return (total / max(pred.size, 1) if reduction == "mean" else total), dpred
+
+
+def evaluate(loss: Loss, out: Array, targets: Any, lengths: Any = None) -> tuple[Any, Array]:
+    """`loss(out, targets)` -> value, dout; with lengths, of the valid steps alone.
+
+    A loss with a parameter `lengths` is told them.  Any other is given the valid positions, as `over_valid_steps` does.
+    """
+    if lengths is None:
+        return loss(out, targets)
+    if _takes_lengths(loss):
+        return loss(out, targets, lengths=lengths)
+    return over_valid_steps(loss, out, targets, lengths)
+
+
+def over_valid_steps(loss: Loss, out: Array, targets: Any, lengths: Any) -> tuple[Any, Array]:
+    """`loss` of the M valid positions of out (T, N, ...) and targets (T, N, ...), one behind another: (M, ...) each.
+
+    targets may be None.  Returns the loss's value, and dout with 0 behind each row's end; so has a value for each position.
+    Raises ValueError where targets do not stand at every step (such a loss needs a parameter `lengths`), or where the
+    loss's gradient is not of the shape that it was given.
+    """
+    xp, out = backend.xp, backend.asarray(out, None, "out")
+    if out.ndim < 2:
+        raise ValueError(f"out: expected (T, N, ...) beside lengths, got {out.shape}")
+    T, N = out.shape[:2]
+    valid = xp.asarray(np.flatnonzero(np.arange(T)[:, None] < checked_lengths(lengths, T, N)))
+    if targets is not None:
+        targets = backend.asarray(targets, None, "targets")
+        if targets.shape[:2] != (T, N):
+            raise ValueError(
+                f"targets: expected (T, N, ...) = ({T}, {N}, ...) beside lengths, got {targets.shape}; "
+                "a loss of other targets needs a parameter `lengths`"
+            )
+        targets = targets.reshape(T * N, *targets.shape[2:])[valid]
+    chosen = out.reshape(T * N, *out.shape[2:])[valid]
+    try:
+        value, dchosen = loss(chosen, targets)
+    except Exception as error:
+        error.add_note("positions are those within `lengths`, one behind another, time first")
+        raise
+    if dchosen.shape != chosen.shape:
+        raise ValueError(
+            f"loss: expected the gradient of the {len(chosen)} valid positions, {chosen.shape}, got {dchosen.shape}"
+        )
+
+    def placed(values: Array) -> Array:
+        whole = xp.zeros((T * N, *values.shape[1:]), values.dtype)
+        whole[valid] = values
+        return whole.reshape(T, N, *values.shape[1:])
+
+    each = getattr(value, "ndim", 0) and value.shape[0] == len(chosen)
+    return placed(value) if each else value, placed(dchosen)
+
+
+def _takes_lengths(loss: Loss) -> bool:
+    try:
+        return "lengths" in inspect.signature(loss).parameters
+    except (TypeError, ValueError):  # some callables of other languages have none to show
+        return False
 
 
 def _exp(logits: Array, axis: int) -> tuple[Array, Array | float]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import function, whole
+from gpurnn.arguments import function, uncopied, whole
 from gpurnn.clipping import all_finite
 from gpurnn.diagnose.flow import Flow
 from gpurnn.diagnose.subject import layer_names, recurrent_part
@@ -141,10 +141,11 @@ class Monitor:
         self.model.zero_grad()
 
     def __call__(
-        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True
+        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
     ) -> tuple[Array, Any, Callable | None]:
         """As the model's, and its backward looks."""
-        out, final, backward = self.model(x, state, lengths=lengths, training=training)
+        options = {} if copy else uncopied(self.model)
+        out, final, backward = self.model(x, state, lengths=lengths, training=training, **options)
         if backward is None:
             return out, final, None
 

@@ -66,6 +66,16 @@ class Parameters(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return self._views[name]
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Copies `value` into the view: `parameters[name] += 1`, or an array of its shape.  ValueError for another shape."""
+        view = self._views[name]
+        if value is view:  # as augmented assignment has it, done in place already
+            return
+        array = backend.asarray(value, self.dtype, name)
+        if array.shape != view.shape:
+            raise ValueError(f"{name}: expected {view.shape}, got {array.shape}")
+        view[...] = array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import check_unused, checked, generator, number, positive, probability, supported, switch, whole
+from gpurnn.arguments import Turn, checked, fitting, generator, number, positive, probability, supported, switch, whole
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.numpy_loop import Backward, Weights
@@ -136,11 +136,12 @@ class Recurrent(Layer):
             self._set(name, np.concatenate(blocks).reshape(shape))
 
     def __call__(
-        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True
+        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
     ) -> tuple[Array, Any, Callable | None]:
         """Runs over a sequence: `y, state, backward = layer(x)`.
 
-        x        (T, N, I); kept until backward, as the parameters are, so change neither before.
+        x        (T, N, I).  It is copied for backward; with copy=False it is kept, and must not change before.  The
+                 parameters are kept in any case: change them behind backward.
         state    initial states (L*D, N, H): one array, or a tuple where the cell has several, (h, c) for an LSTM;
                  None, for all or one of the tuple: zeros, or the trained initial state.
         lengths  N whole numbers in 0..T: each row's own length.  Behind it y = 0, and x and dy are not read.
@@ -149,7 +150,8 @@ class Recurrent(Layer):
         dy may be None, for a loss of the final state alone; `keep` lets it be called again; `flow`, a float64 array
         (L*D, S, T), is filled with the L2 norms of dL/dstate_t over batch and units, the states taken as they are
         carried: for an LSTM h_t and c_t side by side, dL/dc_t without its way through h_t.
-        Raises ValueError where a shape is wrong, RuntimeError where backward is called again without keep.
+        Raises ValueError where a shape is wrong, RuntimeError where backward is called again without keep,
+        or by a second thread while the first is in it.
         """
         training = switch("training", training)
         x = backend.asarray(x, self.dtype, "x")
@@ -158,6 +160,8 @@ class Recurrent(Layer):
         T, N, _ = x.shape
         initial = self.unpacked(state, N, "state", self.trainable_h0)
         prepared = prepare_lengths(lengths, T, N)
+        if training and copy and prepared is None:  # else the engine is given a copy in any case
+            x = x.copy()
         levels: list[tuple[list[Callable | None], Callable | None]] = []
         finals: list[tuple[Array, ...]] = []
         for layer in range(self.num_layers):
@@ -193,45 +197,44 @@ class Recurrent(Layer):
         return x, out, self._backward(levels, T, N, self._given(state))
 
     def _backward(self, levels: list, T: int, N: int, given: tuple[bool, ...]) -> Callable:
-        used = False
+        turn = Turn()
 
         def backward(dy: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
-            nonlocal used
-            check_unused(used)
-            keep = switch("keep", keep)
-            H, D, S = self.hidden_size, self.directions, self.cell.states
-            xp = backend.xp
-            if dy is None:
-                dy = xp.broadcast_to(xp.zeros((), self.dtype), (T, N, D * H))
-            dy = checked(dy, self.dtype, "dy", (T, N, D * H), "(T, N, D*H)")
-            dfinal = self.check_backward(dstate, flow, T, N)
-            used = not keep
-            dinitial: list[tuple[Array, ...]] = [()] * (self.num_layers * D)
-            for layer in reversed(range(self.num_layers)):
-                backwards, masked = levels[layer]
-                if masked is not None:
-                    dy = masked(dy)
-                dx = None
-                for direction in range(D):
-                    at = layer * D + direction
-                    squares = xp.zeros((S, T)) if flow is not None else None
-                    part, dinitial[at] = backwards[direction](
-                        dy[..., direction * H : (direction + 1) * H],
-                        None if dfinal is None else tuple(state[at] for state in dfinal),
-                        self.weights(self.grads, layer, direction),
-                        Backward(self.clip_in_time, squares, keep),
-                    )
-                    dx = part if dx is None else dx + part
-                    if flow is not None:
-                        flow[at] = xp.sqrt(squares)
-                dy = dx
-            dstates = tuple(_stacked(parts) for parts in zip(*dinitial, strict=True))
-            for name, part, was_given in zip(self.cell.state_names, dstates, given, strict=True):
-                if self.trainable_h0 and not was_given:
-                    self.grads[f"{name}_0"][...] += part.sum(1)
-            if not keep:
-                levels.clear()
-            return dy, self._packed(dstates)
+            with turn:
+                keep = switch("keep", keep)
+                H, D, S = self.hidden_size, self.directions, self.cell.states
+                xp = backend.xp
+                if dy is None:
+                    dy = xp.broadcast_to(xp.zeros((), self.dtype), (T, N, D * H))
+                dy = checked(dy, self.dtype, "dy", (T, N, D * H), "(T, N, D*H)")
+                dfinal = self.check_backward(dstate, flow, T, N)
+                turn.gone = not keep
+                dinitial: list[tuple[Array, ...]] = [()] * (self.num_layers * D)
+                for layer in reversed(range(self.num_layers)):
+                    backwards, masked = levels[layer]
+                    if masked is not None:
+                        dy = masked(dy)
+                    dx = None
+                    for direction in range(D):
+                        at = layer * D + direction
+                        squares = xp.zeros((S, T)) if flow is not None else None
+                        part, dinitial[at] = backwards[direction](
+                            dy[..., direction * H : (direction + 1) * H],
+                            None if dfinal is None else tuple(state[at] for state in dfinal),
+                            self.weights(self.grads, layer, direction),
+                            Backward(self.clip_in_time, squares, keep),
+                        )
+                        dx = part if dx is None else dx + part
+                        if flow is not None:
+                            flow[at] = xp.sqrt(squares)
+                    dy = dx
+                dstates = tuple(_stacked(parts) for parts in zip(*dinitial, strict=True))
+                for name, part, was_given in zip(self.cell.state_names, dstates, given, strict=True):
+                    if self.trainable_h0 and not was_given:
+                        self.grads[f"{name}_0"][...] += part.sum(1, dtype="float64").astype(self.dtype)
+                if not keep:
+                    levels.clear()
+                return dy, self._packed(dstates)
 
         return backward
 
@@ -322,7 +325,9 @@ class LSTM(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, forget_bias: float = 1.0, **options: Any
     ):
-        forget_bias = number("forget_bias", forget_bias)
+        forget_bias = fitting(
+            "forget_bias", number("forget_bias", forget_bias), supported(options.get("dtype", "float32"))
+        )
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
         self._add_to_gate(1, forget_bias)
 
@@ -337,7 +342,9 @@ class GRU(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, *, update_bias: float = 0.0, **options: Any
     ):
-        update_bias = number("update_bias", update_bias)
+        update_bias = fitting(
+            "update_bias", number("update_bias", update_bias), supported(options.get("dtype", "float32"))
+        )
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
         self._add_to_gate(1, update_bias)
 

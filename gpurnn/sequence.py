@@ -35,19 +35,25 @@ class Lengths(NamedTuple):
     empty: Array
 
 
-def prepare_lengths(lengths: Any, T: int, N: int) -> Lengths | None:
-    """None where every row is full.  Raises ValueError unless `lengths` is N whole numbers in 0..T."""
-    if lengths is None:
-        return None
+def checked_lengths(lengths: Any, T: int, N: int) -> np.ndarray:
+    """`lengths` on the host, (N,) int64.  Raises ValueError unless they are N whole numbers in 0..T."""
     given = backend.to_numpy(backend.asarray(lengths, None, "lengths"))
     if given.shape != (N,) or (N and given.dtype.kind not in "iu"):  # an empty list has no whole numbers in it
         raise ValueError(f"lengths: expected {N} whole numbers, got {given.dtype} of shape {given.shape}")
     if N and (given.min() < 0 or given.max() > T):
         raise ValueError(f"lengths: expected values from 0 to T = {T}, got {given.min()} to {given.max()}")
+    return given.astype(np.int64)
+
+
+def prepare_lengths(lengths: Any, T: int, N: int) -> Lengths | None:
+    """None where every row is full.  Raises ValueError unless `lengths` is N whole numbers in 0..T."""
+    if lengths is None:
+        return None
+    given = checked_lengths(lengths, T, N)
     if N == 0 or given.min() == T:
         return None
     steps = np.arange(T)
-    order = np.argsort(-given.astype(np.int64), kind="stable")
+    order = np.argsort(-given, kind="stable")
     rows = (given[None, :] > steps[:, None]).sum(1)
     xp = backend.xp
     padding = xp.asarray(steps[:, None] >= given[None, :])[..., None]

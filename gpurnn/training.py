@@ -218,6 +218,7 @@ class Training:
             raise ValueError(
                 f"dropout: expected the calls of {', '.join(self._masks)}, numbers from 0, got {calls!r:.60}"
             )
+        self._check_position(saved, step)
         self.model.load_state_dict(saved.tensors)
         self.optimizer.load_state_dict(saved.optimizer)
         self.bptt.load_state_dict(saved.state)
@@ -226,6 +227,33 @@ class Training:
         self.steps_done, self.seconds = step, float(seconds)
         faults.restart(step)
         return environment.differences(recorded)
+
+    def _check_position(self, saved: Checkpoint, step: int) -> None:
+        """Raises ValueError where the parts of a checkpoint are not of one moment: what a run carries follows from its step."""
+        window = checkpoint.entry(checkpoint.entry(saved.meta, "data", dict), "window", int)
+        updates = saved.optimizer.get("step", np.array(-1))
+        if window != step or updates.shape != () or int(updates) != step:
+            raise ValueError(f"step: expected one number in all parts, got {step}, window {window}, update {updates}")
+        windows, (k1, k2) = step and (step - 1) % len(self.windows) + 1, (self.bptt.k1, self.bptt.k2)
+        steps = min(k2, windows * k1)
+        names = {"begin": windows * k1 > k2, "carried": windows * k1 + k1 > k2 and windows, "stretch": windows}
+        expected = {name for name, there in names.items() if there}
+        came = {name.rstrip("0123456789") for name in saved.state}
+        if came != expected:
+            raise ValueError(
+                f"state: expected {', '.join(sorted(expected)) or 'none'} at step {step}, "
+                f"got {', '.join(sorted(saved.state)) or 'none'}"
+            )
+        stretch = saved.state.get("stretch")
+        if stretch is None:
+            return
+        if stretch.shape != (steps, self.config.batch) or stretch.dtype.kind not in "iu":
+            raise ValueError(
+                f"stretch: expected whole numbers (steps, batch) = {(steps, self.config.batch)}, "
+                f"got {stretch.dtype} {stretch.shape}"
+            )
+        if stretch.min() < 0 or stretch.max() >= len(self.corpus.alphabet):
+            raise ValueError(f"stretch: expected symbols of the alphabet, got {stretch.min()} to {stretch.max()}")
 
 
 def train(training: Training, run: Path, *, stop: Callable[[], bool], report: Callable[[dict[str, Any]], None]) -> None:

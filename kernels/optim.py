@@ -16,6 +16,7 @@ from .vectors import WIDTH, accesses, division, finite, least
 
 i64 = types.int64
 THREADS = 256
+LARGEST = {"float32": 2.0**63, "float64": 2.0**511}  # of a gradient, so that its square is finite
 
 
 def sgd(_, *, dtype, momentum, nesterov):
@@ -37,12 +38,13 @@ def rmsprop(_, *, dtype, centered, momentum):
     """moments: square_avg, grad_avg if centered, momentum_buffer if momentum.  a: alpha.  b: momentum."""
     real = getattr(types, dtype)
     root, ratio = division(dtype)
+    LIMIT = LARGEST[dtype]
     LAST = int(centered) + int(momentum)
 
     @cuda.jit(device=True)
     def rule(param, grad, moments, scalars, numbers):
         a, b, rest_a, _, decay = numbers
-        grad += decay * param
+        grad = max(min(grad + decay * param, real(LIMIT)), real(-LIMIT))
         moments[0] = moments[0] * a + rest_a * (grad * grad)
         spread = moments[0]
         if centered:
@@ -59,7 +61,9 @@ def rmsprop(_, *, dtype, centered, momentum):
 
 def adam(_, *, dtype, decoupled):
     """moments: exp_avg, exp_avg_sq.  a, b: betas.  decoupled: AdamW's decay of the parameter."""
+    real = getattr(types, dtype)
     root, ratio = division(dtype)
+    LIMIT = LARGEST[dtype]
 
     @cuda.jit(device=True)
     def rule(param, grad, moments, scalars, numbers):
@@ -68,6 +72,7 @@ def adam(_, *, dtype, decoupled):
             param *= scalars[2]
         else:
             grad += decay * param
+        grad = max(min(grad, real(LIMIT)), real(-LIMIT))
         moments[0] += rest_a * (grad - moments[0])
         moments[1] = moments[1] * b + rest_b * (grad * grad)
         return param - scalars[0] * ratio(moments[0], root(moments[1]) + scalars[1])

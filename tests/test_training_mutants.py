@@ -263,7 +263,7 @@ MUTANTS = {
     "update: a vector's values over each other": ("sgd", "optim", Wrong, ("value = rule(param[i], grad[i]", "value = rule(param[i], grad[0]")),
     "sgd: plain momentum for Nesterov's": ("sgd", "optim", Wrong, ("moments[0] * a + grad if nesterov else", "moments[0] if nesterov else")),
     "rmsprop: not centered": ("rmsprop", "optim", Wrong, ("spread - moments[1] * moments[1]", "spread")),
-    "adam: decayed as AdamW": ("adam", "optim", Wrong, ("            grad += decay * param\n        moments[0] += rest_a", "            param *= scalars[2]\n        moments[0] += rest_a")),
+    "adam: decayed as AdamW": ("adam", "optim", Wrong, ("            grad += decay * param\n        grad =", "            param *= scalars[2]\n        grad =")),
     "adam: 1 - b of a rounded b": ("adamw", "optim", Wrong, ("rest_b * (grad * grad)", "(types.float32(1) - b) * (grad * grad)")),
     "begin_update: no correction": ("adam", "faults", Wrong, ("lr[0] * root / (1 - power1)", "lr[0] * root")),
     "begin_update: a step too early": ("adam", "faults", Wrong, ("t = steps[0] + 1", "t = steps[0]")),

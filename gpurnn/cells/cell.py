@@ -1,6 +1,7 @@
 """The cell contract: a recurrent cell is a few elementwise lines, forward and backward, for one unit at one time step."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,9 +10,11 @@ from typing import Any
 from gpurnn.cells.trace import Graph, Symbol
 
 STATE_NAMES = ("h", "c")
+MATRICES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+MOST = 64  # gates, states or parameters: far more than any cell has, and few enough to be compiled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """A recurrent cell.  The engine multiplies matrices, adds biases and walks through time; the cell does the rest.
 
@@ -24,12 +27,15 @@ class Cell:
     backward  (dnext, saved, state, next_state, params) -> dx, dr, dstate, dparams.  dnext[s] is dL/dnext_state[s], dx
               and dr are the gradients of x and r, `dstate` that of `state` by the direct path only (the path through
               weight_hh is the engine's), dparams that of the per-unit parameters.
-    params    names of per-unit parameters of shape (H,): peephole weights, IndRNN's recurrent vector.
+    params    names of per-unit parameters of shape (H,): peephole weights, IndRNN's recurrent vector.  Names that a layer
+              has of its own are refused: weight_ih, weight_hh, bias_ih, bias_hh, and h_0, c_0, ... for each state.
 
     Both functions are elementwise: tuples in and out, numbers, + - * /, comparisons, and `tanh sigmoid exp log sqrt abs
     maximum minimum where relu` of gpurnn (NumPy's own do as well).  They run on NumPy or CuPy arrays as they stand; the
     compiled executors trace them once.  The cell is traced when it is made, so a mistake in its shape shows at once:
     TypeError where it does something that is not elementwise, ValueError where it returns the wrong number of values.
+    What the functions read at that moment, globals and closures, is part of the cell for good: a later change does not
+    reach it on any executor, a new cell sees it.  Cells are equal where their mathematics is, whatever they are called.
     """
 
     name: str
@@ -38,13 +44,15 @@ class Cell:
     forward: Callable
     backward: Callable
     params: tuple[str, ...] = ()
-    trace: "Trace" = field(init=False, repr=False, compare=False)
+    trace: "Trace" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for what, given in (("gates", self.gates), ("states", self.states)):
-            if not isinstance(given, int) or given < 1:
-                raise ValueError(f"cell {self.name}: expected {what} to be a whole number from 1, got {given!r}")
-        object.__setattr__(self, "params", tuple(self.params))
+            if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST:
+                raise ValueError(
+                    f"cell {self.name}: expected {what} to be a whole number from 1 to {MOST}, got {given!r}"
+                )
+        object.__setattr__(self, "params", self._checked_params())
         object.__setattr__(self, "trace", Trace(self))
 
     def __reduce__(self) -> Any:
@@ -54,6 +62,38 @@ class Cell:
         if CELLS.get(self.name) is self:
             return _shipped, (self.name,)
         return Cell, (self.name, self.gates, self.states, self.forward, self.backward, self.params)
+
+    def _checked_params(self) -> tuple[str, ...]:
+        given: Any = self.params
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ValueError(f"cell {self.name}: expected params to be a tuple of names, got {given!r}")
+        names = tuple(given)
+        taken = {*MATRICES, *(f"{name}_0" for name in self.state_names)}
+        for place, name in enumerate(names):
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"cell {self.name}: expected names in params, such as 'leak', got {name!r}")
+            if name in taken or name in names[:place]:
+                whose = "belongs to every layer" if name in taken else "came before"
+                raise ValueError(f"cell {self.name}: expected other names in params, {name!r} {whose}")
+        if len(names) > MOST:
+            raise ValueError(f"cell {self.name}: expected at most {MOST} params, got {len(names)}")
+        return names
+
+    def __eq__(self, other: object) -> bool:
+        return self.trace == other.trace if isinstance(other, Cell) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.trace)
+
+    def functions(self) -> tuple[Callable, Callable]:
+        """forward and backward for arrays: the cell's own, or its trace where what they read has changed since."""
+        if all(getattr(f, "__module__", "").startswith(__package__ + ".") for f in (self.forward, self.backward)):
+            return self.forward, self.backward  # a shipped cell's read nothing that changes
+        try:
+            as_made = Trace(self) == self.trace
+        except Exception:  # whatever a changed function may raise
+            as_made = False
+        return (self.forward, self.backward) if as_made else (self.trace.run_forward, self.trace.run_backward)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -79,6 +119,8 @@ class Trace:
     so that the recurrent product fills the first G slots and the input projection the G slots from `len(split)` on,
     each in one GEMM.  Forward overwrites the slots with what backward needs to see (`kept`), backward overwrites that
     with the gradients dr and dx, in the same places: a training step moves one buffer and not three.
+
+    Traces are equal where their texts are: caches of compiled code are keyed by them.
     """
 
     def __init__(self, cell: Cell):
@@ -122,7 +164,7 @@ class Trace:
         self.dparams = _values(cell, "backward", "dparams", dparams, len(cell.params), graph)
 
     def _lay_out(self) -> None:
-        needed = self.backward.reachable(s.index for s in (*self.dx, *self.dr, *self.dstate, *self.dparams))
+        needed = self.backward.reachable(s.index for s in self._gradients)
         reads = [self.backward.nodes[i].value for i in sorted(needed) if self.backward.nodes[i].op == "input"]
         self.kept = tuple(name[1] for name in reads if name[0] == "saved")
         gates = range(self.cell.gates)
@@ -132,6 +174,29 @@ class Trace:
         self.x_order = (*joint, *self.split)
         self.x_start = len(self.split)
         self.slots = max(len(self.split) + self.cell.gates, len(self.kept))
+
+    def __eq__(self, other: object) -> bool:
+        return self.text == other.text if isinstance(other, Trace) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def run_forward(self, x: tuple, r: tuple, state: tuple, params: tuple) -> tuple[tuple, tuple]:
+        """What the cell's forward was when it was traced, on arrays."""
+        given = {"x": x, "r": r, "state": state, "param": params}
+        values = self.forward.run([s.index for s in (*self.next_state, *self.saved)], given)
+        return tuple(values[: self.cell.states]), tuple(values[self.cell.states :])
+
+    def run_backward(self, dnext: tuple, saved: tuple, state: tuple, next_state: tuple, params: tuple) -> tuple:
+        """What the cell's backward was when it was traced, on arrays."""
+        seen = {symbol.index: value for symbol, value in zip(self.saved, saved, strict=True)}
+        given = {"dnext": dnext, "saved": seen, "state": state, "next_state": next_state, "param": params}
+        values = iter(self.backward.run([s.index for s in self._gradients], given))
+        return tuple(tuple(itertools.islice(values, len(p))) for p in (self.dx, self.dr, self.dstate, self.dparams))
+
+    @property
+    def _gradients(self) -> list[Symbol]:
+        return [*self.dx, *self.dr, *self.dstate, *self.dparams]
 
     @property
     def outputs(self) -> list[int]:
@@ -152,7 +217,8 @@ class Trace:
         """
         cell = self.cell
         forward = self.forward.text(self.outputs)
-        backward = self.backward.text([s.index for s in (*self.dx, *self.dr, *self.dstate, *self.dparams)])
+        names = {("saved", index): ("saved", k) for k, index in enumerate(self.kept)}
+        backward = self.backward.text([s.index for s in self._gradients], names)
         counts = f"gates {cell.gates} states {cell.states} params {len(cell.params)}"
         return f"{counts}\nforward\n{forward}\nbackward\n{backward}\n"
 

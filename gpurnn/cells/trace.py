@@ -7,7 +7,7 @@ expressions become one node, which is how the engine sees that two gradients are
 graph's text is also the exact key of a compile cache: it changes if, and only if, the cell's mathematics does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,8 @@ UNARY = {
 }
 OP_OF_UFUNC = {ufunc: op for op, ufunc in (BINARY | UNARY).items()}
 COMMUTATIVE = ("add", "mul")  # exactly so in floating point: a*b and b*a are one node
-COMPARISONS = ("less", "less_equal")
+COMPARISONS = {"less": np.less, "less_equal": np.less_equal}
+FUNCTIONS: dict[str, Callable] = {**BINARY, **UNARY, **COMPARISONS, "where": np.where}
 ALLOWED = "+ - * / ** 2, comparisons, tanh sigmoid exp log sqrt abs maximum minimum where relu"
 
 
@@ -91,15 +92,32 @@ class Graph:
                 stack.extend(self.nodes[index].args)
         return seen
 
-    def text(self, outputs: Sequence[int]) -> str:
-        """The expressions behind `outputs`, a line each: what a reader wants to see, and what a cache is keyed by."""
-        needed = self.reachable(outputs)
-        lines = [
-            f"%{i} = {n.op} {' '.join(f'%{a}' for a in n.args)} {n.value if n.value is not None else ''}".rstrip()
-            for i, n in enumerate(self.nodes)
-            if i in needed
-        ]
-        return "\n".join([*lines, "return " + " ".join(f"%{i}" for i in outputs)])
+    def text(self, outputs: Sequence[int], names: Mapping[tuple, tuple] | None = None) -> str:
+        """The expressions behind `outputs`, a line each: what a reader wants to see, and what a cache is keyed by.
+
+        Nodes are counted as they come, so that what is not needed has no say.  names: other names for inputs.
+        """
+        number = {index: k for k, index in enumerate(sorted(self.reachable(outputs)))}
+        lines = []
+        for index, k in number.items():
+            op, args, value = self.nodes[index]
+            value = (names or {}).get(value, value) if op == "input" else value
+            words = [f"%{k} = {op}", *(f"%{number[a]}" for a in args), *([str(value)] if value is not None else [])]
+            lines.append(" ".join(words))
+        return "\n".join([*lines, "return " + " ".join(f"%{number[i]}" for i in outputs)])
+
+    def run(self, outputs: Sequence[int], inputs: Mapping[str, Any]) -> list[Any]:
+        """The values of `outputs` for arrays: an input (kind, number) is inputs[kind][number]."""
+        values: dict[int, Any] = {}
+        for index in sorted(self.reachable(outputs)):
+            op, args, value = self.nodes[index]
+            if op == "input":
+                values[index] = inputs[value[0]][value[1]]
+            elif op == "const":
+                values[index] = value
+            else:
+                values[index] = FUNCTIONS[op](*(values[a] for a in args))
+        return [values[i] for i in outputs]
 
 
 class Symbol:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.cells import GRU_CELL, LSTM_CELL, Cell
+from gpurnn.cells import GRU_CELL, LSTM_CELL
 from gpurnn.diagnose.spectrum import steepest_slope
 from gpurnn.executors.numpy_loop import Tape
 
@@ -79,21 +79,21 @@ def _gate(values: np.ndarray) -> GateValues:
 
 def _slope(tape: Tape, step: tuple) -> np.ndarray:
     """|f'|, (N, H)."""
-    _, dr, _, _ = _elementwise(tape.cell, tape, step, 0)
+    _, dr, _, _ = _elementwise(tape, step, 0)
     return abs(backend.to_numpy(dr[0]))
 
 
 def _carried(tape: Tape, step: tuple, s: int) -> np.ndarray:
     """d(next state s)/d(state s) by the direct path, (N, H)."""
-    _, _, direct, _ = _elementwise(tape.cell, tape, step, s)
+    _, _, direct, _ = _elementwise(tape, step, s)
     shape, value = step[3][s].shape, direct[s]
     value = backend.to_numpy(value) if hasattr(value, "shape") else value  # a cell may answer with a number
     return np.broadcast_to(np.asarray(value, np.float64), shape)
 
 
-def _elementwise(cell: Cell, tape: Tape, step: tuple, s: int) -> Any:
+def _elementwise(tape: Tape, step: tuple, s: int) -> Any:
     """The cell's own backward for a gradient of 1 at every unit of state s."""
     _, _, saved, before, after = step
     xp = backend.xp
     dnext = tuple((xp.ones_like if k == s else xp.zeros_like)(part) for k, part in enumerate(after))
-    return cell.backward(dnext, saved, before, after, tape.weights.params)
+    return tape.derivative(dnext, saved, before, after, tape.weights.params)

@@ -104,7 +104,7 @@ def measured_flow(
     at = None if step is None else step_number(step, T)
     with undisturbed(model):
         out, _, backward = model(x, state, lengths=lengths)
-        dout = output_gradient(out, targets, loss)
+        dout = output_gradient(out, targets, loss, lengths)
         if at is not None:
             dout = _only(dout, at)
         shape = (layer.num_layers * layer.directions, layer.cell.states, T)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, losses
 from gpurnn.arguments import function
 from gpurnn.executors import numpy_loop
 from gpurnn.executors.numpy_loop import Tape
@@ -105,13 +105,13 @@ def raise_where_not_finite(name: str, values: np.ndarray, kind: type[Exception] 
         )
 
 
-def output_gradient(out: Array, targets: Any, loss: Loss | None) -> Array:
-    """dL/dout; without a loss, L is the sum of all outputs."""
+def output_gradient(out: Array, targets: Any, loss: Loss | None, lengths: Any = None) -> Array:
+    """dL/dout, with lengths of the valid steps alone; without a loss, L is the sum of all outputs."""
     if loss is None:
         if targets is not None:
             raise ValueError("loss: expected a function loss(out, targets) for these targets, got None")
         return backend.xp.ones_like(out)
-    _, dout = function("loss", loss)(out, targets)
+    _, dout = losses.evaluate(function("loss", loss), out, targets, lengths)
     if dout.shape != out.shape:
         raise ValueError(f"loss: expected a gradient of the shape of out, {out.shape}, got {dout.shape}")
     return dout

@@ -106,7 +106,7 @@ def backward(
         for own, value in zip(passed, dstate, strict=True):
             own[...] = value
     plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
-    dparams = np.zeros((len(plan.shares), len(cell.params), H), dtype)
+    dparams = np.zeros((len(plan.shares), len(cell.params), H))
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
     sums = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
     clamp_at = clamp(dtype).address if options.clip is not None else 0
@@ -147,7 +147,7 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
     cell, trace, (T, N, I) = tape.cell, tape.cell.trace, tape.x.shape
     H, dtype, split = tape.h.shape[2], tape.x.dtype, len(trace.split)
     h_before = tape.h[1:] if tape.reverse else tape.h[:T]
-    sums = np.zeros((split + cell.gates) * H, dtype)
+    sums = np.zeros((split + cell.gates) * H)
     work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
     combine_few = combine(dtype).address if few_are_summed(T * N) else 0
     given = slots, orders(cell), h_before, tape.x, sums, grads.weight_hh, grads.weight_ih
@@ -156,6 +156,7 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
         (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given)),
         [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
     )
+    sums = sums.astype(dtype)
     if grads.bias_hh is not None and grads.bias_ih is not None:
         add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
         add_ordered(grads.bias_ih, sums[split * H :], trace.x_order, H)

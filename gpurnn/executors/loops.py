@@ -133,7 +133,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     limit               a float64
 
     In a part's share follow the columns [column, end_column) of dx; where there is room for those columns of W_ih, and for
-    those of W_hh; dparams (P, H), which is added to, and flow (states, T) in float64.
+    those of W_hh; dparams (P, H), which is added to, and flow (states, T), both in float64.
     """
     pack, give_back, meet, size = make_pack_rows(dtype), make_give_back(dtype), make_meet(), dtype.itemsize
     read, read_share = words(36), words(12)
@@ -174,7 +174,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                 call(
                     cell_rows, m, next_row, dy_row, units, at + aside, h + before * h_step + row, h + after * h_step + row,
                     rest + before * rest_step + row, rest + after * rest_step + row, dy_t, dstate + row, params + aside,
-                    dparams + aside, stride, rest_stride, h_step,
+                    dparams + unit * 8, stride, rest_stride, h_step,
                 )  # fmt: skip
                 if units < H:
                     met += parties

@@ -3,6 +3,7 @@
 It shares no layout, no graph and no compiled code with the other executors: what they compute is what stands here.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gpurnn import backend
@@ -52,6 +53,7 @@ class Tape(NamedTuple):
     weights: Weights
     reverse: bool
     steps: list[tuple]  # (t, m, saved, state, next_state) of the m rows that live at t
+    derivative: Callable  # the cell's backward
 
 
 def forward(
@@ -82,6 +84,7 @@ def forward(
     if T:
         h[T if reverse else 0] = state[0]  # overwritten where a row begins later; y never shows it
     current = tuple(part.copy() for part in state)
+    equations, derivative = cell.functions()
     steps: list[tuple] = []
     for t in range(T - 1, -1, -1) if reverse else range(T):
         m = int(rows[t])
@@ -91,13 +94,13 @@ def forward(
             gates_r = gates_r + weights.bias_hh
         split_x = tuple(gates_x[t, :m, g * H : (g + 1) * H] for g in range(cell.gates))
         split_r = tuple(gates_r[:, g * H : (g + 1) * H] for g in range(cell.gates))
-        after, saved = cell.forward(split_x, split_r, before, weights.params)
+        after, saved = equations(split_x, split_r, before, weights.params)
         for part, value in zip(current, after, strict=True):
             part[:m] = value
         h[t if reverse else t + 1, :m] = after[0]
         if training:
             steps.append((t, m, saved, before, tuple(part[:m].copy() for part in current)))
-    tape = Tape(cell, x, weights, reverse, steps) if training else None
+    tape = Tape(cell, x, weights, reverse, steps, derivative) if training else None
     return States(h, current), tape
 
 
@@ -110,8 +113,12 @@ def backward(
     """
     xp = backend.xp
     cell, x, weights = tape.cell, tape.x, tape.weights
+    tape = tape._replace(derivative=cell.functions()[1])  # what it reads may have changed since forward
     T, N, I = x.shape
     H = weights.weight_hh.shape[1]
+    totals = [(grad, xp.zeros(grad.shape)) for grad in (grads.weight_hh, *grads.params)]  # long sums are in float64
+    (_, dweight_hh), *dparams_totals = totals
+    dbias_hh = xp.zeros(cell.gates * H)
     dgates_x = xp.zeros((T, N, cell.gates * H), x.dtype)
     if dstate is None:
         passed = tuple(xp.zeros((N, H), x.dtype) for _ in range(cell.states))
@@ -125,15 +132,17 @@ def backward(
         dgates_x[t, :m], dgates_r, before_this, dparams = step_backward(tape, (t, m, saved, before, after), dnext)
         for part, gradient in zip(passed, before_this, strict=True):
             part[:m] = gradient if options.clip is None else xp.clip(gradient, -options.clip, options.clip)
-        grads.weight_hh[...] += dgates_r.T @ before[0]
-        if grads.bias_hh is not None:
-            grads.bias_hh[...] += dgates_r.sum(0)
-        for total, value in zip(grads.params, dparams, strict=True):
-            total[...] += value.sum(0)
+        dweight_hh += dgates_r.T @ before[0]
+        dbias_hh += dgates_r.sum(0, dtype="float64")
+        for (_, total), value in zip(dparams_totals, dparams, strict=True):
+            total += value.sum(0, dtype="float64")
+    for grad, total in totals:
+        grad[...] += total.astype(grad.dtype)
     flat = dgates_x.reshape(T * N, cell.gates * H)
     grads.weight_ih[...] += flat.T @ x.reshape(T * N, I)
-    if grads.bias_ih is not None:
-        grads.bias_ih[...] += flat.sum(0)
+    if grads.bias_ih is not None and grads.bias_hh is not None:
+        grads.bias_hh[...] += dbias_hh.astype(x.dtype)
+        grads.bias_ih[...] += flat.sum(0, dtype="float64").astype(x.dtype)
     return dgates_x @ weights.weight_ih, passed
 
 
@@ -150,7 +159,7 @@ def step_backward(
     cell, weight_hh = tape.cell, tape.weights.weight_hh
     _, _, saved, before, after = step
     H, shape = weight_hh.shape[1], dnext[0].shape
-    dx, dr, direct, dparams = cell.backward(dnext, saved, before, after, tape.weights.params)
+    dx, dr, direct, dparams = tape.derivative(dnext, saved, before, after, tape.weights.params)
     dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), weight_hh.dtype) for _ in range(2))
     for g in range(cell.gates):
         dgates_x[..., g * H : (g + 1) * H] = dx[g]

@@ -12,11 +12,12 @@ from gpurnn.executors.cache import Compiled, call
 from gpurnn.executors.gemm import make_gemm
 from gpurnn.executors.instructions import instruction, least, word, words
 from gpurnn.executors.packing import make_pack_rows, make_transpose, packed_size
-from gpurnn.executors.simd import host, vector_loop
+from gpurnn.executors.simd import add_wide, host, vector_loop
 
 ROWS, COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
 FEW_ROWS = 8  # a sum of so few takes as long as its gradients' memory, and goes along that
 FEW_COLUMNS = 16  # of a block then
+SIDE_BY_SIDE = 4  # rows that are added up in their own type; their sums are, in float64
 
 
 def few_are_summed(K: int) -> bool:
@@ -30,18 +31,21 @@ def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
     return COLUMNS * ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
 
 
-def _add_row(dtype: np.dtype):
-    """target += source, n elements."""
+def _make_add_rows(dtype: np.dtype, count: int):
+    """target += the sum of `count` rows, `stride` bytes apart from source on: n elements, in float64 at the target."""
 
     @instruction
-    def add_row(builder, n, source, target):
+    def add_rows(builder, n, source, stride, target):
         def body(emit, offset, mask):
-            at = builder.add(target, offset)
-            emit.store(emit.add(emit.load(at, mask), emit.load(builder.add(source, offset), mask)), at, mask)
+            total, place = None, builder.add(source, offset)
+            for _ in range(count):
+                row = emit.load(place, mask)
+                total, place = row if total is None else emit.add(total, row), builder.add(place, stride)
+            add_wide(emit, total, target, offset, mask)
 
         vector_loop(builder, dtype, n, body)
 
-    return add_row
+    return add_rows
 
 
 @functools.cache
@@ -70,12 +74,18 @@ def reduction(dtype: np.dtype) -> Compiled:
     slots   (K, S*H)       gradients: of r in the first G slots, of x in G slots from `split` on
     orders  (2, G)         whose gate they are, those of r and those of x
     h (K, H), x (K, I)     what the weights were multiplied by
-    sums    ((split+G)*H,) the column sums, gradients of the biases, are added to it
+    sums    ((split+G)*H,) float64: the column sums, gradients of the biases, are added to it
     weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
 
     A part's share: first, last, and the address of `work`, room of `reduction_size`.
     """
-    add, transpose, pack, add_row = _make_add(dtype), make_transpose(dtype), make_pack_rows(dtype), _add_row(dtype)
+    add, transpose, pack, add_row = (
+        _make_add(dtype),
+        make_transpose(dtype),
+        make_pack_rows(dtype),
+        _make_add_rows(dtype, 1),
+    )
+    add_rows = _make_add_rows(dtype, SIDE_BY_SIDE)
     size, width, read, read_share = dtype.itemsize, host().width(dtype), words(18), words(3)
 
     def reduce(values, part):
@@ -100,8 +110,11 @@ def reduction(dtype: np.dtype) -> Compiled:
                 unit = column - slot * H
                 count = least(most, least(last - column, H - unit))
                 d = slots + begin * stride + column * size
-                for row in range(k):
-                    add_row(count, d + row * stride, sums + column * size)
+                grouped = k // SIDE_BY_SIDE * SIDE_BY_SIDE
+                for row in range(0, grouped, SIDE_BY_SIDE):
+                    add_rows(count, d + row * stride, stride, sums + column * 8)
+                for row in range(grouped, k):
+                    add_row(count, d + row * stride, stride, sums + column * 8)
                 transpose(d, stride, k, count, work, d_stride)
                 if slot < gates:
                     to = weight_hh + (word(orders + slot * 8) * H + unit) * H * size

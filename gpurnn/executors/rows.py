@@ -13,7 +13,7 @@ from gpurnn.cells import Cell
 from gpurnn.executors import cache
 from gpurnn.executors.cache import Compiled
 from gpurnn.executors.instructions import instruction
-from gpurnn.executors.simd import I32, I64, Emitter, evaluate, host, vector_loop
+from gpurnn.executors.simd import I32, I64, Emitter, add_wide, evaluate, host, vector_loop
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     """backward_rows(m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride,
     rest_stride, dstate_stride): the same, backward: dL/dnext_state -> in the slots dr and dx; dstate becomes its direct part.
 
-    Assigns slots and dstate; adds to dparams.  dy is `dy_row` bytes apart from row to row.
+    Assigns slots and dstate; adds to dparams, in float64.  dy is `dy_row` bytes apart from row to row.
     """
     trace = cell.trace
     graph = trace.backward
@@ -87,6 +87,8 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     def row(b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride):
         def at(base, number, step):
             return b.add(base, b.mul(step, I64(number)))
+
+        wide_stride = b.mul(stride, I64(8 // dtype.itemsize))
 
         def body(emit: Emitter, offset, mask):
             def load(base, number=0, step=stride):
@@ -114,8 +116,7 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
             for s in range(cell.states):
                 emit.store(next(values), b.add(at(dstate, s, dstate_stride), offset), mask)
             for p in range(len(cell.params)):
-                address = b.add(at(dparams, p, stride), offset)
-                emit.store(emit.add(emit.load(address, mask), next(values)), address, mask)
+                add_wide(emit, next(values), at(dparams, p, wide_stride), offset, mask)
 
         vector_loop(b, dtype, n, body)
 

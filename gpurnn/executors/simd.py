@@ -289,6 +289,14 @@ def evaluate(
     return [values[o] for o in outputs]
 
 
+def add_wide(emit: Emitter, value: ir.Value, target: ir.Value, offset: ir.Value, mask: ir.Value | None) -> None:
+    """Adds a vector to the float64 at `target`: `offset` says where, in bytes of the vector's own type."""
+    b, wide = emit.builder, Emitter(emit.builder, np.dtype(np.float64), emit.width)
+    place = b.add(target, b.mul(offset, I64(8 // emit.dtype.itemsize)))
+    value = b.fpext(value, wide.type) if emit.dtype.itemsize == 4 else value
+    wide.store(wide.add(wide.load(place, mask), value), place, mask)
+
+
 def vector_loop(builder: ir.IRBuilder, dtype: np.dtype, count: ir.Value, body: Callable) -> None:
     """`body(emit, offset, mask)` for every vector of `count` elements: offset in bytes, mask None except in the tail."""
     width = host().width(dtype)

@@ -10,9 +10,11 @@ import numpy as np
 
 from gpurnn import backend, clipping, losses, optim
 from gpurnn.arguments import whole
-from gpurnn.bptt import Loss, full_bptt
+from gpurnn.bptt import full_bptt
 from gpurnn.layers import Linear, SequenceModel
+from gpurnn.losses import Loss
 from gpurnn.recurrent import Recurrent
+from gpurnn.sequence import checked_lengths
 
 Array = Any
 Draw = Callable[[np.random.Generator, int], tuple[Array, Array]]
@@ -59,12 +61,15 @@ def echo(rng: np.random.Generator, T: int, N: int, lag: int, dtype: Any = "float
 
 
 def at_the_end(loss: Loss) -> Loss:
-    """`loss` of the last steps alone, as many as there are targets."""
+    """`loss` of the last steps alone, as many as there are targets; with lengths, of those of them that are valid."""
 
-    def of_the_last(out: Array, targets: Array) -> tuple[Any, Array]:
-        value, dlast = loss(out[len(out) - len(targets) :], targets)
+    def of_the_last(out: Array, targets: Array, lengths: Any = None) -> tuple[Any, Array]:
+        begin = len(out) - len(targets)
+        if lengths is not None:
+            lengths = np.maximum(checked_lengths(lengths, *out.shape[:2]) - begin, 0)
+        value, dlast = losses.evaluate(loss, out[begin:], targets, lengths)
         dout = backend.xp.zeros_like(out)
-        dout[len(out) - len(targets) :] = dlast
+        dout[begin:] = dlast
         return value, dout
 
     return of_the_last
