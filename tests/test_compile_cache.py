@@ -49,7 +49,7 @@ ENTRIES = [
     "meet",
     "pack_gates",
 ]
-ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
+ENTRIES += ["pack_rows", "pause", "project", "reduce", "share", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 

@@ -20,6 +20,7 @@ from gpurnn.executors.barrier import CACHE_LINE, make_pause, seen, show, swapped
 from gpurnn.executors.cache import Compiled, call
 from gpurnn.executors.instructions import put, word
 from gpurnn.executors.simd import address, host
+from gpurnn.executors.subnormals import flush, restore
 
 ASLEEP, IDLE, HIRED, CALLED, JOB = range(5)  # CALLED: hired in its sleep, and to be woken
 LINGER = 20_000  # turns: half a millisecond
@@ -99,7 +100,7 @@ def _serve():
     pause = make_pause()
 
     def serve(worker):
-        turn = 1
+        before, turn = flush(), 1
         while True:
             state = seen(worker)
             if state == JOB:
@@ -107,10 +108,11 @@ def _serve():
                 show(worker, IDLE)
                 turn = 1
             elif state == ASLEEP or (turn > LINGER and state == IDLE and swapped(worker, IDLE, ASLEEP)):
-                return
+                break
             else:
                 pause(turn)
                 turn += 1
+        restore(before)
 
     return cache.external(serve, host()).python
 
@@ -142,7 +144,9 @@ def _share():
             put(worker + 16, values)
             put(worker + 24, number + 1)
             show(worker, JOB)
+        before = flush()
         call(function, values, 0)
+        restore(before)
         for number in range(count):
             worker, turn = word(workers + number * 8), 1
             while seen(worker) == JOB:
@@ -161,7 +165,7 @@ def run(function: Compiled, numbers: Sequence[int], shares: Sequence[Sequence[in
     own = len(numbers) * 8 + 32, *numbers, *itertools.chain(*shares)
     form = f"{3 + len(own)}q"
     if len(shares) == 1:
-        function.python(struct.pack(form, 1, 0, 0, *own), 0)
+        _share()(function.address, struct.pack(form, 1, 0, 0, *own), 0, 0)
         return
     workers = _office.take(len(shares) - 1)
     try:
