@@ -9,6 +9,7 @@ Processes may share the folder; a damaged entry is compiled again.
 import ctypes
 import functools
 import hashlib
+import os
 import pickle
 import platform
 import sys
@@ -23,6 +24,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
@@ -52,6 +54,11 @@ def external(function: Callable, *key: Any) -> Compiled:
 
     Linked into its callers it would be optimised again in each, and compiled anew for each combination of constants passed.
     """
+    with global_compiler_lock:
+        return _external(function, key)
+
+
+def _external(function: Callable, key: tuple) -> Compiled:
     _name_apart(function, key)
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
     dispatcher: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_rewrites=True)(function)
@@ -67,6 +74,14 @@ def external(function: Callable, *key: Any) -> Compiled:
     symbol = f"gpurnn_{function.__qualname__}"
     binding.add_symbol(symbol, address)
     return Compiled(symbol, address, len(signature.args))
+
+
+if hasattr(os, "register_at_fork"):  # a child that is born while another thread compiles would wait for it for ever
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 @intrinsic
