@@ -9,7 +9,6 @@ Processes may share the folder; a damaged entry is compiled again.
 import ctypes
 import functools
 import hashlib
-import os
 import pickle
 import platform
 import sys
@@ -24,11 +23,11 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
-from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 from gpurnn._version import __version__
+from gpurnn.executors import threads
 from gpurnn.folders import code_folder
 from gpurnn.kernels import entries
 
@@ -54,7 +53,7 @@ def external(function: Callable, *key: Any) -> Compiled:
 
     Linked into its callers it would be optimised again in each, and compiled anew for each combination of constants passed.
     """
-    with global_compiler_lock:
+    with threads.building:
         return _external(function, key)
 
 
@@ -74,14 +73,6 @@ def _external(function: Callable, key: tuple) -> Compiled:
     symbol = f"gpurnn_{function.__qualname__}"
     binding.add_symbol(symbol, address)
     return Compiled(symbol, address, len(signature.args))
-
-
-if hasattr(os, "register_at_fork"):  # a child that is born while another thread compiles would wait for it for ever
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
 
 
 @intrinsic

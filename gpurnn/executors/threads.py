@@ -105,13 +105,32 @@ class _OneBlasThread:
 one_blas_thread = _OneBlasThread()
 
 
+building = threading.RLock()  # held by who imports an executor or compiles
+_held: list[Any] = []  # by a fork
+
+
+def _before_fork() -> None:
+    """A child that is born while another thread compiles, or imports the compiler, would wait for that thread for ever."""
+    numba = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
+    for lock in (building, numba):
+        if lock is not None:
+            lock.acquire()
+            _held.append(lock)
+
+
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads."""
+    while _held:
+        _held.pop().release()
+
+
+def _in_child() -> None:
+    """It has none of its parent's threads."""
+    _after_fork()
     one_blas_thread.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 @functools.cache
@@ -176,4 +195,6 @@ def clear(buffer: Any) -> None:
     if backend.name == "cuda" or buffer.nbytes < PARALLEL_BYTES:
         buffer[...] = 0
     else:
-        importlib.import_module("gpurnn.executors.clear").clear(buffer)
+        with building:
+            clear = importlib.import_module("gpurnn.executors.clear").clear
+        clear(buffer)
