@@ -214,7 +214,9 @@ def test_work_after_the_main_scripts_end(beginning):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "delay", [0.0, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))]
+)
 def test_a_fork_while_another_thread_compiles_or_imports(delay):
     code = f"""
         import faulthandler, os, threading, time, warnings

@@ -136,11 +136,12 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _controller() -> Any:
     """What sets BLAS's threads; None where threadpoolctl is not installed."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ModuleNotFoundError:
-        return None
-    return ThreadpoolController()
+    with building:
+        try:
+            from threadpoolctl import ThreadpoolController
+        except ModuleNotFoundError:
+            return None
+        return ThreadpoolController()
 
 
 def _limited() -> Any:
