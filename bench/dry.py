@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from gpurnn import backend, cublas, faults
-from gpurnn.executors import cache, device, tuning
+from gpurnn.executors import device, tuning
+from gpurnn.folders import code_folder
 from gpurnn.kernels import build
 from gpurnn.kernels.plan import Chip
 
@@ -61,7 +62,7 @@ class Dry:
 
 def folder() -> Path:
     """Of the cache.  Raises ValueError where none can be written."""
-    place = cache.folder()
+    place = code_folder()
     if place is None:
         raise ValueError("no folder for kernels can be written: set GPURNN_CACHE_DIR to one that can")
     return place

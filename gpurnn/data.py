@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gpurnn import folders
 from gpurnn.checkpoint import named
 from gpurnn.text import (
     Alphabet,
@@ -250,19 +250,9 @@ def _tokens(survey: _Survey, alphabet: Alphabet, encoding: str | None, cache_dir
 
 
 def _cache_folder() -> Path | None:
-    """`gpurnn` in the user's cache directory; None where there is none that can be written."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", ""))
-    elif sys.platform == "darwin":
-        base = Path("~/Library/Caches").expanduser()
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = base / "gpurnn"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if base.is_absolute() and os.access(folder, os.W_OK) else None
+    """`gpurnn` in the user's cache folder; None where there is none that can be written."""
+    place = folders.user_folder()
+    return None if place is None or folders.make(place) else place
 
 
 def _write(file: BinaryIO, blocks: Iterator[np.ndarray]) -> None:

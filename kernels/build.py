@@ -2,8 +2,7 @@
 
 Neither a GPU nor a driver is needed: NVVM and nvJitLink are libraries.  A kernel's key is everything that decides its
 code: the factory that writes it and its constants, the cell's traced mathematics, these sources, the tools' versions and
-the architecture.  Entries are written under a temporary name and renamed, so processes may share the folder; they hold a
-digest, and a damaged one is built again.
+the architecture.  Processes may share the folder; a damaged entry is built again.
 """
 
 import contextlib
@@ -20,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import entries
+
 TOOLS = (
     "numba-cuda",
     "llvmlite",
@@ -31,7 +32,6 @@ TOOLS = (
     "nvidia-nvjitlink-cu12",
     "cuda-core",
 )
-DIGEST = 32  # bytes
 PATIENCE = 60.0  # s, with a process that builds the same kernel
 
 # What kernels are written in that came with PTX 8.6 and sm_90, and what stands for it where either is missing: the
@@ -230,10 +230,8 @@ def _key(recipe: Recipe, capability: Sequence[int]) -> str:
 
 @functools.cache
 def environment() -> str:
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(path.read_bytes())
-    return f"{sources.hexdigest()} {[(tool, _version(tool)) for tool in TOOLS]}"
+    sources = entries.sources(__package__, _version("gpurnn"))
+    return f"{sources} {[(tool, _version(tool)) for tool in TOOLS]}"
 
 
 def _version(distribution: str) -> str:
@@ -252,7 +250,7 @@ def _in_turn(path: Path) -> Iterator[None]:
     try:
         import fcntl
 
-        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     except (ImportError, OSError):
         yield
         return
@@ -276,22 +274,12 @@ def _in_turn(path: Path) -> Iterator[None]:
 def _write(path: Path, kernel: Kernel) -> None:
     about = json.dumps(kernel._replace(cubin=b"")._asdict() | {"cubin": len(kernel.cubin)}).encode()
     payload = about + b"\n" + kernel.cubin
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
-        os.replace(temporary, path)
-    except OSError:  # a full or read-only disk costs the next process a compilation, nothing else
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    entries.write(path, payload)
 
 
 def _read(path: Path) -> Kernel | None:
-    try:
-        entry = path.read_bytes()
-    except OSError:
-        return None
-    digest, payload = entry[:DIGEST], entry[DIGEST:]
-    if hashlib.sha256(payload).digest() != digest:
+    payload = entries.read(path)
+    if payload is None:
         return None
     about, _, code = payload.partition(b"\n")
     return Kernel(**(json.loads(about) | {"cubin": code}))

@@ -17,7 +17,7 @@ def compile_cache(tmp_path_factory, worker_id):
         if "GPURNN_CACHE_DIR" not in os.environ:
             own = tmp_path_factory.getbasetemp()
             folder = (own if worker_id == "master" else own.parent) / "compiled"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             patch.setenv("GPURNN_CACHE_DIR", str(folder))
         yield
 

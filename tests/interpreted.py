@@ -22,7 +22,8 @@ import pytest
 
 import gpurnn.kernels
 from gpurnn import faults, launches
-from gpurnn.executors import cache, device
+from gpurnn.executors import device
+from gpurnn.folders import code_folder
 from gpurnn.kernels import build
 from gpurnn.kernels.launch import check
 from tests import fake_cupy
@@ -64,7 +65,7 @@ def program(recipe: build.Recipe):
 
 def _kept(recipe: build.Recipe) -> Path | None:
     """Where the recipe's PTX is or will be; None where a test has changed the kernels."""
-    factory, folder = recipe.factory, cache.folder()
+    factory, folder = recipe.factory, code_folder()
     own = AS_WRITTEN.get(factory.__module__, {}).get(factory.__name__, (None,))[0] == id(factory)
     if folder is None or not own or any(_state(name) != state for name, state in AS_WRITTEN.items()):
         return None

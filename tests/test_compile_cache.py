@@ -1,16 +1,26 @@
 """The compile cache: a second process compiles nothing, and nothing that can be wrong with the folder matters."""
 
+import importlib
 import os
+import py_compile
+import re
 import subprocess
 import sys
 import textwrap
+import zipfile
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 
-from gpurnn import backend
+from gpurnn import backend, data, folders
+from gpurnn.executors import cache
+from gpurnn.folders import code_folder
+from gpurnn.kernels import entries
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
+
+posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system keeps users' files apart by itself")
 
 ROOT = Path(__file__).parents[1]
 # Runs a tiny cell forward and backward, and prints the compilations that it took and a digest of the results.
@@ -49,24 +59,27 @@ ENTRIES = [
     "meet",
     "pack_gates",
 ]
-ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
+ENTRIES += ["pack_rows", "pause", "project", "reduce", "share", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 
-def start(folder, scale=1, **environment):
+def start(folder, scale=1, cwd=ROOT, **environment):
     """A process that runs the program with `folder` as its cache."""
     env = os.environ | {"GPURNN_CACHE_DIR": str(folder), "GPURNN_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env = {name: value for name, value in (env | environment).items() if value is not None}
     code = textwrap.dedent(PROGRAM.format(scale=scale, names=set(ENTRIES)))
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def answer(process):
+def answer(process, warned=None):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert not err
+    if warned:
+        assert err.count("Warning") == 1 and re.search(warned, err), err
+    else:
+        assert not err
     compilations, results = out.strip().split("] ")
     return compilations + "]", results
 
@@ -80,7 +93,7 @@ def filled(tmp_path_factory):
     return folder, results
 
 
-def entries(folder):
+def contents(folder):
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
@@ -92,10 +105,10 @@ def copied(folder, target):
 
 def test_a_second_process_loads_what_the_first_compiled(filled):
     folder, results = filled
-    before = entries(folder)
+    before = contents(folder)
     assert sorted(name.split("-")[0] for name in before) == ENTRIES
     assert answer(start(folder)) == (LOADED, results)
-    assert entries(folder) == before
+    assert contents(folder) == before
 
 
 def test_loading_leaves_the_compiler_behind(filled):
@@ -118,7 +131,7 @@ def test_other_mathematics_is_another_entry(filled, tmp_path):
     compilations, other = answer(start(place, scale=2))
     assert compilations == "['backward_rows', 'forward_rows']"  # through a helper function; all else serves both
     assert other != results
-    assert len(entries(place)) == len(ENTRIES) + 2
+    assert len(contents(place)) == len(ENTRIES) + 2
 
 
 def test_entries_of_several_processes_stay_apart_in_one(tmp_path):
@@ -177,7 +190,7 @@ def test_what_else_lies_in_the_folder_does_no_harm(filled, tmp_path):
     (place / f".tmp-1-{names[0]}").write_bytes(b"half an ent")
     (place / names[1]).unlink()
     (place / names[1]).mkdir()  # a folder where an entry should be: it cannot be read, nor replaced
-    compilations, same = answer(start(place))
+    compilations, same = answer(start(place), "Is a directory|Access is denied")
     assert compilations == f"['{names[1].split('-')[0]}']"
     assert same == results
     assert [path.name for path in place.iterdir() if path.name.startswith(".tmp")] == [f".tmp-1-{names[0]}"]
@@ -195,51 +208,187 @@ def test_without_a_folder_everything_works(filled, tmp_path):
     taken.write_text("")
     nowhere = {"HOME": str(taken), "XDG_CACHE_HOME": None, "GPURNN_CACHE_DIR": None}
     processes = [start(taken / "below"), start("", **nowhere)]
-    assert [answer(process) for process in processes] == [(COMPILED, filled[1])] * 2
+    assert [answer(process, "is not kept in .*Not a directory") for process in processes] == [(COMPILED, filled[1])] * 2
     assert taken.read_text() == ""
 
 
-def test_the_folder_is_found_or_done_without(monkeypatch, tmp_path):
-    from gpurnn.executors import cache
+@pytest.fixture
+def untold(monkeypatch):
+    monkeypatch.setattr(entries, "_told", set())
 
+
+def test_the_folder_is_found_or_done_without(monkeypatch, tmp_path, untold):
     monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path / "a" / "b"))
-    assert cache.folder() == tmp_path / "a" / "b"
-    assert cache.folder().stat().st_mode & 0o077 == 0  # what is in it will be executed
+    assert code_folder() == tmp_path / "a" / "b"
+    assert code_folder().stat().st_mode & 0o077 == 0  # what is in it will be executed
     monkeypatch.delenv("GPURNN_CACHE_DIR")
     if sys.platform.startswith("linux"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert cache.folder() == tmp_path / "xdg" / "gpurnn"
+        assert code_folder() == tmp_path / "xdg" / "gpurnn"
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        assert cache.folder() == tmp_path / "home" / ".cache" / "gpurnn"
-    monkeypatch.setattr(cache.os, "access", lambda *_: False)
-    assert cache.folder() is None
-    monkeypatch.undo()
-    monkeypatch.delenv("GPURNN_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        assert code_folder() == tmp_path / "home" / ".cache" / "gpurnn"
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.os, "access", lambda *_: False)
+        with pytest.warns(RuntimeWarning, match="cannot be written.*GPURNN_CACHE_DIR") as told:
+            assert code_folder() is code_folder() is None
+        assert len(told) == 1
 
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cache.Path, "home", no_home)
-    assert cache.folder() is None
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_user_without_a_home(monkeypatch, untold):
+    """In a container whose user has no entry and no HOME: code is compiled, large texts get a nameless file."""
+    for name in ("GPURNN_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(folders.Path, "home", no_home)
+    with pytest.warns(RuntimeWarning, match="there is no home folder") as told:
+        assert code_folder() is code_folder() is None
+    assert len(told) == 1
+    assert data._cache_folder() is None
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o707, 0o702])
+def test_a_folder_that_others_can_write_to_is_not_used(monkeypatch, tmp_path, untold, mode):
+    place, link = tmp_path / "folder", tmp_path / "link"
+    place.mkdir()
+    place.chmod(mode)
+    link.symlink_to(place)
+    for given in (place, link):
+        monkeypatch.setenv("GPURNN_CACHE_DIR", str(given))
+        with pytest.warns(RuntimeWarning, match=rf"others can write to it \(mode {mode:04o}\)"):
+            assert code_folder() is None
+    place.chmod(0o755)
+    assert code_folder() == link
+
+
+@posix
+def test_a_folder_of_another_users_is_not_used(monkeypatch, tmp_path, untold):
+    """But one of root's is: what root gives to be run is run anyway."""
+    monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
+    owner = tmp_path.stat().st_uid
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: owner + 1000)
+        if owner:
+            with pytest.warns(RuntimeWarning, match=f"belongs to user {owner}, and this is user {owner + 1000}"):
+                assert code_folder() is None
+        else:
+            assert code_folder() == tmp_path
+            os.chown(tmp_path, 7, 7)
+            with pytest.warns(RuntimeWarning, match="belongs to user 7, and this is user 1000"):
+                assert code_folder() is None
+
+
+@posix
+def test_an_entry_that_another_may_have_written_is_none(monkeypatch, tmp_path):
+    path = tmp_path / "entry"
+    entries.write(path, b"code")
+    assert entries.read(path) == b"code" and path.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "copy").write_bytes(path.read_bytes())
+    assert entries.read(tmp_path / "copy") is None  # it is another's, by its name
+    for mode in (0o620, 0o602, 0o666):
+        path.chmod(mode)
+        assert entries.read(path) is None
+    path.chmod(0o644)
+    assert entries.read(path) == b"code"
+    path.rename(tmp_path / "aside")
+    path.symlink_to(tmp_path / "aside")
+    assert entries.read(path) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert entries.read(path) is None  # and nobody waits for who would write into it
+    path.unlink()
+    entries.write(path, b"code")
+    if os.geteuid() == 0:
+        os.chown(path, 7, 7)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 1 << 20)
+    assert entries.read(path) is None
+
+
+def test_temporary_files_follow_no_link_and_do_not_stay(tmp_path, untold, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(60)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    for name in (f".tmp-{os.getpid()}-entry", ".tmp-word-entry"):
+        (cache / name).symlink_to(victim)
+    (cache / f".tmp-{ended.pid}-x").write_bytes(b"half an ent")
+    (cache / ".tmp-word-old").write_bytes(b"half an ent")
+    os.utime(cache / ".tmp-word-old", (0, 0))
+    entries.write(cache / "entry", b"code")
+    left = {path.name for path in cache.iterdir()}
+    assert left == {"entry", f".tmp-{os.getpid()}-entry", ".tmp-word-entry"} and victim.read_text() == "mine"
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        entries.write(cache / "other", b"code")
+    assert {path.name for path in cache.iterdir()} == left
 
 
 def test_an_edited_source_is_another_key(monkeypatch, tmp_path):
-    from gpurnn.executors import cache
+    """However the package is installed: as files, compiled, in a zip."""
+    room = tmp_path / "files" / "house"
+    room.mkdir(parents=True)
+    for name in ("__init__", "a", "b"):
+        (room / f"{name}.py").write_text(f"name = {name!r}")
+    seen = []
 
-    for room in ("executors", "cells"):
-        (tmp_path / room).mkdir()
-        for path in (ROOT / "gpurnn" / room).glob("*.py"):
-            (tmp_path / room / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "executors" / "cache.py"))
-    key = cache._environment_key.__wrapped__
-    seen = {key()}
-    for name in ("executors/simd.py", "executors/gemm.py", "cells/trace.py", "cells/cell.py"):
-        with (tmp_path / name).open("a") as file:
-            file.write("# edited\n")
-        seen.add(key())
-    assert len(seen) == 5
+    def digests(place):
+        monkeypatch.syspath_prepend(str(place))
+        importlib.invalidate_caches()
+        sys.modules.pop("house", None)
+        seen.append((entries.sources("house", "1"), entries.sources("house", "1", ["a"])))
+        sys.modules.pop("house", None)
+
+    for edited in (None, "b", "a"):
+        if edited:
+            (room / f"{edited}.py").write_text("name = None")
+        digests(tmp_path / "files")
+        compiled = tmp_path / f"compiled{edited}" / "house"
+        compiled.mkdir(parents=True)
+        for path in room.glob("*.py"):
+            py_compile.compile(str(path), str(compiled / f"{path.stem}.pyc"))
+        digests(compiled.parent)
+        with zipfile.ZipFile(tmp_path / f"{edited}.zip", "w") as archive:
+            for path in room.glob("*.py"):
+                archive.write(path, f"house/{path.name}")
+        digests(tmp_path / f"{edited}.zip")
+    whole, only = zip(*seen, strict=True)
+    for kind in range(3):
+        assert len(set(whole[kind::3])) == 3 and only[kind] == only[kind + 3] != only[kind + 6]
+
+
+def test_without_sources_the_version_is_the_key(monkeypatch):
+    assert cache._environment_key() == cache._environment_key.__wrapped__()
+    monkeypatch.setattr(SourceFileLoader, "get_data", lambda *_: (_ for _ in ()).throw(OSError))
+    without = cache._environment_key.__wrapped__()
+    monkeypatch.setattr(cache, "__version__", "another")
+    assert len({without, cache._environment_key.__wrapped__(), cache._environment_key()}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["zip", "compiled"])
+def test_installed_without_files_of_source(filled, tmp_path, form):
+    """As zipapp, PyInstaller and their like do."""
+    names = [path.relative_to(ROOT) for path in (ROOT / "gpurnn").rglob("*.py")]
+    names += [Path("gpurnn") / "kernels" / path.name for path in (ROOT / "kernels").glob("*.py")]
+    if form == "zip":
+        place = tmp_path / "gpurnn.zip"
+        with zipfile.ZipFile(place, "w") as archive:
+            for name in set(names):
+                archive.write(ROOT / name, name)
+    else:
+        place = tmp_path / "compiled"
+        for name in names:
+            py_compile.compile(str(ROOT / name), str(place / name.with_suffix(".pyc")), doraise=True)
+    folder = tmp_path / "cache"
+    assert answer(start(folder, PYTHONPATH=str(place), cwd=tmp_path)) == (COMPILED, filled[1])
+    assert answer(start(folder, PYTHONPATH=str(place), cwd=tmp_path)) == (LOADED, filled[1])
 
 
 @pytest.mark.parametrize("module", ["gpurnn", "gpurnn.recurrent", "gpurnn.executors", "gpurnn.check"])

@@ -125,25 +125,23 @@ def test_a_call_for_more_than_there_may_be_gets_them(office, monkeypatch):
     assert office._count == 3
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_who_is_called_when_a_thread_cannot_be_started_goes_home(office, monkeypatch, failing):
-    """Some of three have been woken by then; the next call has others."""
-    started, real = [], threads.pool()
+@pytest.mark.parametrize("had", [0, 1, 2])
+def test_what_no_thread_can_be_had_for_is_shared_by_fewer(office, monkeypatch, had):
+    started, real = [], threads.start
 
-    class Pool:
-        def submit(self, *work):
-            started.append(work)
-            if len(started) == failing:
-                raise RuntimeError("can't start new thread")
-            started[-1] = real.submit(*work)
+    def start(work):
+        if len(started) == had:
+            raise RuntimeError("can't start new thread")
+        started.append(real(work))
 
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "4")
     with monkeypatch.context() as patch:
-        patch.setattr(threads, "pool", Pool)
-        with pytest.raises(RuntimeError, match="start new thread"):
+        patch.setattr(threads, "start", start)
+        with pytest.raises(RuntimeError, match=f"4 are wanted, {had + 1} can be had"):
             add_up(4)
-    for done in started[:-1]:
-        done.result(timeout=20)
-    assert office._count == len(office._free) == 0
+        assert len(crew.cut(lambda parts: list(range(parts)))) == had + 1
+        add_up(had + 1, 20, meets=had > 0)
+    assert office._count == len(office._free) == had
     add_up(4)
     assert office._count == 3
 

@@ -1,7 +1,9 @@
 """Kernels built and launched where there is no GPU: the disk cache with the real tools, launches with stand-ins."""
 
+import contextlib
 import importlib.util
 import multiprocessing
+import os
 import re
 import sys
 import threading
@@ -397,21 +399,28 @@ def test_a_damaged_file_is_built_again(folder, compilations, damage):
 @tools
 def test_a_folder_that_cannot_be_written_costs_only_time(folder, compilations):
     (folder / "file").write_text("no folder")
-    for place in (None, folder / "missing", folder / "file"):
-        kernel = build.build(build.recipe(scaling, factor=2), (9, 0), place)
+    for place, told in ((None, ()), (folder / "missing", ("No such file",)), (folder / "file", ("Not a directory",))):
+        with pytest.warns(RuntimeWarning, match=told[0]) if told else contextlib.nullcontext():
+            kernel = build.build(build.recipe(scaling, factor=2), (9, 0), place)
         assert kernel.cubin.startswith(b"\x7fELF")
     assert len(compilations) == 3 and [path.name for path in folder.iterdir()] == ["file"]
 
 
 def test_a_full_disk_leaves_no_half_written_file(folder, monkeypatch):
-    def full(path, data):
-        with open(path, "wb") as file:
-            file.write(data[:10])
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    build._write(folder / "a.cubin", KERNEL)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        build._write(folder / "a.cubin", KERNEL)
     assert not list(folder.iterdir())
+
+
+def test_an_entry_under_another_name_is_none(folder):
+    build._write(folder / "a.cubin", KERNEL)
+    assert build._read(folder / "a.cubin") == KERNEL
+    (folder / "a.cubin").rename(folder / "b.cubin")
+    assert build._read(folder / "b.cubin") is None
 
 
 def write_again_and_again(path, kernel, times, ready):

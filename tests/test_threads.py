@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -177,3 +178,95 @@ def test_a_forked_child_and_its_parent_both_go_on():
     """
     done = script(code, GPURNN_NUM_THREADS="2")
     assert done.stdout.strip() == "7 True True", done.stderr
+
+
+AT_THE_END = """
+    import atexit
+    import threading
+    import numpy as np
+    from gpurnn.executors import crew, threads
+    from gpurnn.recurrent import LSTM
+
+    def step():
+        layer = LSTM(96, 320, executor="compiled", rng=0)
+        y, _, backward = layer(np.ones((20, 2, 96), np.float32))
+        backward(np.ones_like(y))
+        ones = np.ones((400, 400))
+        assert (threads.matmul(ones, ones) == 400).all()
+        print("done", float(np.abs(y).sum()), flush=True)
+
+    {beginning}
+"""
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        "atexit.register(step)",
+        "step(); atexit.register(step)",
+        "threading.Thread(target=lambda: (threading.main_thread().join(), step())).start()",
+    ],
+    ids=["for the first time at exit", "again at exit", "in a thread that outlives the main script"],
+)
+def test_work_after_the_main_scripts_end(beginning):
+    done = script(AT_THE_END.format(beginning=beginning), GPURNN_NUM_THREADS="2")
+    assert done.returncode == 0 and done.stdout.startswith("done") and not done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize(
+    "delay", [0.0, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))]
+)
+def test_a_fork_while_another_thread_compiles_or_imports(delay):
+    code = f"""
+        import faulthandler, os, threading, time, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import numpy as np, gpurnn
+
+        def one():
+            layer = gpurnn.RNN(3, 4, rng=0)
+            y, _, backward = layer(np.ones((2, 2, 3), np.float32))
+            backward(np.ones_like(y))
+
+        other = threading.Thread(target=one)
+        other.start()
+        time.sleep({delay})
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(60, exit=True)
+            one()
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        other.join()
+    """
+    done = script(code, GPURNN_NUM_THREADS="2")
+    assert done.stdout.strip() == "7", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that interrupt")
+def test_interrupts_at_any_moment_leave_threads_as_they_were(monkeypatch):
+    """Ctrl-C 60 times in calls of two threads; each next call comes back, and is right."""
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
+    layer, x, random = LSTM(64, 128, rng=0), np.ones((12, 16, 64), np.float32), np.random.default_rng(0)
+
+    def call():
+        layer.zero_grad()
+        y, _, backward = layer(x)
+        backward(np.ones_like(y))
+        return layer.grads.flat.copy()
+
+    expected, interrupted = call(), 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-3))
+                while True:
+                    call()
+            except KeyboardInterrupt:
+                interrupted += 1
+            np.testing.assert_array_equal(call(), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted == 60

@@ -16,6 +16,7 @@ import numpy as np
 
 from gpurnn import backend, variables
 from gpurnn.cells import Cell
+from gpurnn.executors import threads
 
 MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step"}
 ON_CHIP = ("resident", "persistent")
@@ -85,6 +86,7 @@ def _usual() -> str:
 
 @functools.cache
 def executor(name: str) -> Any:
-    if name in ON_CHIP:
-        return getattr(importlib.import_module("gpurnn.executors.on_chip"), name.upper())
-    return importlib.import_module(f"gpurnn.executors.{MODULES[name]}")
+    with threads.building:
+        if name in ON_CHIP:
+            return getattr(importlib.import_module("gpurnn.executors.on_chip"), name.upper())
+        return importlib.import_module(f"gpurnn.executors.{MODULES[name]}")

@@ -3,14 +3,12 @@
 Numba's `cache=True` looks at one function's bytecode: it misses closures over intrinsics, and does not notice an edit
 in another file.  Our key is everything that decides the machine code: the cell's traced mathematics, the element type,
 the vector width, the sources of this package and of the trace, the versions of Numba, LLVM and Python, and the CPU.
-Entries are written to a temporary name and renamed, so processes may share the folder; a damaged entry is compiled again.
+Processes may share the folder; a damaged entry is compiled again.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import pickle
 import platform
 import sys
@@ -28,28 +26,12 @@ from numba.core.compiler import CompileResult
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
-DIGEST_BYTES = 32
+from gpurnn._version import __version__
+from gpurnn.executors import threads
+from gpurnn.folders import code_folder
+from gpurnn.kernels import entries
 
 _called_by_name: list[Any] = []  # Numba frees code with its dispatcher, and would free it under its callers
-
-
-def folder() -> Path | None:
-    """Where compiled code is kept: GPURNN_CACHE_DIR, or the user's cache folder; None where neither can be written."""
-    given = os.environ.get("GPURNN_CACHE_DIR")
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
-        place = Path(given) if given else _user_cache() / "gpurnn"
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(place, os.W_OK):
-            return place
-    return None
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 class Compiled:
@@ -71,10 +53,15 @@ def external(function: Callable, *key: Any) -> Compiled:
 
     Linked into its callers it would be optimised again in each, and compiled anew for each combination of constants passed.
     """
+    with threads.building:
+        return _external(function, key)
+
+
+def _external(function: Callable, key: tuple) -> Compiled:
     _name_apart(function, key)
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
     dispatcher: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_rewrites=True)(function)
-    place = folder()
+    place = code_folder()
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
         dispatcher._cache = _File(place / f"{function.__name__}-{_digest(text)}.bin")
@@ -117,20 +104,17 @@ def _digest(text: str) -> str:
 
 @functools.cache
 def _environment_key() -> str:
-    sources = hashlib.sha256()
-    cells = Path(__file__).parents[1] / "cells"
-    philox = Path(__file__).parents[1] / "kernels" / "philox.py"
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), cells / "cell.py", cells / "trace.py", philox):
-        sources.update(path.read_bytes())
+    parts = (("gpurnn.executors", ()), ("gpurnn.cells", ("cell", "trace")), ("gpurnn.kernels", ("philox",)))
+    sources = [entries.sources(package, __version__, modules) for package, modules in parts]
     features = binding.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:3])
-    return f"{sources.hexdigest()} {versions} {binding.get_process_triple()} {binding.get_host_cpu_name()} {features}"
+    return f"{sources} {versions} {binding.get_process_triple()} {binding.get_host_cpu_name()} {features}"
 
 
 class _File(_Cache):
-    """One compiled function in one file: a digest of what follows, then Numba's own serialised form.
+    """One compiled function in one entry, in Numba's own serialised form.
 
-    It is unpickled, and so executed: the folder belongs to the user and is made for the user alone.
+    It is unpickled, and so executed: see `folders.code_folder` and `entries`.
     """
 
     def __init__(self, path: Path):
@@ -141,25 +125,15 @@ class _File(_Cache):
         return str(self.path.parent)
 
     def load_overload(self, sig, target_context):
-        try:
-            entry = self.path.read_bytes()
-        except OSError:
-            return None
-        digest, payload = entry[:DIGEST_BYTES], entry[DIGEST_BYTES:]
-        if hashlib.sha256(payload).digest() != digest:
+        payload = entries.read(self.path)
+        if payload is None:
             return None
         # Machine code needs Numba's run time.  What Numba would load beside it is for compiling, and takes 0.2 s.
         rtsys.initialize(target_context)
         return CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def save_overload(self, sig, data):
-        payload = pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
-        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
-        try:
-            temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
-            os.replace(temporary, self.path)
-        except OSError:  # a full or read-only disk costs the next process a compilation, nothing else
-            temporary.unlink(missing_ok=True)
+        entries.write(self.path, pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL))
 
     def enable(self):
         """Always on; part of Numba's interface."""

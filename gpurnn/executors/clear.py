@@ -6,7 +6,6 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from gpurnn.environment import cpu_threads
 from gpurnn.executors import cache, crew
 from gpurnn.executors.cache import Compiled
 from gpurnn.executors.instructions import instruction, words
@@ -52,6 +51,6 @@ def _clear(streamed: bool) -> Compiled:
 def clear(buffer: np.ndarray) -> None:
     """buffer[...] = 0, of one that begins and ends with a cache line as those of `Parameters` do."""
     begin = address(buffer)
-    cuts = shares(buffer.nbytes // ALIGNMENT, cpu_threads())
+    cuts = crew.cut(lambda parts: shares(buffer.nbytes // ALIGNMENT, parts))
     lines = [(begin + cut.start * ALIGNMENT, begin + cut.stop * ALIGNMENT) for cut in cuts]
     crew.run(_clear(buffer.nbytes > STREAMED), (), lines)

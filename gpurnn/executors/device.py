@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.executors import cache
+from gpurnn.folders import code_folder
 from gpurnn.kernels import build, columns
 from gpurnn.kernels.launch import Launcher
 from gpurnn.kernels.plan import Chip
@@ -112,7 +112,7 @@ def kernel(factory: Any, trace: Any = None, /, **constants: Any) -> Launcher:
 
 @functools.lru_cache(maxsize=512)
 def _launcher(recipe: build.Recipe, device: int) -> Launcher:
-    return Launcher(build.build(recipe, _chip(device).capability, cache.folder()))
+    return Launcher(build.build(recipe, _chip(device).capability, code_folder()))
 
 
 def chip() -> Chip:

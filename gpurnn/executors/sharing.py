@@ -13,6 +13,7 @@ import numpy as np
 
 from gpurnn.cells import Cell
 from gpurnn.environment import cpu_threads
+from gpurnn.executors import crew
 from gpurnn.executors.layout import is_ragged, lengths_of
 from gpurnn.executors.packing import panel_columns
 from gpurnn.executors.products import packing_pays
@@ -49,14 +50,21 @@ class Plan(NamedTuple):
 
 
 def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
-    """Who does what in a pass through time."""
+    """Who does what in a pass through time: as many threads as pay, and can be had."""
+    plan = _plan_loop(cell, rows, T, N, I, H, dtype, cpu_threads())
+    had = crew.hands(len(plan.shares))
+    return plan if had >= len(plan.shares) else _plan_loop(cell, rows, T, N, I, H, dtype, had)
+
+
+def _plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype, most: int) -> Plan:
+    """For at most so many threads."""
     whole, recurrent = Share(slice(0, N), slice(0, H), slice(0, I)), cell.gates * H * H
     weights = recurrent + cell.gates * H * I
     flops = 2 * max(T * N, FEWEST_ROWS) * weights
     with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
     if with_packing < PARALLEL_FLOPS:
         return Plan([whole])
-    most, enough = cpu_threads(), ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
+    enough = ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
     by_rows = min(most, int(N / enough))
     by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
     if by_rows < most and by_units > 1:
@@ -73,9 +81,9 @@ def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtyp
 def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slice]:
     """The columns, of those slots that hold gradients, for each thread that sums K rows: those awake from the loop, or more."""
     slots, parts = cell.trace.x_start + cell.gates, len(after.shares)
-    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= PARALLEL_SUM_FLOPS:
-        parts = cpu_threads()
     work = [H * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
+    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= PARALLEL_SUM_FLOPS:
+        return crew.cut(lambda parts: _of_equal_work(work, H, parts))
     return _of_equal_work(work, H, parts)
 
 

@@ -150,7 +150,9 @@ class Emitter:
         return self.intrinsic("sqrt", a)
 
     def log(self, a):
-        return self.intrinsic("log", a)  # the C library's, lane by lane: exact, and rare in cells
+        """The C library's, lane by lane: exact, and rare in cells.  It takes subnormal numbers apart, which here are zero."""
+        nothing = self.constant(0)
+        return self.intrinsic("log", self.where(self.builder.fcmp_ordered("==", a, nothing), nothing, a))
 
     def less(self, a, b):
         return self.builder.fcmp_ordered("<", a, b)

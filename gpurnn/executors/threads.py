@@ -1,44 +1,80 @@
-"""One owned pool of threads, large products on them, and BLAS held to one thread while we work.
+"""Threads of our own, large products on them, and BLAS held to one thread while we work.
 
 After a two-thread product OpenBLAS's workers spin for about 100 ms and take the core that our next loop wants.  So BLAS
-runs on one thread inside our operations, large products are split over this pool (NumPy releases the interpreter lock
+runs on one thread inside our operations, large products are split over threads (NumPy releases the interpreter lock
 in them), and the caller's setting comes back when the last of our operations ends.  Without threadpoolctl BLAS keeps its
 threads: slower, and right all the same.
 """
 
+import _thread
 import functools
 import importlib
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.environment import MAX_THREADS, cpu_threads
+from gpurnn.environment import cpu_threads
 from gpurnn.executors import compiles
 
 PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
 PARALLEL_BYTES = 1 << 22  # nor fewer zeros; the forward pass behind them has use for a thread that is awake
 
 
-@functools.cache
-def pool() -> ThreadPoolExecutor:
-    """The one that all threads come from: for parts of large products, and for the workers of the `crew`."""
-    return ThreadPoolExecutor(max_workers=MAX_THREADS, thread_name_prefix="gpurnn")
+def _system(name: str) -> Callable:
+    """Of `_thread`, and of the system: gevent and eventlet put green threads there, one of which runs at a time."""
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    if gevent is not None:
+        return gevent.get_original("_thread", name)
+    return getattr(eventlet.original("_thread") if eventlet is not None else _thread, name)
+
+
+def start(work: Callable[[], None]) -> None:
+    """`work()` in a new thread that the process does not wait for.  RuntimeError where there is none to be had."""
+    _system("start_new_thread")(work, ())
+
+
+def new_lock() -> Any:
+    return _system("allocate_lock")()
 
 
 def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
-    """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised."""
-    others = [pool().submit(work, part) for part in parts[1:]]
+    """`work(part)` for every part at once, the first on the calling thread; an exception in any of them is raised.
+
+    What no thread can be had for, the calling thread does.
+    """
+    errors: list[BaseException] = []
+
+    def other(part: Any, done: Any) -> None:
+        try:
+            work(part)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.release()
+
+    waiting, left = [], [parts[0]]
     try:
-        work(parts[0])
+        for part in parts[1:]:
+            done = new_lock()
+            done.acquire()
+            try:
+                start(functools.partial(other, part, done))
+                waiting.append(done)
+            except (RuntimeError, MemoryError):
+                left.append(part)
+        for part in left:
+            work(part)
     finally:
-        for other in others:
-            other.result()
+        for done in waiting:
+            done.acquire()
+    if errors:
+        raise errors[0]
 
 
 class _OneBlasThread:
@@ -70,24 +106,43 @@ class _OneBlasThread:
 one_blas_thread = _OneBlasThread()
 
 
+building = threading.RLock()  # held by who imports an executor or compiles
+_held: list[Any] = []  # by a fork
+
+
+def _before_fork() -> None:
+    """A child that is born while another thread compiles, or imports the compiler, would wait for that thread for ever."""
+    numba = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
+    for lock in (building, numba):
+        if lock is not None:
+            lock.acquire()
+            _held.append(lock)
+
+
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads."""
-    pool.cache_clear()
+    while _held:
+        _held.pop().release()
+
+
+def _in_child() -> None:
+    """It has none of its parent's threads."""
+    _after_fork()
     one_blas_thread.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 @functools.cache
 def _controller() -> Any:
     """What sets BLAS's threads; None where threadpoolctl is not installed."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ModuleNotFoundError:
-        return None
-    return ThreadpoolController()
+    with building:
+        try:
+            from threadpoolctl import ThreadpoolController
+        except ModuleNotFoundError:
+            return None
+        return ThreadpoolController()
 
 
 def _limited() -> Any:
@@ -116,7 +171,7 @@ def shares(count: int, parts: int) -> list[slice]:
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b for matrices, the rows of the result split over the pool where that pays.  Call inside `one_blas_thread`."""
+    """a @ b for matrices, the rows of the result split over threads where that pays.  Call inside `one_blas_thread`."""
     out = np.empty((a.shape[0], b.shape[1]), a.dtype)
     if 2 * a.shape[0] * a.shape[1] * b.shape[1] < PARALLEL_FLOPS:
         np.matmul(a, b, out=out)
@@ -142,4 +197,6 @@ def clear(buffer: Any) -> None:
     if backend.name == "cuda" or buffer.nbytes < PARALLEL_BYTES or not compiles():
         buffer[...] = 0
     else:
-        importlib.import_module("gpurnn.executors.clear").clear(buffer)
+        with building:
+            clear = importlib.import_module("gpurnn.executors.clear").clear
+        clear(buffer)

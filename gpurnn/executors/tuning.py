@@ -10,18 +10,17 @@ import hashlib
 import json
 import math
 import os
-import threading
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpurnn import backend, variables
 from gpurnn.cells import Cell
-from gpurnn.executors import cache, sweeps
+from gpurnn.executors import sweeps
 from gpurnn.executors.numpy_loop import Weights
 from gpurnn.executors.passes import Pass
-from gpurnn.kernels import build, persistent, plan
+from gpurnn.folders import code_folder
+from gpurnn.kernels import build, entries, persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
 
@@ -170,7 +169,7 @@ def _key(question: Question, chip: Chip) -> str:
 
 
 def _read() -> dict[str, Any]:
-    place = cache.folder()
+    place = code_folder()
     try:
         known = json.loads((place / FILE).read_text()) if place else {}
     except (OSError, ValueError):
@@ -180,9 +179,7 @@ def _read() -> dict[str, Any]:
 
 def _write(key: str, found: dict[str, Any]) -> None:
     """Another process that writes at the same time may lose an entry, which is then measured again."""
-    place = cache.folder()
+    place = code_folder()
     if place is None:
         return
-    temporary = Path(place / f".tmp-{os.getpid()}-{threading.get_ident()}-{FILE}")
-    temporary.write_text(json.dumps(_read() | {key: found}))
-    os.replace(temporary, place / FILE)
+    entries.replace(place / FILE, json.dumps(_read() | {key: found}).encode())
