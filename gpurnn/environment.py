@@ -1,5 +1,6 @@
 """What a run ran on: printed by `gpurnn info`, recorded in checkpoints, compared when one is resumed elsewhere."""
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -34,6 +35,14 @@ def cpu_threads() -> int:
     """
     given = variables.given("GPURNN_NUM_THREADS")
     return min(_usable_cpus(), MAX_THREADS) if given is None else int(given)
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether Numba compiles: its own NUMBA_DISABLE_JIT turns that off."""
+    from numba import config
+
+    return not config.DISABLE_JIT
 
 
 def describe() -> dict[str, str]:

@@ -65,7 +65,7 @@ class Masks:
 
 
 def _drop_on_host() -> Callable[..., np.ndarray]:
-    from gpurnn.executors import compiles
+    from gpurnn.environment import compiles
 
     if not compiles():
         return _drop

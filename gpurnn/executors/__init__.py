@@ -16,6 +16,7 @@ import numpy as np
 
 from gpurnn import backend, variables
 from gpurnn.cells import Cell
+from gpurnn.environment import compiles
 from gpurnn.executors import threads
 
 MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step"}
@@ -65,14 +66,6 @@ def choose(
         engine = executor(name)
         if training is None or name == "step" or engine.runs(cell, H, N, precision, training, clip):
             return engine
-
-
-@functools.cache
-def compiles() -> bool:
-    """Whether Numba compiles: its own NUMBA_DISABLE_JIT turns that off."""
-    from numba import config
-
-    return not config.DISABLE_JIT
 
 
 @functools.cache

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.environment import cpu_threads
-from gpurnn.executors import compiles
+from gpurnn.environment import compiles, cpu_threads
 
 PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
 PARALLEL_BYTES = 1 << 22  # nor fewer zeros; the forward pass behind them has use for a thread that is awake

@@ -9,7 +9,6 @@ nothing, and so is a file that cannot be read.
 import hashlib
 import json
 import math
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
