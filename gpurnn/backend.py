@@ -264,7 +264,8 @@ def asarray(array: Any, dtype: Any, name: str) -> Array:
 
 def _array_of_own_dtype(array: Any) -> Array:
     """`array` as a NumPy array where its memory is the host's or the backend is NumPy, as a CuPy array otherwise."""
-    if isinstance(array, numpy.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # imported here, a fork meanwhile would leave its child waiting
+    if masked is not None and isinstance(array, getattr(masked, "MaskedArray", ())):
         raise TypeError("its mask would be lost")
     if isinstance(array, xp.ndarray) and xp is not numpy:
         return array
