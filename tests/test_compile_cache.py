@@ -56,6 +56,7 @@ ENTRIES = [
     "forward_rows",
     "gemm",
     "give_back",
+    "hire",
     "meet",
     "pack_gates",
 ]
