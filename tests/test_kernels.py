@@ -230,7 +230,7 @@ def test_more_groups_than_run_at_once(monkeypatch):
 @pytest.mark.parametrize("kind", ["flagged", "counted"])
 def test_a_wait_in_vain_is_given_up_and_told(kind, monkeypatch):
     """As where half of a group never came to run: the launch ends, no optimiser would use what it left, and all is told."""
-    monkeypatch.setattr(exchange, "LIMIT", 5000)
+    monkeypatch.setattr(exchange, "LIMIT", 500)
     monkeypatch.setitem(exchange.LOOK, kind, 16)
     launch = Interpreted.__call__
 

@@ -27,7 +27,7 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     rng = np.random.default_rng(rows)
     H, I, orders = 200, 70, np.array([[2, 0, 1], [0, 1, 2]])
     slots, h, x = (rng.standard_normal((rows, n)).astype(dtype) for n in (5 * H, H, I))
-    sums, weight_hh, weight_ih = (np.ones(shape, dtype) for shape in (4 * H, (3 * H, H), (3 * H, I)))
+    sums, weight_hh, weight_ih = np.ones(4 * H), np.ones((3 * H, H), dtype), np.ones((3 * H, I), dtype)
     for first, last in ((0, 17), (17, 433), (433, 4 * H)):
         work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
         places = map(address, (slots, orders, h, x, sums, weight_hh, weight_ih))
