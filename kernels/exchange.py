@@ -1,7 +1,7 @@
 """How the blocks of a group give each other a step's vector.
 
-Each thread sends the words it has computed; `release` says that this block has sent all of its own, and is called right
-behind the last of them, before stores and loads that have time; `wait` returns when the whole vector stands in this block's
+Each thread sends the words it has computed, and tidies up behind them; `release` says that this block has sent all of its
+own, and is called right behind that, before stores and loads that have time; `wait` returns when the whole vector stands in this block's
 shared memory.
 
     alone      one block: a barrier.
@@ -33,9 +33,11 @@ from .ptx import (
     add_release,
     cluster_arrive,
     cluster_wait,
+    early,
     fence,
     fence_mbarrier_init,
     global_address,
+    larger,
     load_global_4u,
     load_relaxed_4u,
     load_relaxed_u,
@@ -51,6 +53,7 @@ from .ptx import (
     store_relaxed_u,
     store_shared_4u,
     store_shared_u,
+    written_out,
 )
 from .tiles import Shape, Tile, layout
 from .waiting import FLAGS, waiting
@@ -59,7 +62,7 @@ i64, u32, u64 = types.int64, types.uint32, types.uint64
 KINDS = ("clustered", "flagged", "counted")
 LIMIT = 4_000_000_000  # nanoseconds of a wait, which takes a microsecond
 LOOK = {"clustered": 16, "flagged": 256, "counted": 256}  # tries; one of a cluster's may last some milliseconds itself
-MOST_AT_ONCE = 4  # loads of a thread on their way: 16 KB of a block of 256, which is what L2 needs to be busy
+MOST_AT_ONCE = 8  # loads of a thread on their way: each round of them costs the latency of L2 once more
 LANDING = 100_000  # nanoseconds, in which words come to rest that nobody waits for any more
 LINE = 32  # words, of a counter
 EMPTY, NUMBERLESS = 0xFFFFFFFF, 0x7FFFFFFF  # a NaN that arithmetic and conversions never give, and the one they do
@@ -70,7 +73,8 @@ class Exchange(NamedTuple):
     """open(vector, fault): before the first step.  spot(vector, row, k): where the word with element k of a row goes.
 
     send(mail, vector, spot, k, step, word): `word` to `spot`, k elements further, for the vector after step `step`.
-    release(mail, vector, step): behind the sends, for all threads.  left(vector, step): whether the block has to leave, for
+    tidy(mail, spot, k, step): for each word sent, behind all of a step's, of which no block waits for any here.
+    release(mail, vector, step): behind the sends and `tidy`, for all threads.  left(vector, step): whether the block has to leave, for
     all threads alike; behind `release`, and for step 0 before the first step too.
     wait(mail, vector, step, fault).  close(): after the last.  buffers: of the vector in shared memory; the product of
     step i reads buffer i % buffers, and step i's words go to the next one.
@@ -80,6 +84,7 @@ class Exchange(NamedTuple):
     open: Callable
     spot: Callable
     send: Callable
+    tidy: Callable
     release: Callable
     left: Callable
     wait: Callable
@@ -133,6 +138,11 @@ def _nothing():
 
 
 @cuda.jit(device=True)
+def _tidy(mail, spot, k, step):
+    pass
+
+
+@cuda.jit(device=True)
 def _nothing_to_release(mail, vector, step):
     pass
 
@@ -173,7 +183,7 @@ def _alone(shape, tile):
     def wait(mail, vector, step, fault):
         cuda.syncthreads()
 
-    return Exchange(2, open, spot, send, _nothing_to_release, _stays, wait, _nothing)
+    return Exchange(2, open, spot, send, _tidy, _nothing_to_release, _stays, wait, _nothing)
 
 
 def _waiting(kind, shape, tile, free_when_done):
@@ -211,49 +221,77 @@ def collected(kind: str, shape: Shape, tile: Tile) -> int:
 
 
 def _at_once(shape: Shape, tile: Tile) -> int:
+    """Words of a thread on their way at once: in rounds as equal as can be."""
     lay = layout(shape, tile)
-    return 4 * min(MOST_AT_ONCE, -(-tile.rows * lay.words // 4 // lay.threads))
+    each = -(-tile.rows * lay.words // 4 // lay.threads)
+    return 4 * -(-each // -(-each // MOST_AT_ONCE))
 
 
 def _collect(shape, tile, load, patience):
     """Brings a slot into shared memory, 16 bytes at a time, several on their way.
 
-    patience: None, or a `Waiting`; then it waits until none of it is EMPTY.
+    patience: None, or a `Waiting`; then it waits until none of it is EMPTY, which is the largest of all words.
     """
     lay = layout(shape, tile)
     THREADS, QUARTER, ROW = lay.threads, lay.words // 4, lay.stride * lay.size
     PIECES, WORDS = tile.rows * QUARTER, _at_once(shape, tile)
     AT_ONCE, UNTIL_FULL = WORDS // 4, patience is not None
+    ROUND = THREADS * AT_ONCE
     begun, hopeless, give_up = (patience or waiting(LIMIT, 1))[1:4]
+    WHOLE, FIXED = PIECES % ROUND == 0, _fixed(PIECES, THREADS, ROUND, QUARTER)
+    SPOTS = 1 if FIXED else AT_ONCE
+    FURTHER = tuple(k * THREADS // QUARTER * ROW + k * THREADS % QUARTER * 16 if FIXED else 0 for k in range(AT_ONCE))
+
+    @written_out
+    def find_largest(b, words, largest):
+        found = [words[k] for k in range(WORDS)]
+        while len(found) > 1:
+            pairs = [larger.emit(b, *found[k : k + 2])[0] for k in range(0, len(found) - 1, 2)]
+            found = pairs + found[2 * len(pairs) :]
+        largest[0] = found[0]
 
     @cuda.jit(device=True)
     def collect(slot, into, flags, step, fault):
         tid = u32(cuda.threadIdx.x)
         words = cuda.local.array(WORDS, u32)
-        for first in range(0, PIECES, THREADS * AT_ONCE):
-            tries, since, missing = u32(0), u64(0), True
-            while missing:
-                missing = False
+        spots = cuda.local.array(SPOTS, u32)
+        largest = cuda.local.array(1, u32)
+        for first in range(0, PIECES, ROUND):
+            for k in range(SPOTS):
+                piece = u32(u32(first + k * THREADS) + tid)
+                row = u32(piece // u32(QUARTER))
+                spots[k] = early(u32(into + row * u32(ROW) + (piece - row * u32(QUARTER)) * u32(16)))
+            tries, since = u32(0), u64(0)
+            while True:
                 for k in range(AT_ONCE):
-                    piece = u32(min(u32(first + k * THREADS) + tid, u32(PIECES - 1)))
+                    piece = u32(u32(first + k * THREADS) + tid)
+                    if not WHOLE:
+                        piece = u32(min(piece, u32(PIECES - 1)))
                     a, b, c, d = load(slot + u64(piece) * u64(16))
                     words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3] = a, b, c, d
-                if UNTIL_FULL:
-                    for k in range(WORDS):
-                        missing |= words[k] == u32(EMPTY)
-                    tries = u32(tries + u32(1))
-                    since = begun(tries, since)
-                    if missing and hopeless(tries, since, fault):
-                        give_up(flags, step, fault)
-                        missing = False
+                if not UNTIL_FULL:
+                    break
+                find_largest(words, largest)
+                if largest[0] != u32(EMPTY):
+                    break
+                tries = u32(tries + u32(1))
+                since = begun(tries, since)
+                if hopeless(tries, since, fault):
+                    give_up(flags, step, fault)
+                    break
             for k in range(AT_ONCE):
-                piece = u32(first + k * THREADS) + tid
-                if piece < u32(PIECES):
-                    row = piece // u32(QUARTER)
-                    at = u32(into + row * u32(ROW) + (piece - row * u32(QUARTER)) * u32(16))
+                piece = u32(u32(first + k * THREADS) + tid)
+                if WHOLE or piece < u32(PIECES):
+                    at = u32(spots[0] + u32(FURTHER[k])) if FIXED else spots[k]
                     store_shared_4u(at, words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3])
 
     return collect
+
+
+def _fixed(pieces: int, threads: int, at_once: int, row: int) -> bool:
+    """Whether a thread's pieces of a round, every `threads`-th of `at_once`, have the same distances in every round."""
+    in_rows = row % threads == 0 and (row % at_once == 0 or at_once % row == 0)
+    return pieces % at_once == 0 and (threads % row == 0 or in_rows)
 
 
 def _flagged(shape, tile, free_when_done):
@@ -266,15 +304,19 @@ def _flagged(shape, tile, free_when_done):
     @cuda.jit(device=True)
     def send(mail, vector, spot, k, step, word):
         address = global_address(mail, 0) + u64(spot) + u64(k // GRAIN * 4)
-        full = u32(NUMBERLESS) if word == u32(EMPTY) else word
+        full = u32(NUMBERLESS) if GRAIN == 1 and word == u32(EMPTY) else word  # what is packed is never EMPTY
         store_relaxed_u(address + u64((step & SLOTS - 1) * SLOT), full)
-        if step % PERIOD == 0 and step >= 3 * PERIOD:
+
+    @cuda.jit(device=True)
+    def tidy(mail, spot, k, step):
+        if step & PERIOD - 1 == 0 and step >= 3 * PERIOD:
+            address = global_address(mail, 0) + u64(spot) + u64(k // GRAIN * 4)
             for back in range(2 * PERIOD + 1, 3 * PERIOD + 1):
                 store_global_u(address + u64((step - back & SLOTS - 1) * SLOT), u32(EMPTY))
 
     @cuda.jit(device=True)
     def release(mail, vector, step):
-        if step % PERIOD == 0:
+        if step & PERIOD - 1 == 0:
             fence()
 
     @cuda.jit(device=True)
@@ -283,7 +325,7 @@ def _flagged(shape, tile, free_when_done):
         collect(slot, u32(vector + (step + 1 & BUFFERS - 1) * BUFFER), u32(vector + FLAGS_AT), step, fault)
         cuda.syncthreads()
 
-    return Exchange(BUFFERS, open, spot, send, release, left, wait, _nothing)
+    return Exchange(BUFFERS, open, spot, send, tidy, release, left, wait, _nothing)
 
 
 def _counted(shape, tile, free_when_done):
@@ -320,7 +362,7 @@ def _counted(shape, tile, free_when_done):
         collect(global_address(mail, LINE) + u64((step & 1) * SLOT), vector, flags, step, fault)
         cuda.syncthreads()
 
-    return Exchange(1, open, spot, send, release, left, wait, _nothing)
+    return Exchange(1, open, spot, send, _tidy, release, left, wait, _nothing)
 
 
 def _clustered(shape, tile, free_when_done):
@@ -383,4 +425,4 @@ def _clustered(shape, tile, free_when_done):
         cluster_arrive()
         cluster_wait()
 
-    return Exchange(2, open, spot, send, release, left, wait, close)
+    return Exchange(2, open, spot, send, _tidy, release, left, wait, close)

@@ -67,8 +67,8 @@ def forward(trace, *, H, tile, blocks, exchange, training):
     make, lay = product(shape, tile), layout(shape, tile)
     post = exchanges.exchange(exchange, shape, tile, make.barriers)
     place, fetch, word, multiply = make.place, make.fetch, make.word, make.multiply
-    open, address, send, release, left = post.open, post.spot, post.send, post.release, post.left
-    wait, close = post.wait, post.close
+    open, address, send, tidy = post.open, post.spot, post.send, post.tidy
+    release, left, wait, close = post.release, post.left, post.wait, post.close
     cell, column, initial = (
         pointwise.forward(trace, f32, _accuracy(tile)),
         columns(lay).column,
@@ -141,10 +141,8 @@ def forward(trace, *, H, tile, blocks, exchange, training):
             steps = i64(0)
         for i in range(steps):
             t = steps - 1 - i if reverse else i
+            step = i32(t)
             multiply(weights, u32(vector + (i & BUFFERS - 1) * BUFFER), sums)
-            now, after = advance(slots, t * N * SLOT_STEP), (t + 1 - reverse) * N * H
-            h_after, rest_after = advance(h, after), advance(rest, after)
-            following = advance(slots, (t - 1 if reverse else t + 1) * N * SLOT_STEP)
             for p in range(PAIRS):
                 for k in range(G):
                     given[k] = sums[p * G + k] + biases[p * GIVEN + k]
@@ -159,19 +157,24 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                 cell(given, result)
                 for k in range(OUTPUTS):
                     results[p * OUTPUTS + k] = result[k]
-                if t < length[p]:
+                if step < length[p]:
                     for s in range(S):
                         values[p * S + s] = result[s]
                 outgoing[p] = values[p * S]
             if i + 1 < steps and owner:
                 for k in range(SENT):
                     send(mail, vector, spot[k], 0, i, word(outgoing, k))
+                for k in range(SENT):
+                    tidy(mail, spot[k], 0, i)
             if i + 1 < steps:
                 release(mail, vector, i)
                 if left(vector, i):
                     break
+            now, after = advance(slots, t * N * SLOT_STEP), (t + 1 - reverse) * N * H
+            h_after, rest_after = advance(h, after), advance(rest, after)
+            following = advance(slots, (t - 1 if reverse else t + 1) * N * SLOT_STEP)
             for p in range(PAIRS):
-                if t < length[p]:
+                if step < length[p]:
                     h_after[state_at[p]] = results[p * OUTPUTS]
                     if training:
                         for s in range(S - 1):
@@ -209,8 +212,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
     make, lay = product(shape, tile), layout(shape, tile)
     post = exchanges.exchange(exchange, shape, tile, make.barriers)
     place, fetch, word, multiply = make.place, make.fetch, make.word, make.multiply
-    open, address, send, release, left = post.open, post.spot, post.send, post.release, post.left
-    wait, close = post.wait, post.close
+    open, address, send, tidy = post.open, post.spot, post.send, post.tidy
+    release, left, wait, close = post.release, post.left, post.wait, post.close
     cell, column = pointwise.backward(trace, f32, _accuracy(tile)), columns(lay).column
     BLOCKS, ROWS, UNITS, WIDTH, THREADS, GRAIN = blocks, tile.rows, lay.units, lay.width, lay.threads, lay.grain
     PAIRS, WORDS, AT, BUFFERS = make.pairs, max(1, make.registers), make.vector, post.buffers
@@ -299,7 +302,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
         for i in range(steps):
             t = i if reverse else steps - 1 - i
             following = t + 1 if reverse else t - 1
-            now = advance(slots, t * N * SLOT_STEP)
+            step = i32(t)
             for p in range(PAIRS):
                 for k in range(DY):
                     given[k] = ready[p * READ + k]
@@ -311,7 +314,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                 cell(given, result)
                 for k in range(WRITTEN):
                     written[p * WRITTEN + k] = result[k]
-                if t < length[p]:
+                if step < length[p]:
                     for s in range(S):
                         values[p * S + s] = result[WRITTEN + s]
                     for k in range(P):
@@ -323,11 +326,15 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                         outgoing[p] = written[p * WRITTEN + g] if length[p] > 0 else f32(0)
                     for k in range(SENT):
                         send(mail, vector, spot[k], g * WIDTH, i, word(outgoing, k))
+                for g in range(G):
+                    for k in range(SENT):
+                        tidy(mail, spot[k], g * WIDTH, i)
             release(mail, vector, i)
             if left(vector, i):
                 break
+            now = advance(slots, t * N * SLOT_STEP)
             for p in range(PAIRS):
-                if t < length[p]:
+                if step < length[p]:
                     for k in range(WRITTEN):
                         now[slot_at[p] + k * H] = written[p * WRITTEN + k]
                 if i + 1 < steps and length[p] > 0:  # the slots of another thread's pair may change at any time
@@ -335,7 +342,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
             wait(mail, vector, i, fault)
             multiply(weights, u32(vector + (i + 1 & BUFFERS - 1) * BUFFER), sums)
             for p in range(PAIRS):
-                if t < length[p]:
+                if step < length[p]:
                     values[p * S] += sums[p]
                     if clip:
                         for s in range(S):

@@ -188,6 +188,8 @@ store_shared_2f = instruction("store_shared_2f", "st.shared.v2.f32 [$0], {$1,$2}
 store_shared_4u = instruction("store_shared_4u", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (), (u32,) * 5)
 exchange = instruction("exchange", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, u32))  # with lane ^ mask
 
+larger = instruction("larger", "max.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
+early = instruction("early", "mov.u32 $0, $1;", (u32,), (u32,))  # computed here, not where it is needed
 pack_bf16 = instruction("pack_bf16", "cvt.rn.bf16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
 pack_f16 = instruction("pack_f16", "cvt.rn.f16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
 round_tf32 = instruction("round_tf32", "cvt.rna.tf32.f32 $0, $1;", (u32,), (f32,), pure=True)

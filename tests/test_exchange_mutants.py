@@ -6,6 +6,8 @@ a seed.  So have races with one of a word's readers that is not its last, the on
 memory.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 import gpurnn
 from gpurnn.cells import CELLS
-from gpurnn.kernels import build
+from gpurnn.kernels import build, exchange
 from gpurnn.kernels.tiles import Ffma, Mma
 from tests import mutants
 from tests.interpreted import CAPABILITY, interpreted
@@ -33,6 +35,7 @@ CASES = {
     "flagged long": Case((38, 37, 36), FFMA, 2, "flagged", seed=1, **SMALL),
     "flagged back": Case(SHORT, FFMA, 2, "flagged"),
     "flagged back at random": Case(SHORT, FFMA, 2, "flagged", seed=1),
+    "flagged long back": Case((38, 37, 36), FFMA, 2, "flagged", cell=CELLS["gru"], H=13, seed=1),
     "flagged mma": Case(WIDE, MMA, 2, "flagged", **SMALL | {"H": 35}),
     "flagged mma back": Case(WIDE, MMA, 2, "flagged"),
     "flagged split": Case(WIDE, SPLIT, 2, "flagged", **SMALL | {"H": 20}),
@@ -41,6 +44,9 @@ CASES = {
     "flagged at random": Case(SHORT, FFMA, 2, "flagged", back=False, seed=1),
     "many pieces": Case(
         (3,) * 15 + (2,), (Ffma(units=1, lanes=1, rows=16, kept=1),) * 2, 9, "flagged", **SMALL | {"H": 72}
+    ),
+    "even pieces": Case(
+        (3,) * 15 + (2,), (Ffma(units=1, lanes=1, rows=16, kept=1),) * 2, 16, "flagged", **SMALL | {"H": 128}
     ),
     "counted": Case(SHORT, FFMA, 2, "counted", **SMALL),
     "counted at random": Case((12, 11, 10), FFMA, 2, "counted", seed=1, **SMALL),
@@ -70,7 +76,7 @@ MUTANTS = {
     "flagged: emptied a step too early": ("flagged", "exchange._flagged", Race,
         ("range(2 * PERIOD + 1, 3 * PERIOD + 1)", "range(2 * PERIOD, 3 * PERIOD)")),
     "flagged: an empty word is taken": ("flagged long", "exchange._collect", Race,
-        ("missing |= words[k] == u32(EMPTY)", "pass")),
+        ("if largest[0] != u32(EMPTY):", "if True:")),
     "flagged: no barrier behind the vector": ("flagged", "exchange._flagged", Race, ("cuda.syncthreads()", "pass")),
     "flagged: one buffer, always": ("flagged", "exchange.buffers", Race,
         ('"flagged": free_when_done', '"flagged": True')),
@@ -99,17 +105,18 @@ MORE_MUTANTS = {
     "flagged: polled by plain loads": ("flagged", "exchange._flagged", Race,
         ("_collect(shape, tile, load_relaxed_4u", "_collect(shape, tile, load_global_4u")),
     "flagged: half of the fences": ("flagged", "exchange._flagged", Race,
-        ("if step % PERIOD == 0:\n            fence", "if step % (2 * PERIOD) == 0:\n            fence")),
+        ("if step & PERIOD - 1 == 0:\n            fence", "if step & 2 * PERIOD - 1 == 0:\n            fence")),
     "flagged: never emptied": ("flagged long", "exchange._flagged", Wrong, ("step >= 3 * PERIOD", "step < 0")),
     "flagged: emptied a period too early": ("flagged", "exchange._flagged", Race,
         ("range(2 * PERIOD + 1, 3 * PERIOD + 1)", "range(PERIOD + 1, 2 * PERIOD + 1)")),
     "flagged: the first words are not emptied": ("flagged long", "exchange._flagged", Wrong,
         ("step >= 3 * PERIOD", "step > 3 * PERIOD")),
     "flagged: every other period is emptied": ("flagged long", "exchange._flagged", Wrong,
-        ("step % PERIOD == 0 and", "step % (2 * PERIOD) == 0 and")),
+        ("step & PERIOD - 1 == 0 and", "step & 2 * PERIOD - 1 == 0 and")),
     "flagged: three of four steps are emptied": ("flagged long", "exchange._flagged", Wrong,
         ("range(2 * PERIOD + 1, 3 * PERIOD + 1)", "range(2 * PERIOD + 2, 3 * PERIOD + 1)")),
-    "flagged: one full word is enough": ("flagged long", "exchange._collect", Wrong, ("missing |=", "missing =")),
+    "flagged: one full word is enough": ("flagged long", "exchange._collect", Wrong,
+        ("largest[0] = found[0]", "largest[0] = words[WORDS - 1]")),
     "flagged: half as many slots are written": ("flagged long", "exchange._flagged", Deadlock,
         ("full = u32(NUMBERLESS)", "step = step & SLOTS // 2 - 1\n        full = u32(NUMBERLESS)")),
     "flagged: a quarter of the slots": ("flagged", "exchange.", Race,
@@ -132,7 +139,9 @@ MORE_MUTANTS = {
         ("row * WORDS", "row * (WORDS - 1)")),
     "flagged: half words counted as words": ("flagged mma", "exchange._in_global", Deadlock, ("k // GRAIN", "k")),
     "flagged: a part's words elsewhere": ("flagged mma back", "exchange._flagged", Deadlock,
-        ("k // GRAIN * 4", "k * 4")),
+        ("k // GRAIN * 4)\n        full", "k * 4)\n        full")),
+    "flagged: another part's words are emptied": ("flagged long back", "exchange._flagged", Wrong,
+        ("k // GRAIN * 4)\n            for", "0)\n            for")),
     "collect: rows without their padding": ("flagged", "exchange._collect", Wrong,
         ("row * u32(ROW)", "row * u32(QUARTER * 16)")),
     "collect: a piece too many is stored": ("flagged", "exchange._collect", OutOfBounds,
@@ -140,7 +149,11 @@ MORE_MUTANTS = {
     "collect: a piece too many is loaded": ("flagged", "exchange._collect", Deadlock,
         ("u32(PIECES - 1)", "u32(PIECES)")),
     "collect: only what is loaded at once": ("many pieces", "exchange._collect", Wrong,
-        ("range(0, PIECES, THREADS * AT_ONCE)", "range(0, 1, THREADS * AT_ONCE)")),
+        ("range(0, PIECES, ROUND)", "range(0, 1, ROUND)")),
+    "collect: the first piece's place for all": ("even pieces", "exchange._collect", Wrong,
+        ("u32(spots[0] + u32(FURTHER[k]))", "spots[0]")),
+    "collect: places as they were in the first round": ("even pieces", "exchange._collect", Wrong,
+        ("u32(u32(first + k * THREADS) + tid)\n                row", "u32(u32(k * THREADS) + tid)\n                row")),
     "counted: no barrier behind the wait": ("counted", "exchange._counted", Race,
         ("cuda.syncthreads()\n        collect", "collect")),
     "counted: no barrier behind the vector": ("counted", "exchange._counted", Race,
@@ -190,8 +203,8 @@ MORE_MUTANTS = {
     "clustered: one mbarrier": ("clustered", "exchange._clustered", BarrierMisuse,
         ("GATES + 8 * (step & 1)", "GATES + 8 * (step & 0)")),
     "clustered: one buffer": ("clustered", "exchange.", Race, ("((step + 1 & 1) * BUFFER + k * SIZE)", "k * SIZE"),
-        ("Exchange(2, open, spot, send, release, left, wait, close)",
-         "Exchange(1, open, spot, send, release, left, wait, close)")),
+        ("Exchange(2, open, spot, send, _tidy, release, left, wait, close)",
+         "Exchange(1, open, spot, send, _tidy, release, left, wait, close)")),
     "clustered: sent to the buffer that is read": ("clustered", "exchange._local", Race,
         ("(step + 1 & 1)", "(step & 1)")),
     "clustered: sent to the block behind": ("clustered", "exchange._clustered", OutOfBounds,
@@ -295,6 +308,21 @@ def test_planted_bugs_are_caught(monkeypatch, name):
     catch(monkeypatch, CASES, (MUTANTS | MORE_MUTANTS)[name])
 
 
+def test_where_distances_of_pieces_are_the_same_in_every_round():
+    def places(first, row):
+        return [[piece // row * (row + 1) + piece % row for piece in range(k, k + 8)] for k in first]
+
+    for pieces, row, rounds in itertools.product((16, 24, 32, 48, 64, 96), (1, 2, 3, 4, 8, 12, 16, 24, 32, 48), (1, 2, 3)):
+        at_once = 8 * -(-pieces // 8 // rounds)
+        alike = pieces % at_once == 0 and all(
+            [b - a for a, b in zip(*places((first, first + k), row), strict=True)] == [places((k,), row)[0][0]] * 8
+            for first in range(0, pieces, at_once)
+            for k in range(0, at_once, 8)
+        )
+        assert not exchange._fixed(pieces, 8, at_once, row) or alike, (pieces, row, at_once)
+    assert exchange._fixed(64, 8, 16, 4) and exchange._fixed(64, 8, 16, 16) and not exchange._fixed(48, 8, 24, 16)
+
+
 NUMBERLESS = Case((6, 5, 2), FFMA, 2, "flagged", reverse=True, **SMALL)
 
 
@@ -314,6 +342,6 @@ def test_a_nan_of_all_ones_is_not_an_empty_word(all_ones):
 
 @pytest.mark.slow
 def test_a_nan_of_all_ones_that_is_sent_as_it_is(monkeypatch, all_ones):
-    plant(monkeypatch, NUMBERLESS, "exchange._flagged", [("if word == u32(EMPTY)", "if False")])
+    plant(monkeypatch, NUMBERLESS, "exchange._flagged", [("GRAIN == 1 and word == u32(EMPTY)", "False")])
     with pytest.raises(Deadlock):
         run(NUMBERLESS)
