@@ -67,6 +67,7 @@ LANDING = 100_000  # nanoseconds, in which words come to rest that nobody waits 
 LINE = 32  # words, of a counter
 EMPTY, NUMBERLESS = 0xFFFFFFFF, 0x7FFFFFFF  # a NaN that arithmetic and conversions never give, and the one they do
 SLOTS, PERIOD = 32, 4
+WARP = 0xFFFFFFFF  # all its threads
 
 
 class Exchange(NamedTuple):
@@ -230,7 +231,9 @@ def _at_once(shape: Shape, tile: Tile) -> int:
 def _collect(shape, tile, load, patience):
     """Brings a slot into shared memory, 16 bytes at a time, several on their way.
 
-    patience: None, or a `Waiting`; then it waits until none of it is EMPTY, which is the largest of all words.
+    patience: None, or a `Waiting`; then it waits until none of it is EMPTY, which is the largest of all words,
+    and a warp waits as one: on an H200, threads that left such a loop one by one met the block's next barrier apart, and it
+    let them through too early.
     """
     lay = layout(shape, tile)
     THREADS, QUARTER, ROW = lay.threads, lay.words // 4, lay.stride * lay.size
@@ -272,11 +275,11 @@ def _collect(shape, tile, load, patience):
                 if not UNTIL_FULL:
                     break
                 find_largest(words, largest)
-                if largest[0] != u32(EMPTY):
+                if cuda.all_sync(WARP, largest[0] != u32(EMPTY)):
                     break
                 tries = u32(tries + u32(1))
                 since = begun(tries, since)
-                if hopeless(tries, since, fault):
+                if cuda.any_sync(WARP, hopeless(tries, since, fault)):
                     give_up(flags, step, fault)
                     break
             for k in range(AT_ONCE):
@@ -323,6 +326,7 @@ def _flagged(shape, tile, free_when_done):
     def wait(mail, vector, step, fault):
         slot = global_address(mail, 0) + u64((step & SLOTS - 1) * SLOT)
         collect(slot, u32(vector + (step + 1 & BUFFERS - 1) * BUFFER), u32(vector + FLAGS_AT), step, fault)
+        cuda.syncwarp()
         cuda.syncthreads()
 
     return Exchange(BUFFERS, open, spot, send, tidy, release, left, wait, _nothing)

@@ -104,6 +104,7 @@ def forward(trace, *, H, tile, blocks, exchange, training):
         values = cuda.local.array(OWN_STATE, f32)
         own = cuda.local.array(OWN_PARAM, f32)
         x = cuda.local.array(OWN_SUMS, f32)
+        coming = cuda.local.array(OWN_SUMS, f32)  # x of the next step
         sums = cuda.local.array(OWN_SUMS, f32)
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
@@ -135,6 +136,7 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                 own[p * P + k] = params[k * H + u]
             for g in range(G):
                 x[p * G + g] = now[slot_at[p] + (START + g) * H] if length[p] > 0 else f32(0)
+                coming[p * G + g] = f32(0)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -142,6 +144,12 @@ def forward(trace, *, H, tile, blocks, exchange, training):
         for i in range(steps):
             t = steps - 1 - i if reverse else i
             step = i32(t)
+            if i + 1 < steps:  # a step before they are needed: what waits for them would wait for the mail as well
+                following = advance(slots, (t - 1 if reverse else t + 1) * N * SLOT_STEP)
+                for p in range(PAIRS):
+                    if length[p] > 0:  # the slots of another thread's pair may change at any time
+                        for g in range(G):
+                            coming[p * G + g] = following[slot_at[p] + (START + g) * H]
             multiply(weights, u32(vector + (i & BUFFERS - 1) * BUFFER), sums)
             for p in range(PAIRS):
                 for k in range(G):
@@ -172,7 +180,6 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                     break
             now, after = advance(slots, t * N * SLOT_STEP), (t + 1 - reverse) * N * H
             h_after, rest_after = advance(h, after), advance(rest, after)
-            following = advance(slots, (t - 1 if reverse else t + 1) * N * SLOT_STEP)
             for p in range(PAIRS):
                 if step < length[p]:
                     h_after[state_at[p]] = results[p * OUTPUTS]
@@ -182,11 +189,9 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                         for k in range(KEPT):
                             now[slot_at[p] + k * H] = results[p * OUTPUTS + S + k]
             if i + 1 < steps:
-                for p in range(PAIRS):
-                    if length[p] > 0:  # the slots of another thread's pair may change at any time
-                        for g in range(G):
-                            x[p * G + g] = following[slot_at[p] + (START + g) * H]
                 wait(mail, vector, i, fault)
+                for k in range(PAIRS * G):
+                    x[k] = coming[k]
         for p in range(PAIRS):
             if length[p] > 0:
                 for s in range(S):
@@ -265,6 +270,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
         own = cuda.local.array(OWN_PARAM, f32)
         gradients = cuda.local.array(OWN_PARAM, f32)
         ready = cuda.local.array(OWN_READ, f32)
+        coming = cuda.local.array(OWN_READ, f32)  # what is ready in the next step
         sums = cuda.local.array(PAIRS, f32)
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
@@ -293,15 +299,17 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                 gradients[p * P + k] = f32(0)
             for k in range(READ):
                 ready[p * READ + k] = f32(0)
+                coming[p * READ + k] = f32(0)
             if length[p] > 0:
                 load(ready, p, places, arrays, strides, 0 if reverse else steps - 1)
+                if steps > 1:
+                    load(coming, p, places, arrays, strides, 1 if reverse else steps - 2)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
             steps = i64(0)
         for i in range(steps):
             t = i if reverse else steps - 1 - i
-            following = t + 1 if reverse else t - 1
             step = i32(t)
             for p in range(PAIRS):
                 for k in range(DY):
@@ -337,9 +345,13 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                 if step < length[p]:
                     for k in range(WRITTEN):
                         now[slot_at[p] + k * H] = written[p * WRITTEN + k]
-                if i + 1 < steps and length[p] > 0:  # the slots of another thread's pair may change at any time
-                    load(ready, p, places, arrays, strides, following)
             wait(mail, vector, i, fault)
+            for k in range(PAIRS * READ):
+                ready[k] = coming[k]
+            if i + 2 < steps:  # a step before they are needed: what waits for them would wait for the mail as well
+                for p in range(PAIRS):
+                    if length[p] > 0:  # the slots of another thread's pair may change at any time
+                        load(coming, p, places, arrays, strides, t + 2 if reverse else t - 2)
             multiply(weights, u32(vector + (i + 1 & BUFFERS - 1) * BUFFER), sums)
             for p in range(PAIRS):
                 if step < length[p]:

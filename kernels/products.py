@@ -29,6 +29,7 @@ from .ptx import (
     round_tf32,
     shared_address,
     store_shared_2f,
+    store_shared_4f,
     written_out,
 )
 from .tiles import Ffma, Layout, Shape, Tile, layout
@@ -207,6 +208,8 @@ def mma(shape, tile):
     VALUES = PAIRS * OUT
     CHAINS = 2 if TILES * EIGHTS <= 2 else 1  # enough products at once that one need not wait for the one before
     instruction = MMA[KIND]
+    AT = 4 if OWN * OUT % 4 == 0 else 2  # partial sums that a lane leaves and gathers at once
+    load, store = (load_shared_4f, store_shared_4f) if AT == 4 else (load_shared_2f, store_shared_2f)
 
     @cuda.jit(device=True)
     def place(tid, pair):
@@ -271,20 +274,20 @@ def mma(shape, tile):
 
     @written_out
     def leave(b, address, values):
-        """[pair, output by twos][lane][2]: two values a lane, so that no bank is met twice."""
-        for k in range(VALUES // 2):
-            store_shared_2f.emit(b, b.add(address, I32(256 * k)), values[2 * k], values[2 * k + 1])
+        """[pair and output by AT][lane][AT]: 8 or 16 bytes a lane, side by side, so that no bank is met twice."""
+        for k in range(VALUES // AT):
+            store.emit(b, b.add(address, I32(128 * AT * k)), *(values[AT * k + i] for i in range(AT)))
 
     @written_out
     def gather(b, address, sums):
         """The sums of all warps with the same units, always in the same order; each warp takes the pairs it keeps."""
-        for k in range(OWN * OUT // 2):
-            found = [load_shared_2f.emit(b, b.add(address, I32(s * 128 * VALUES + 256 * k))) for s in range(SPLIT)]
-            for i in range(2):
+        for k in range(OWN * OUT // AT):
+            found = [load.emit(b, b.add(address, I32(s * 128 * VALUES + 128 * AT * k))) for s in range(SPLIT)]
+            for i in range(AT):
                 total = found[0][i]
                 for other in found[1:]:
                     total = b.fadd(total, other[i])
-                sums[2 * k + i] = total
+                sums[AT * k + i] = total
 
     @cuda.jit(device=True)
     def multiply(registers, vector, sums):
@@ -298,10 +301,10 @@ def mma(shape, tile):
         else:
             values = cuda.local.array(VALUES, f32)
             multiply_all(registers, start, weights, values)
-            leave(shared_address(dynamic, warp * (32 * VALUES) + 2 * lane), values)
+            leave(shared_address(dynamic, warp * (32 * VALUES) + AT * lane), values)
             cuda.syncthreads()
             team, own = warp // SPLIT * SPLIT, min(warp % SPLIT * OWN, PAIRS - OWN)
-            gather(shared_address(dynamic, (team * PAIRS + own) * (32 * OUT) + 2 * lane), sums)
+            gather(shared_address(dynamic, (team * PAIRS + own) * (32 * OUT) + AT * lane), sums)
 
     vector = PARTIAL + tiles.spilled_bytes(shape, tile)
     return Product(OWN, TILES * KEPT * 8, vector, PARTIAL, u32, place, fetch, word, multiply, SPLIT > 1)

@@ -185,6 +185,7 @@ load_shared_4u = instruction("load_shared_4u", "ld.shared.v4.u32 {$0,$1,$2,$3}, 
 store_global_u = instruction("store_global_u", "st.global.u32 [$0], $1;", (), (u64, u32))
 store_shared_u = instruction("store_shared_u", "st.shared.u32 [$0], $1;", (), (u32, u32))
 store_shared_2f = instruction("store_shared_2f", "st.shared.v2.f32 [$0], {$1,$2};", (), (u32,) + (f32,) * 2)
+store_shared_4f = instruction("store_shared_4f", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};", (), (u32,) + (f32,) * 4)
 store_shared_4u = instruction("store_shared_4u", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (), (u32,) * 5)
 exchange = instruction("exchange", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, u32))  # with lane ^ mask
 

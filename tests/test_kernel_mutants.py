@@ -199,7 +199,7 @@ MORE_MUTANTS = {
     "split: gathers the first team's": ("split forward", "products.mma", Wrong,
         ("warp // SPLIT * SPLIT, min", "0, min")),
     "split: warps leave sums on top of each other": ("split forward", "products.mma", Race,
-        ("warp * (32 * VALUES) + 2", "0 * VALUES + 2")),
+        ("warp * (32 * VALUES) + AT", "0 * VALUES + AT")),
     "split: every warp has the same piece of the vector": ("split forward", "products.mma", Wrong,
         ("warp % SPLIT * (CHUNKS * 64)", "warp % SPLIT * 0")),
     "split: weights where the sums are": ("split forward", "products.mma", Race,
