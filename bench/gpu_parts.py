@@ -63,7 +63,8 @@ def _right(folder: Path) -> Iterator[Part]:
     tool = _sanitizer()
     for name in SANITIZERS:
         here = _bench("smoke", "--here", "--case", "small/*")
-        command = [tool or "", "--tool", name, "--error-exitcode", "9", *here]
+        # packages ask the driver for functions of newer ones, and what it answers is no error of ours
+        command = [tool or "", "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", *here]
         yield Part(name, 15, 15, [command], None if tool else "compute-sanitizer is not here")
 
 

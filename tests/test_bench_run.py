@@ -310,6 +310,16 @@ def test_what_fails_is_a_line_and_the_others_go_on():
     assert "2.50x [2.50, 2.50]" in text and "dies FAILED: MemoryError: no room" in text
 
 
+def test_a_fault_on_the_device_is_its_own_case_s_failure(monkeypatch):
+    def gave_up():
+        raise RuntimeError("a kernel gave up")
+
+    (ours,) = (each for each in peers.implementations("cpu") if each.name == "gpurnn-numpy")
+    monkeypatch.setattr("gpurnn.synchronize", gave_up)
+    (line,) = harness.run(SMALL, "training", [ours], FAST, MACHINE, STAMP)
+    assert line["failure"] == "RuntimeError: a kernel gave up"
+
+
 def test_peers_alone_have_no_ratio():
     (record,) = harness.run(SMALL, "inference", [_fake("peer", seconds=1e-5)], FAST, MACHINE, STAMP)
     assert "ratio" not in record and record["median_s"] == pytest.approx(1e-5)

@@ -135,16 +135,18 @@ def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None)
         assert any(code.startswith("LDG.E.128") for code in codes) or tile.kept == 0
         assert any(code.startswith("LDS.128") for code in codes)
         assert codes["BAR"] >= (1 if alone else 2)
-        kind = dict(recipe.constants)["exchange"]
+        kind, code = dict(recipe.constants)["exchange"], sass.listing(built(recipe, capability)[2], tmp_path)
         check_exchange(kind, text)
-        check_fences(kind, sass.step_loop(sass.listing(built(recipe, capability)[2], tmp_path)), capability)
+        check_fences(kind, sass.step_loop(code), capability, shape.transposed)
+        assert warps_wait_as_one(code) >= (kind == "flagged" and not alone)
     return len(recipes)
 
 
-def check_fences(kind, loop, capability):
+def check_fences(kind, loop, capability, transposed):
     """A step has the fences that its exchange cannot do without, and none of them waits for what has time.
 
-    A fence of the device waits for all that its thread has stored, and an acquire drops all of L1.
+    A fence of the device waits for all that its thread has stored, and an acquire drops all of L1.  Forward, what is loaded
+    ahead of the product has come by then.
     """
     codes = [instruction.opcode for instruction in loop]
     fences = sum(code.startswith("MEMBAR") and code.endswith(("GPU", "SYS")) for code in codes)
@@ -154,9 +156,25 @@ def check_fences(kind, loop, capability):
     if fences:  # behind what is sent, before what is stored and loaded for later
         fence = next(k for k, code in enumerate(codes) if code.startswith("MEMBAR") and code.endswith("GPU"))
         sent = max((k for k, i in enumerate(codes[:fence]) if i.startswith("STG")), default=-1)
-        loads = [k for k, code in enumerate(codes) if code.startswith("LDG") and "STRONG" not in code]
+        product = 0 if transposed else next(k for k, code in enumerate(codes) if code.startswith(("HMMA", "FFMA")))
+        loads = [k for k, i in enumerate(codes) if i.startswith("LDG") and "STRONG" not in i and k >= product]
         stores = [k for k, code in enumerate(codes) if code.startswith("STG") and "STRONG" not in code and k > sent]
-        assert 0 <= sent < fence < min(loads) and fence < min(stores)
+        assert 0 <= sent < fence < min(loads, default=len(codes)) and fence < min(stores)
+
+
+def warps_wait_as_one(code):
+    """How many loops poll for mail; each asks the warp by a vote before any of its threads may leave.
+
+    On an H200, threads that left one by one went on apart, the block's barrier let them through, and a group hung.
+    """
+    bodies = [code[i.target : k + 1] for k, i in enumerate(code) if i.target is not None and i.target <= k]
+    of_mail = [[i.opcode for i in body] for body in bodies if len(body) < 200]  # not the loop over time
+    polls = [codes for codes in of_mail if any(i.startswith("LDG.E.128.STRONG.GPU") for i in codes)]
+    for codes in polls:
+        loaded = next(k for k, i in enumerate(codes) if i.startswith("LDG.E.128.STRONG.GPU"))
+        leaves = next(k for k, i in enumerate(codes) if k > loaded and i.startswith(("BRA", "BREAK", "EXIT", "BSYNC")))
+        assert any(i.startswith("VOTE") for i in codes[loaded:leaves])
+    return len(polls)
 
 
 def check_exchange(kind, text):
@@ -261,6 +279,16 @@ def _pointer():
     from gpurnn.kernels.numba_cuda import types
 
     return types.CPointer(types.float32)
+
+
+def test_lint_notices_threads_that_leave_a_poll_one_by_one():
+    def poll(*between):
+        return [sass.Instruction(code, "", 0 if code == "BRA" else None) for code in ("LDG.E.128.STRONG.GPU", *between)]
+
+    assert warps_wait_as_one(poll("VOTE.ANY", "BRA")) == 1 and warps_wait_as_one(poll("ISETP", "EXIT")) == 0
+    for apart in (("BRA",), ("BREAK", "VOTE.ANY", "BRA")):
+        with pytest.raises(AssertionError):
+            warps_wait_as_one(poll(*apart))
 
 
 def test_plan_never_asks_for_more_than_there_is():
