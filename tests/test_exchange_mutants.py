@@ -312,7 +312,9 @@ def test_where_distances_of_pieces_are_the_same_in_every_round():
     def places(first, row):
         return [[piece // row * (row + 1) + piece % row for piece in range(k, k + 8)] for k in first]
 
-    for pieces, row, rounds in itertools.product((16, 24, 32, 48, 64, 96), (1, 2, 3, 4, 8, 12, 16, 24, 32, 48), (1, 2, 3)):
+    for pieces, row, rounds in itertools.product(
+        (16, 24, 32, 48, 64, 96), (1, 2, 3, 4, 8, 12, 16, 24, 32, 48), (1, 2, 3)
+    ):
         at_once = 8 * -(-pieces // 8 // rounds)
         alike = pieces % at_once == 0 and all(
             [b - a for a, b in zip(*places((first, first + k), row), strict=True)] == [places((k,), row)[0][0]] * 8
