@@ -22,11 +22,10 @@ from . import pointwise, tiles
 from .build import Source
 from .numba_cuda import cuda, types
 from .products import columns, product
-from .ptx import advance, shared_address, store_shared_u
-from .tiles import Ffma, Shape, layout
+from .ptx import advance, shared_address, store_shared_u, written_out
+from .tiles import Ffma, Mma, Shape, layout
 
 i32, i64, u32, f32 = types.int32, types.int64, types.uint32, types.float32
-AHEAD_FROM = 512  # units: of forward kernels whose groups have several blocks
 
 
 def _accuracy(tile):
@@ -57,6 +56,20 @@ def _initial(shape, tile, word):
             store_shared_u(u32(vector + 4 * k), word(pair, 0))
 
     return initial
+
+
+def _few(gates, pairs):
+    """Whether a cell gains by loads ahead, and there are registers for them."""
+    return gates > 1 and pairs <= 2
+
+
+def _taking(count):
+    @written_out
+    def take(b, target, source):
+        for k in range(count):
+            target[k] = source[k]
+
+    return take
 
 
 def forward(trace, *, H, tile, blocks, exchange, training):
@@ -92,8 +105,9 @@ def forward(trace, *, H, tile, blocks, exchange, training):
         PAIRS * OUTPUTS,
     )
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = G > 1 and (blocks == 1 or (exchange == "flagged" and H >= AHEAD_FROM))
+    AHEAD = _few(G, PAIRS) and (blocks == 1 or (exchange == "flagged" and isinstance(tile, Mma)))
     OWN_COMING = OWN_SUMS if AHEAD else 1
+    take = _taking(OWN_COMING)
 
     def persistent_forward(
         packed, slots, bias, h, rest, params, state, final, lengths, mail, fault, T, start, row, N, reverse, rest_state
@@ -143,8 +157,8 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                 own[p * P + k] = params[k * H + u]
             for g in range(G):
                 x[p * G + g] = now[slot_at[p] + (START + g) * H] if length[p] > 0 else f32(0)
-        for k in range(OWN_COMING):
-            coming[k] = f32(0)
+                if AHEAD:
+                    coming[p * G + g] = f32(0)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -196,16 +210,15 @@ def forward(trace, *, H, tile, blocks, exchange, training):
                             rest_after[s * rest_state + state_at[p]] = results[p * OUTPUTS + 1 + s]
                         for k in range(KEPT):
                             now[slot_at[p] + k * H] = results[p * OUTPUTS + S + k]
+            if not AHEAD and i + 1 < steps:
+                for p in range(PAIRS):
+                    if length[p] > 0:
+                        for g in range(G):
+                            x[p * G + g] = following[slot_at[p] + (START + g) * H]
             if i + 1 < steps:
-                if not AHEAD:
-                    for p in range(PAIRS):
-                        if length[p] > 0:
-                            for g in range(G):
-                                x[p * G + g] = following[slot_at[p] + (START + g) * H]
                 wait(mail, vector, i, fault)
-                if AHEAD:
-                    for k in range(OWN_SUMS):
-                        x[k] = coming[k]
+            if AHEAD:
+                take(x, coming)
         for p in range(PAIRS):
             if length[p] > 0:
                 for s in range(S):
@@ -241,8 +254,9 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
     INPUTS, OUTPUTS, SENT = PARAM + P, WRITTEN + S + P, PAIRS // GRAIN
     OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = G > 1 and blocks > 1
+    AHEAD = _few(G, PAIRS) and blocks > 1
     OWN_COMING = OWN_READ if AHEAD else 1
+    take = _taking(OWN_COMING)
 
     @cuda.jit(device=True)
     def clipped(value, limit):
@@ -366,8 +380,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
                     load(ready, p, places, arrays, strides, t + 1 if reverse else t - 1)
             wait(mail, vector, i, fault)
             if AHEAD:
-                for k in range(OWN_READ):
-                    ready[k] = coming[k]
+                take(ready, coming)
                 if i + 2 < steps:
                     for p in range(PAIRS):
                         if length[p] > 0:  # the slots of another thread's pair may change at any time
