@@ -23,7 +23,7 @@ A wait that never ends (a block that is not running) is given up after LIMIT and
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import tiles
 from .numba_cuda import cuda, types
@@ -92,10 +92,13 @@ class Exchange(NamedTuple):
     close: Callable
 
 
-def exchange(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> Exchange:
-    """free_when_done: whether all threads have left the vector when a product is done."""
-    make: dict[str, Any] = {"flagged": _flagged, "counted": _counted, "clustered": _clustered}
-    return _alone(shape, tile) if shape.blocks == 1 else make[kind](shape, tile, free_when_done)
+def exchange(kind: str, shape: Shape, tile: Tile, free_when_done: bool, as_one: bool = True) -> Exchange:
+    """free_when_done: whether all threads have left the vector when a product is done.  as_one: a warp waits as one."""
+    if shape.blocks == 1:
+        return _alone(shape, tile)
+    if kind == "flagged":
+        return _flagged(shape, tile, free_when_done, as_one)
+    return {"counted": _counted, "clustered": _clustered}[kind](shape, tile, free_when_done)
 
 
 def launched(kind: str, shape: Shape) -> tuple[int, bool]:
@@ -228,12 +231,13 @@ def _at_once(shape: Shape, tile: Tile) -> int:
     return 4 * -(-each // -(-each // MOST_AT_ONCE))
 
 
-def _collect(shape, tile, load, patience):
+def _collect(shape, tile, load, patience, as_one=False):
     """Brings a slot into shared memory, 16 bytes at a time, several on their way.
 
     patience: None, or a `Waiting`; then it waits until none of it is EMPTY, which is the largest of all words,
-    and a warp waits as one: on an H200, threads that left such a loop one by one met the block's next barrier apart, and it
-    let them through too early.
+    and with as_one a warp waits as one: on an H200, threads that left such a loop one by one met the block's next barrier
+    apart, and it let them through too early.  Before sm_90 the assembler makes a vote in a loop a function call, which saves
+    registers to memory: there it stays as it was, seen by no chip yet.
     """
     lay = layout(shape, tile)
     THREADS, QUARTER, ROW = lay.threads, lay.words // 4, lay.stride * lay.size
@@ -241,6 +245,7 @@ def _collect(shape, tile, load, patience):
     AT_ONCE, UNTIL_FULL = WORDS // 4, patience is not None
     ROUND = THREADS * AT_ONCE
     begun, hopeless, give_up = (patience or waiting(LIMIT, 1))[1:4]
+    AS_ONE = as_one
     WHOLE, FIXED = PIECES % ROUND == 0, _fixed(PIECES, THREADS, ROUND, QUARTER)
     SPOTS = 1 if FIXED else AT_ONCE
     FURTHER = tuple(k * THREADS // QUARTER * ROW + k * THREADS % QUARTER * 16 if FIXED else 0 for k in range(AT_ONCE))
@@ -275,11 +280,17 @@ def _collect(shape, tile, load, patience):
                 if not UNTIL_FULL:
                     break
                 find_largest(words, largest)
-                if cuda.all_sync(WARP, largest[0] != u32(EMPTY)):
+                full = largest[0] != u32(EMPTY)
+                if AS_ONE:
+                    full = cuda.all_sync(WARP, full)
+                if full:
                     break
                 tries = u32(tries + u32(1))
                 since = begun(tries, since)
-                if cuda.any_sync(WARP, hopeless(tries, since, fault)):
+                lost = hopeless(tries, since, fault)
+                if AS_ONE:
+                    lost = cuda.any_sync(WARP, lost)
+                if lost:
                     give_up(flags, step, fault)
                     break
             for k in range(AT_ONCE):
@@ -297,12 +308,12 @@ def _fixed(pieces: int, threads: int, at_once: int, row: int) -> bool:
     return pieces % at_once == 0 and (threads % row == 0 or in_rows)
 
 
-def _flagged(shape, tile, free_when_done):
+def _flagged(shape, tile, free_when_done, as_one):
     lay, spot = layout(shape, tile), _in_global(shape, tile)
     FLAGS_AT, patience, open, left = _waiting("flagged", shape, tile, free_when_done)
     GRAIN, SLOT = lay.grain, 4 * tile.rows * lay.words
     BUFFERS, BUFFER = buffers("flagged", shape, free_when_done), tiles.vector_bytes(shape, tile)
-    collect = _collect(shape, tile, load_relaxed_4u, patience)
+    collect = _collect(shape, tile, load_relaxed_4u, patience, as_one)
 
     @cuda.jit(device=True)
     def send(mail, vector, spot, k, step, word):
@@ -326,7 +337,6 @@ def _flagged(shape, tile, free_when_done):
     def wait(mail, vector, step, fault):
         slot = global_address(mail, 0) + u64((step & SLOTS - 1) * SLOT)
         collect(slot, u32(vector + (step + 1 & BUFFERS - 1) * BUFFER), u32(vector + FLAGS_AT), step, fault)
-        cuda.syncwarp()
         cuda.syncthreads()
 
     return Exchange(BUFFERS, open, spot, send, tidy, release, left, wait, _nothing)

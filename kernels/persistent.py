@@ -8,6 +8,7 @@ what backward will read and loads what the next step needs.  With one block to a
 The first look for the others' share waits for those loads too, so memory's latency stands in every step.  Where the kernel
 is AHEAD, they are given out before the product, into registers of their own.  That is so where it was faster on an H200
 (bench/results): LSTM 768 forward 1.87 -> 1.68 us a step, LSTM 256 of 64 rows back 4.82 -> 3.70; cells of one gate lose.
+`newer`: the chip has sm_90 or later; before, some kernels have no registers for it, nor for what makes a warp wait as one.
 
     forward    slots (x W_ih^T, no biases) -> h, the other states, and in the slots what backward reads
     backward   dy, dL/d(final state) -> in the slots dL/dr and dL/dx; dL/d(initial state)
@@ -72,7 +73,7 @@ def _taking(count):
     return take
 
 
-def forward(trace, *, H, tile, blocks, exchange, training):
+def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
     """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
 
     packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows that
@@ -83,7 +84,7 @@ def forward(trace, *, H, tile, blocks, exchange, training):
     GIVEN, KEPT = G + START, len(trace.kept)
     shape = Shape(H, G, False, blocks)
     make, lay = product(shape, tile), layout(shape, tile)
-    post = exchanges.exchange(exchange, shape, tile, make.barriers)
+    post = exchanges.exchange(exchange, shape, tile, make.barriers, newer)
     place, fetch, word, multiply = make.place, make.fetch, make.word, make.multiply
     open, address, send, tidy = post.open, post.spot, post.send, post.tidy
     release, left, wait, close = post.release, post.left, post.wait, post.close
@@ -105,7 +106,7 @@ def forward(trace, *, H, tile, blocks, exchange, training):
         PAIRS * OUTPUTS,
     )
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = _few(G, PAIRS) and (blocks == 1 or (exchange == "flagged" and isinstance(tile, Mma)))
+    AHEAD = newer and _few(G, PAIRS) and (blocks == 1 or (exchange == "flagged" and isinstance(tile, Mma)))
     OWN_COMING = OWN_SUMS if AHEAD else 1
     take = _taking(OWN_COMING)
 
@@ -229,7 +230,7 @@ def forward(trace, *, H, tile, blocks, exchange, training):
     return Source(persistent_forward, pointers + (i64,) * 6, THREADS, SHARED, *exchanges.launched(exchange, shape))
 
 
-def backward(trace, *, H, tile, blocks, exchange, clip):
+def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
 
     dstate: dL/d(final state) -> dL/d(initial state).  dparams of rows of length 0 are not written.
@@ -242,7 +243,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
     READ = DY + 1
     shape = Shape(H, G, True, blocks)
     make, lay = product(shape, tile), layout(shape, tile)
-    post = exchanges.exchange(exchange, shape, tile, make.barriers)
+    post = exchanges.exchange(exchange, shape, tile, make.barriers, newer)
     place, fetch, word, multiply = make.place, make.fetch, make.word, make.multiply
     open, address, send, tidy = post.open, post.spot, post.send, post.tidy
     release, left, wait, close = post.release, post.left, post.wait, post.close
@@ -254,7 +255,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip):
     INPUTS, OUTPUTS, SENT = PARAM + P, WRITTEN + S + P, PAIRS // GRAIN
     OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = _few(G, PAIRS) and blocks > 1
+    AHEAD = newer and _few(G, PAIRS) and blocks > 1
     OWN_COMING = OWN_READ if AHEAD else 1
     take = _taking(OWN_COMING)
 

@@ -77,7 +77,7 @@ MUTANTS = {
     "flagged: emptied a step too early": ("flagged", "exchange._flagged", Race,
         ("range(2 * PERIOD + 1, 3 * PERIOD + 1)", "range(2 * PERIOD, 3 * PERIOD)")),
     "flagged: an empty word is taken": ("flagged long", "exchange._collect", Race,
-        ("if cuda.all_sync(WARP, largest[0] != u32(EMPTY)):", "if True:")),
+        ("if full:", "if True:")),
     "flagged: no barrier behind the vector": ("flagged", "exchange._flagged", Race, ("cuda.syncthreads()", "pass")),
     "flagged: one buffer, always": ("flagged", "exchange.buffers", Race,
         ('"flagged": free_when_done', '"flagged": True')),

@@ -65,6 +65,7 @@ def fitted(
     built: dict[int, tuple[Launcher, Choice]] = {}  # by what it spills
     for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip):
         options = {"H": H, "tile": tile, "blocks": choice.blocks, "exchange": choice.exchange, **dict(constants)}
+        options["newer"] = chip.capability >= (9, 0)
         kernel = device.kernel(factory, cell.trace, **options)
         built.setdefault(kernel.kernel.spilled, (kernel, choice._replace(tile=tile)))
         if not kernel.kernel.spilled:
