@@ -58,7 +58,7 @@ def gather(_, *, dtype, index):
 
 
 def add_rows(_, *, dtype, index):
-    """target (V, dim): row r has added to it the sum of values (count, dim) over the tokens (count,) that are r.
+    """target (V, dim): row r has added to it the sum, in float64, of values (count, dim) over the tokens (count,) that are r.
 
     A block has one row's SPAN values, `spans` blocks a row.  Its warps share the tokens out, 32 at a time, and add up what
     they find in order; then their sums are added in order.  Tokens are read by every block, from a cache: V count
@@ -71,9 +71,9 @@ def add_rows(_, *, dtype, index):
         block = types.uint32(cuda.blockIdx.x)
         row = i64(block // types.uint32(spans))
         first = (i64(block) - row * spans) * SPAN
-        partial = cuda.shared.array(PARTIAL, real)
+        partial = cuda.shared.array(PARTIAL, f64)
         hits = cuda.shared.array(WARPS, types.int32)
-        sums = cuda.local.array(COLUMNS, real)
+        sums = cuda.local.array(COLUMNS, f64)
         for i in range(COLUMNS):
             sums[i] = 0
         found = types.int32(0)
@@ -87,7 +87,7 @@ def add_rows(_, *, dtype, index):
                 for i in range(COLUMNS):
                     d = first + lane + WARP * i
                     if d < dim:
-                        sums[i] += values[k * dim + d]
+                        sums[i] += f64(values[k * dim + d])
         for i in range(COLUMNS):
             partial[warp * SPAN + lane + WARP * i] = sums[i]
         if lane == 0:
@@ -96,12 +96,12 @@ def add_rows(_, *, dtype, index):
         d = i64(cuda.threadIdx.x)
         if d >= SPAN or first + d >= dim:
             return
-        total, found = real(0), types.int32(0)
+        total, found = f64(0), types.int32(0)
         for w in range(WARPS):
             total += partial[w * SPAN + d]
             found |= hits[w]
         if found != 0:
-            target[row * dim + first + d] += total
+            target[row * dim + first + d] += real(total)
 
     pointer = types.CPointer(real)
     return Source(add_to_rows, (pointer, types.CPointer(getattr(types, index)), pointer) + (i64,) * 3, THREADS)

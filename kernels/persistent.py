@@ -26,7 +26,7 @@ from .products import columns, product
 from .ptx import advance, shared_address, store_shared_u, written_out
 from .tiles import Ffma, Mma, Shape, layout
 
-i32, i64, u32, f32 = types.int32, types.int64, types.uint32, types.float32
+i32, i64, u32, f32, f64 = types.int32, types.int64, types.uint32, types.float32, types.float64
 
 
 def _accuracy(tile):
@@ -233,7 +233,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
 def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
 
-    dstate: dL/d(final state) -> dL/d(initial state).  dparams of rows of length 0 are not written.
+    dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
     packed, lengths, mail, fault, row: as in `forward`.
     """
     G, S, P, SLOTS = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots
@@ -299,7 +299,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         places, arrays, strides = (slot_at, state_at, dy_at), (slots, h, rest, dy), (N, reverse, rest_state, dy_step)
         values = cuda.local.array(OWN_STATE, f32)
         own = cuda.local.array(OWN_PARAM, f32)
-        gradients = cuda.local.array(OWN_PARAM, f32)
+        gradients = cuda.local.array(OWN_PARAM, f64)
         ready = cuda.local.array(OWN_READ, f32)
         coming = cuda.local.array(OWN_COMING, f32)  # what is ready in the next step, where that is loaded ahead
         sums = cuda.local.array(PAIRS, f32)
@@ -327,7 +327,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                 values[p * S + s] = dstate[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
             for k in range(P):
                 own[p * P + k] = params[k * H + u]
-                gradients[p * P + k] = f32(0)
+                gradients[p * P + k] = f64(0)
             for k in range(READ):
                 ready[p * READ + k] = f32(0)
                 if AHEAD:
@@ -358,7 +358,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                     for s in range(S):
                         values[p * S + s] = result[WRITTEN + s]
                     for k in range(P):
-                        gradients[p * P + k] += result[WRITTEN + S + k]
+                        gradients[p * P + k] += f64(result[WRITTEN + S + k])
             if owner:
                 for g in range(G):
                     for p in range(PAIRS):
@@ -401,7 +401,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                     dparams[k * N * H + state_at[p]] = gradients[p * P + k]
         close()
 
-    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 7, types.CPointer(i64), *[types.CPointer(u32)] * 2)
+    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 6, types.CPointer(f64), types.CPointer(i64))
+    pointers += (types.CPointer(u32),) * 2
     return Source(
         persistent_backward, pointers + (i64,) * 6 + (f32,), THREADS, SHARED, *exchanges.launched(exchange, shape)
     )

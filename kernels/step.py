@@ -55,7 +55,7 @@ def forward(trace, *, dtype):
 
 
 def backward(trace, *, dtype, clip):
-    """Assigns slots and dstate (S, N, H), adds to dparams (P, N, H).
+    """Assigns slots and dstate (S, N, H), adds to dparams (P, N, H), which are in float64.
 
     dy: (T, N, H), steps and rows dy_step and dy_row elements apart.  rows: living at t; of them the first `seen` have
     been at the step processed before, and there weight_hh's product was added to dstate[0].
@@ -101,7 +101,7 @@ def backward(trace, *, dtype, clip):
         for s in range(S):
             dstate[s * N * H + k] = result[WRITTEN + s]
         for p in range(P):
-            dparams[p * N * H + k] += result[WRITTEN + S + p]
+            dparams[p * N * H + k] += types.float64(result[WRITTEN + S + p])
 
     @cuda.jit(device=True)
     def clipped(value, limit):
@@ -110,4 +110,5 @@ def backward(trace, *, dtype, clip):
         return -limit if value < -limit else value
 
     pointer = types.CPointer(real)
-    return Source(step_backward, (pointer,) * 7 + (types.int64,) * 9 + (real,), THREADS)
+    pointers = (pointer,) * 6 + (types.CPointer(types.float64),)
+    return Source(step_backward, pointers + (types.int64,) * 9 + (real,), THREADS)

@@ -109,3 +109,39 @@ def peepholes_backward(dnext, saved, state, next_state, params):
 
 
 PEEPHOLES = Cell("two of its own", 1, 1, peepholes, peepholes_backward, params=("peep", "shift"))
+
+
+# On a device, whose kernels run in the interpreter: few rows must do, so one of 2^24 stands before ones, of which
+# float32 would keep none.
+
+LOST = np.array([2**24, *[1] * 8], np.float32)
+
+
+@pytest.fixture
+def on_a_device():
+    pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+    if gpurnn.backend.name == "cuda":
+        yield
+        return
+    from tests.interpreted import interpreted
+
+    with interpreted():
+        yield
+
+
+@pytest.mark.parametrize("executor", ["step", "persistent"])
+def test_a_cells_own_parameters_on_a_device(on_a_device, executor):
+    layer = gpurnn.Recurrent(LINEAR, 1, 5, executor=executor, rng=0)
+    layer.params["weight_hh_l0"][...] = 0
+    dy = np.zeros((len(LOST), 2, 5), np.float32)
+    dy[::-1, 1] = LOST[:, None]  # the last step is the first to be added
+    _, _, backward = layer(np.zeros((len(LOST), 2, 1), np.float32))
+    backward(dy)
+    assert gpurnn.backend.to_numpy(layer.grads["shift_l0"]).tolist() == [2**24 + 8] * 5
+
+
+def test_an_embeddings_rows_on_a_device(on_a_device):
+    xp = gpurnn.backend.xp
+    target = xp.zeros((2, 3), "float32")
+    add_rows(target, xp.asarray(np.ones(len(LOST), int)), xp.asarray(np.repeat(LOST[:, None], 3, 1)))
+    assert gpurnn.backend.to_numpy(target).tolist() == [[0] * 3, [2**24 + 8] * 3]

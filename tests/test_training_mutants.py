@@ -247,7 +247,7 @@ MUTANTS = {
     "add_rows: no barrier": ("table", "embedding", Race, ("            hits[warp] = found\n        cuda.syncthreads()\n", "            hits[warp] = found\n")),
     "add_rows: the last token once more": ("table", "embedding", OutOfBounds, ("base + lane < count and i64(tokens", "i64(tokens")),
     "add_rows: tokens of the first 256": ("table", "embedding", Wrong, ("range(warp * WARP, count, THREADS)", "range(warp * WARP, min(count, 256), THREADS)")),
-    "add_rows: assigns": ("table", "embedding", Wrong, ("target[row * dim + first + d] += total", "target[row * dim + first + d] = total")),
+    "add_rows: assigns": ("table", "embedding", Wrong, ("target[row * dim + first + d] += real(total)", "target[row * dim + first + d] = real(total)")),
     "add_rows: the second span over the first": ("table", "embedding", Wrong, ("d = first + lane + WARP * i\n", "d = lane + WARP * i\n")),
     "add_rows: a warp's sums are left out": ("table", "embedding", Wrong, ("for w in range(WARPS):", "for w in range(WARPS - 1):")),
     "sums: no barrier": ("norm", "norms", Race, ("    shared[tid] = value\n    cuda.syncthreads()\n", "    shared[tid] = value\n")),

@@ -225,16 +225,32 @@ def _share():
     return cache.external(share, host()).python
 
 
+@functools.cache
+def _alone():
+    """alone(function, values): function(values, 0), here."""
+
+    def alone(function, values):
+        before = flush()
+        call(function, values, 0)
+        restore(before)
+
+    return cache.external(alone, host()).python
+
+
 def run(function: Compiled, numbers: Sequence[int], shares: Sequence[Sequence[int]]) -> None:
     """function(values, part) for every part at once.  Raises RuntimeError where so many threads cannot be had: see `cut`.
 
     At the address `values` stand: how many threads meet, where when they are ready, where after each step; how many bytes
     on the first part's share stands; `numbers`; the shares.
     """
+    own = len(shares), 0, 0, len(numbers) * 8 + 32, *numbers, *itertools.chain(*shares)
+    packed = struct.pack(f"{len(own)}q", *own)
+    if len(shares) == 1:
+        _alone()(function.address, packed)
+        return
     count = len(shares) - 1
     had = hands(count + 1)
     if had <= count:
         raise RuntimeError(f"no more threads can be started: {count + 1} are wanted, {had} can be had")
-    own = len(shares), 0, 0, len(numbers) * 8 + 32, *numbers, *itertools.chain(*shares)
-    values = ctypes.create_string_buffer(struct.pack(f"{len(own)}q", *own))
+    values = ctypes.create_string_buffer(packed)
     _share()(function.address, values, count, ctypes.create_string_buffer(8 * count), *_office.lists())

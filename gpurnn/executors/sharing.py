@@ -51,19 +51,21 @@ class Plan(NamedTuple):
 
 def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
     """Who does what in a pass through time: as many threads as pay, and can be had."""
-    plan = _plan_loop(cell, rows, T, N, I, H, dtype, cpu_threads())
-    had = crew.hands(len(plan.shares))
-    return plan if had >= len(plan.shares) else _plan_loop(cell, rows, T, N, I, H, dtype, had)
-
-
-def _plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype, most: int) -> Plan:
-    """For at most so many threads."""
-    whole, recurrent = Share(slice(0, N), slice(0, H), slice(0, I)), cell.gates * H * H
-    weights = recurrent + cell.gates * H * I
+    weights = cell.gates * H * (H + I)
     flops = 2 * max(T * N, FEWEST_ROWS) * weights
     with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
+    whole = Share(slice(0, N), slice(0, H), slice(0, I))
     if with_packing < PARALLEL_FLOPS:
         return Plan([whole])
+    plan = _shared(cell, rows, whole, flops, dtype, cpu_threads())
+    had = crew.hands(len(plan.shares))
+    return plan if had >= len(plan.shares) else _shared(cell, rows, whole, flops, dtype, had)
+
+
+def _shared(cell: Cell, rows: np.ndarray, whole: Share, flops: int, dtype: np.dtype, most: int) -> Plan:
+    """The whole, cut for at most so many threads."""
+    N, H, I = (cut.stop for cut in whole)
+    recurrent = cell.gates * H * H
     enough = ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
     by_rows = min(most, int(N / enough))
     by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))

@@ -140,10 +140,10 @@ def finish(sweep: Sweep, final: tuple[Array, ...]) -> tuple[States, Tape | None]
 
 
 def parameters(tape: Tape) -> tuple[Array, Array]:
-    """The cell's own parameters (P, H), and zeros (P, N, H) for their gradients, row by row."""
+    """The cell's own parameters (P, H), and zeros (P, N, H) in float64 for their gradients, row by row: sums over T."""
     N, H = tape.h.shape[1:]
     params = layout.params(tape.weights, H, backend.xp)
-    return params, backend.xp.zeros((len(params), N, H), tape.x.dtype)
+    return params, backend.xp.zeros((len(params), N, H))
 
 
 def ordered_weight_hh(cell: Cell, weights: Weights) -> Array:
