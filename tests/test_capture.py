@@ -130,8 +130,8 @@ def test_states_of_many_layers_and_parameters_of_many_gates():
                 return y, dx, *(dstate if isinstance(dstate, tuple) else (dstate,))
 
             recorded = gpurnn.captured(step)
-            for k in range(4):
-                x = put(np.full((2, 2, 2), 0.1 * k, np.float32))
+            for k in range(3):
+                x = put(np.full((1, 2, 2), 0.1 * k, np.float32))
                 found, expected = ([part.get().tolist() for part in work(x)] for work in (recorded, step))
                 assert found == expected
             assert recorded.reason is None
@@ -223,7 +223,7 @@ def test_a_user_s_loop(k1, k2):
             return loss
 
         do, losses = wrap(step, bptt), []
-        for start in [*range(0, 9 * k1, k1), 0, *range(k1, 6 * k1, k1)]:
+        for start in [*range(0, 6 * k1, k1), 0, *range(k1, 4 * k1, k1)]:
             if start == 0:
                 bptt.reset()
             optimizer.lr = 0.05 / (1 + start)
@@ -329,10 +329,10 @@ def go(config, corpus, run, steps):
 @pytest.mark.parametrize("executor", ["step", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_bit_for_bit(executor, corpus, tmp_path):
     """Though it was captured elsewhere, and though lines of metrics, with their looks at the gradient, fell elsewhere."""
-    config = replace(SMALL, k2=7, steps=9, schedule="constant")
+    config = replace(SMALL, k2=7, steps=7, schedule="constant")
     with interpreted(executor):
-        go(config, corpus, tmp_path / "whole", 9)
-        for budget in (2, 6, 9):
+        go(config, corpus, tmp_path / "whole", 7)
+        for budget in (2, 5, 7):
             go(replace(config, steps=budget), corpus, tmp_path / "pieces", budget)
     whole, pieces = (checkpoint.load(tmp_path / name / checkpoint.MODEL) for name in ("whole", "pieces"))
     for group in ("tensors", "optimizer", "state"):
@@ -340,7 +340,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(executor, corpus, tmp_path):
         assert got.keys() == expected.keys()
         assert all((got[name] == value).all() for name, value in expected.items())
     lines = [line for line in read_metrics(tmp_path / "whole" / checkpoint.METRICS) if "loss" in line]
-    assert [line["step"] for line in lines] == [1, 4, 8, 9]
+    assert [line["step"] for line in lines] == [1, 4, 7]
     assert all(np.isfinite(line["flow"]).all() and line["grad_norm"] > 0 for line in lines)
 
 
@@ -366,12 +366,12 @@ def test_divergence_is_told_at_the_next_line_with_its_own_step(corpus, tmp_path)
 def test_dropout_is_captured_with_the_masks_of_numpy(corpus):
     config = replace(SMALL, dropout=0.4, num_layers=2)
     host = Training(config, corpus)
-    expected, calls = [host.step()[0] for _ in range(10)], host.checkpoint().meta["dropout"]
+    expected, calls = [host.step()[0] for _ in range(7)], host.checkpoint().meta["dropout"]
     with interpreted("step"):
         captured, plain = Training(config, corpus), Training(config, corpus)
         plain._captured._when = lambda: False
         before, found = counters.graphs, []
-        for _ in range(10):
+        for _ in range(7):
             with no_waiting():
                 found.append(captured.step()[0])
                 loss = plain.step()[0]
@@ -379,7 +379,7 @@ def test_dropout_is_captured_with_the_masks_of_numpy(corpus):
         assert counters.graphs - before >= 3 and captured.one_by_one is None
         assert (captured.model.params.flat.get() == plain.model.params.flat.get()).all()
         np.testing.assert_allclose([float(loss) for loss in found], expected, rtol=1e-4)
-        assert captured.checkpoint().meta["dropout"] == calls == {"recurrent": 10, "dropout": 10}
+        assert captured.checkpoint().meta["dropout"] == calls == {"recurrent": 7, "dropout": 7}
 
 
 def test_a_captured_step_drops_other_values_each_time_and_goes_back_the_same_way():

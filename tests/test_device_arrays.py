@@ -423,16 +423,16 @@ def test_train_resume_and_sample(cell, tmp_path, capsys):
     text.write_text("the quick brown fox, die schnelle Füchsin.\n" * 30, "utf-8")
     command = ["train", "--data", str(text), "--cell", cell, "--schedule", "constant", *SMALL]
     with interpreted("numpy"):
-        assert cli.main([*command, "--steps", "8", "--run", str(whole)]) == 0
+        assert cli.main([*command, "--steps", "5", "--run", str(whole)]) == 0
         assert "backend   cuda: the tests' stand-in" in capsys.readouterr().out
-        assert cli.main([*command, "--steps", "5", "--run", str(pieces)]) == 0
-        assert cli.main(["train", "--resume", str(pieces), "--steps", "8"]) == 0
+        assert cli.main([*command, "--steps", "3", "--run", str(pieces)]) == 0
+        assert cli.main(["train", "--resume", str(pieces), "--steps", "5"]) == 0
         assert tensors(pieces) == tensors(whole), "resumed bit for bit"
         capsys.readouterr()
         assert cli.main(["sample", str(whole), "--length", "20", "--seed", "0", "--prompt", "the "]) == 0
         sampled = capsys.readouterr().out
     with on_numpy():
-        assert cli.main([*command, "--steps", "8", "--run", str(host)]) == 0
+        assert cli.main([*command, "--steps", "5", "--run", str(host)]) == 0
         capsys.readouterr()
         assert cli.main(["sample", str(whole), "--length", "20", "--seed", "0", "--prompt", "the "]) == 0
         assert capsys.readouterr().out == sampled
