@@ -2,11 +2,12 @@
 
 COMPILED, LOOPS, ROWS = "gpurnn/executors/compiled", "gpurnn/executors/loops", "gpurnn/executors/rows"
 REDUCTION, NUMPY = "gpurnn/executors/reduction", "gpurnn/executors/numpy_loop"
+LSTM, GRU = "executors::every_cell_agrees[lstm-float64]", "executors::every_cell_agrees[gru-float64]"
 PEEPHOLES = "executors::every_cell_agrees[peephole_lstm-float64]"
-THREADS = "threads::any_number_of_threads_gives_the_same"
+THREADS = "threads::any_number_of_threads_gives_the_same[None]"
 BY_UNITS = "sharing::shared_work_gives_what_numpy_gives[0-3-GRU-9-3-64-97-0.05-None-True]"
-FLOW = "executors::flow_is_the_gradient_of_each_state"
-CLIP = "executors::clip_in_time_bounds_what_is_passed_back"
+FLOW = "executors::flow_is_the_gradient_of_each_state[compiled-False]"
+CLIP = "executors::clip_in_time_bounds_what_is_passed_back[compiled]"
 
 # fmt: off
 MUTANTS = {
@@ -24,48 +25,49 @@ MUTANTS = {
     "gradient: dL/d(final state) left out": (COMPILED, "            own[...] = value", "            own[...] = 0",
         PEEPHOLES),
     "state: a reverse pass leaves it behind y": (COMPILED, "visible[first] = 0", "visible[first] *= 1",
-        "executors::odd_sizes"),
-    "index: the slots of the last chunk alone are kept": (COMPILED,
-        "window = T if training else chunk", "window = chunk", "executors::chunks_of_time"),
+        LSTM),
+    "index: the final state of a row that has ended before": (COMPILED,
+        "first, last = (ends, 0) if reverse else (0, ends)", "first, last = (ends, 0) if reverse else (0, T)",
+        "executors::rows_without_steps_pass_their_state_through[False-compiled]"),
     "kept: a tape that is to be kept is overwritten": (COMPILED,
         "tape.slots.copy() if options.keep else tape.slots", "tape.slots",
         "recurrent::the_tape_serves_once_or_as_often_as_kept"),
     "sign: reverse starts from the wrong end": (LOOPS,
-        "t = begin + end - 1 - step if reverse else step", "t = step", "executors::odd_sizes"),
+        "t = begin + end - 1 - step if reverse else step", "t = step", LSTM),
     "index: reverse reads the state of its own step": (LOOPS,
         "                t = step if reverse else begin + end - 1 - step\n                before, after = (t + 1, t) if",
         "                t = step if reverse else begin + end - 1 - step\n                before, after = (t, t) if",
-        "executors::odd_sizes"),
+        LSTM),
     "index: a last, shorter chunk of steps": (LOOPS,
         "begin = done if reverse else (T - 1) // chunk * chunk - done", "begin = done if reverse else T - chunk - done",
-        "executors::chunks_of_time"),
+        "executors::chunks_of_time[float64]"),
     "mask: rows that have ended go on": (LOOPS,
         "                m = least(word(rows + t * 8), last) - first\n                if m <= 0:\n                    continue\n"
-        "                at, row", "                m = last - first\n                at, row", "executors::odd_sizes"),
+        "                at, row", "                m = last - first\n                at, row", LSTM),
     "order: clipped before the product": (LOOPS,
         "                if clamp:\n                    call(clamp, m, units, states, dstate + row, h_step, stride, limit)\n",
-        "", CLIP, "executors::odd_sizes"),
+        "", CLIP, LSTM),
     "order: the flow is taken behind the step": (LOOPS,
         "flow + t * 8, T * 8)", "flow + before * 8, T * 8)", FLOW),
     "formula: only h's gradient is clipped": (ROWS,
         "            for s in range(states):\n                row(n, dstate", "            for s in range(1):\n                row(n, dstate",
-        CLIP, "executors::odd_sizes"),
+        CLIP, LSTM),
     "formula: dy counts in every state's flow": (ROWS, "direct = 0 if s else dy", "direct = dy", FLOW),
     "slot: a split gate's x and r exchanged": (ROWS,
         "given[x], given[r] = slot(slot_of_x[gate]), slot(slot_of_r[gate])",
-        "given[r], given[x] = slot(slot_of_x[gate]), slot(slot_of_r[gate])", "executors::every_cell_agrees[gru-float64]"),
+        "given[r], given[x] = slot(slot_of_x[gate]), slot(slot_of_r[gate])", GRU),
     "slot: biases of the gates in their order of r": ("gpurnn/executors/layout",
         "ordered(weights.bias_ih, trace.x_order, H)", "ordered(weights.bias_ih, trace.r_order, H)",
         "executors::every_cell_agrees[minimal_gated_unit-float64]"),
     "sum: a block's last rows left out of the biases": (REDUCTION,
-        "for row in range(grouped, k):", "for row in range(grouped, k - 1):", "executors::every_cell_agrees[gru-float64]"),
+        "for row in range(grouped, k):", "for row in range(grouped, k - 1):", GRU),
     "sum: a matrix's columns behind the first block": (REDUCTION,
         "count = least(most, least(last - column, H - unit))", "count = least(most, last - column)",
-        "executors::every_cell_agrees[gru-float64]"),
+        GRU),
     "sum: the oracle's biases in float32": (NUMPY,
         'flat.sum(0, dtype="float64").astype(x.dtype)', "flat.sum(0)", "long_sums::biases_of_the_shipped_cells"),
     "tail: the last vector is written whole": ("gpurnn/executors/simd",
-        "emit.first_lanes(builder.sub(count, whole))", "None", "executors::odd_sizes"),
+        "emit.first_lanes(builder.sub(count, whole))", "None", LSTM),
     "passed: NaN through a maximum": ("gpurnn/executors/simd",
         'larger = self.where(self.builder.fcmp_unordered(">=", a, b), a, b)',
         'larger = self.where(self.builder.fcmp_ordered(">=", a, b), a, b)',
@@ -95,8 +97,9 @@ MUTANTS = {
         "u32(k), u32(k >> 32), u32(call), u32(0), u32(seed), u32(seed >> 32))\n            at",
         "random::calls_beyond_32_bits_and_any_layout"),
     "oracle: clipped where the gradient leaves a step's own unit": (NUMPY,
-        "part[:m] = gradient if options.clip is None else", "part[:m] = gradient if True else", CLIP),
+        "part[:m] = gradient if options.clip is None else", "part[:m] = gradient if True else",
+        "executors::clip_in_time_bounds_what_is_passed_back[numpy]", LSTM),
     "oracle: bias_hh learns what bias_ih does": (NUMPY,
-        "grads.bias_hh[...] += dbias_hh.astype(x.dtype)", "grads.bias_hh[...] += flat.sum(0)", "executors::every_cell_agrees[gru-float64]"),
+        "grads.bias_hh[...] += dbias_hh.astype(x.dtype)", "grads.bias_hh[...] += flat.sum(0)", GRU),
 }
 # fmt: on
