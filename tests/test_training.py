@@ -1,5 +1,6 @@
 """A training run: resumed it goes on bit for bit, killed it resumes, and it learns."""
 
+import math
 import os
 import random
 import shutil
@@ -132,6 +133,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(text, t
     assert saved.meta["step"] == 4 and all(np.isfinite(value).all() for value in saved.tensors.values())
 
 
+def test_a_loss_of_inf_with_a_finite_gradient_changes_nothing(text):
+    training = Training(SMALL, load_corpus(text))
+    _, targets, _ = training.windows.at(0)
+    training.model.params["head.bias"][targets[0, 0]] = -np.inf  # of what comes: no chance at all
+    before = training.model.params.flat.copy()
+    with pytest.raises(FloatingPointError, match=r"head\.bias"):
+        training.step()
+    np.testing.assert_array_equal(training.model.params.flat, before)
+
+
+def test_an_epoch_begins_with_the_models_own_state(text):
+    training = Training(replace(SMALL, steps=100), load_corpus(text))
+    for at in range(2 * len(training.windows) + 1):
+        x, targets, first = training.windows.at(at)
+        loss, _ = gpurnn.softmax_cross_entropy(training.model(x, training=False)[0], targets)
+        from_the_beginning = training.step()[0] == pytest.approx(float(loss) / math.log(2), rel=1e-6)
+        assert from_the_beginning == first == (at % len(training.windows) == 0)
+
+
+@pytest.mark.parametrize("clip", [{"clip_norm": 1e-3}, {"clip_norm": 1e-3, "clip_value": 1e-4}, {"clip_value": 1e-4}])
+def test_the_norm_that_is_told_is_that_before_clipping(text, clip):
+    corpus, none = load_corpus(text), {"clip_norm": 0.0, "clip_value": 0.0}
+    clipped, free = (Training(replace(SMALL, **options), corpus) for options in (none | clip, none))
+    assert clipped.step()[1] == pytest.approx(free.step()[1], rel=1e-6)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
     config, corpus = SMALL, load_corpus(text)
     go(config, corpus, tmp_path / "run", 3)
@@ -187,6 +214,9 @@ def test_a_budget_in_minutes_ends_and_resumes(text, tmp_path):
     config, corpus = replace(SMALL, steps=None, minutes=1.5 / 60), load_corpus(text)
     first = go(config, corpus, tmp_path / "run", 5)
     assert 0 < first.progress < 1 and first.optimizer.lr > 0.02 * config.lr
+    resumed = Training(config, corpus)
+    resumed.restore(checkpoint.load(tmp_path / "run" / checkpoint.MODEL))
+    assert resumed.seconds == first.seconds
     second = go(config, corpus, tmp_path / "run", 10**9)
     assert second.progress == 1 and second.seconds >= 1.5
     assert second.optimizer.lr == pytest.approx(0.02 * config.lr, rel=0.5), "the schedule ran out with the time"

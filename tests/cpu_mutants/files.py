@@ -7,10 +7,10 @@ DATA, TEXT = "gpurnn/data", "gpurnn/text"
 # fmt: off
 MUTANTS = {
     "passed: a digest is not compared": (CHECKPOINT,
-        "if meta is not None and metadata.get(\"sha256\") !=", "if meta is not None and metadata.get(\"sha256\") and False !=",
+        'if meta is not None and metadata.get("sha256") != _digest(metadata["gpurnn"], tensors):', "if False:",
         "restore::a_flipped_bit_anywhere_is_seen"),
     "passed: a digest that is missing": (CHECKPOINT,
-        "if meta is not None and metadata.get(\"sha256\") !=", "if meta is not None and \"sha256\" in metadata and metadata[\"sha256\"] !=",
+        'if meta is not None and metadata.get("sha256") !=', 'if "sha256" in metadata and metadata["sha256"] !=',
         "checkpoint::foreign_files_are_refused", "restore::a_checkpoint_without_a_digest_is_refused"),
     "passed: a digest of the values alone": (CHECKPOINT,
         'found.update(f"\\n{name} {little.dtype.str} {little.shape}\\n".encode())', "pass",

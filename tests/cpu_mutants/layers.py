@@ -54,7 +54,7 @@ MUTANTS = {
     "buffer: x is not copied": (RECURRENT, "            x = x.copy()\n", "            pass\n",
         "buffers::x_may_be_filled_anew_before_backward"),
     "root: the flow is of squares": (RECURRENT, "flow[at] = xp.sqrt(squares)", "flow[at] = squares",
-        "diagnose_flow::flow_is_what_backward_gives"),
+        "diagnose_verdict::a_linear_network"),
     "axis: gates initialised as one matrix": (RECURRENT,
         "gates = self.cell.gates if kind in gated else 1", "gates = 1", "initializers::defaults_are_per_gate"),
 
@@ -97,7 +97,8 @@ MUTANTS = {
     "passed: a gradient that is NaN": (CHECK, "if not error <= tolerance}", "if error > tolerance}",
         "check::a_wrong_backward_is_named"),
     "scale: errors relative to themselves": (CHECK, "scale = float(np.abs(numeric).max())",
-        "scale = max(1.0, float(np.abs(numeric - gradient).max()))", "check::a_wrong_backward_is_named"),
+        "scale = max(1.0, float(np.abs(numeric - gradient).max()))",
+        "check::an_error_is_a_part_of_the_largest_gradient"),
     "kept: a checked layer's gradients": (CHECK, "    layer.grads.flat[...] = kept\n", "",
         "check::the_layer_comes_back_as_it_was"),
     "kept: a checked layer's executor": (CHECK, "        layer.executor = before\n", "        pass\n",

@@ -38,6 +38,8 @@ MUTANTS = {
     "passed: an update that is not finite": (OPTIM,
         "np.copyto(param, moved, where=good)", "np.copyto(param, moved)",
         "optim_limits::parameters_stay_finite_or_keep_their_value_and_say_so"),
+    "passed: an update that is not finite is not told": (OPTIM, "        if lost is not None:\n            raise", "        if False:\n            raise",
+        "optim_limits::parameters_stay_finite_or_keep_their_value_and_say_so"),
     "passed: a negative mean of squares is loaded": (OPTIM, "bool((array < 0).any())", "bool((array < -np.inf).any())",
         "optim::bad_state_changes_nothing", "optim_limits::a_state_that_no_update_leaves_is_refused"),
 
