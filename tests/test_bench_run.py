@@ -519,6 +519,7 @@ def test_run_keeps_its_lines_and_resumes(tmp_path, capsys):
         ("inference", "layer", "numpy-loop"),
     ]
     assert main([*command, "--only", "numpy-loop"]) == 0
+    assert {len(record["samples_s"]) for record in results.read(path)} == {2}
     assert path.read_text() == first and "0 measured" in capsys.readouterr().out
     assert main([*command, "--only", "numpy-loop", "--only", "gpurnn-num*"]) == 0  # one of them is new: both again
     records = results.latest(results.read(path))

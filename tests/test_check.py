@@ -122,7 +122,9 @@ def test_a_wrong_backward_is_named(change, named):
 
 
 def test_an_error_is_a_part_of_the_largest_gradient():
-    small = Cell("small", 1, 1, lambda x, r, s, p: ((1e-5 * x[0],), ()), lambda d, *_: ((1.01e-5 * d[0],), (0,), (0,), ()))
+    small = Cell(
+        "small", 1, 1, lambda x, r, s, p: ((1e-5 * x[0],), ()), lambda d, *_: ((1.01e-5 * d[0],), (0,), (0,), ())
+    )
     assert check_gradients(small, tolerance=1, executor="numpy")["x"] == pytest.approx(0.01, rel=1e-3)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gpurnn
-from gpurnn import checkpoint
+from gpurnn import checkpoint, training
 from gpurnn.cli import main
 from gpurnn.config import TrainConfig
 from gpurnn.metrics import read_metrics
@@ -152,6 +152,17 @@ def test_a_training_that_diverges_says_so_and_can_be_loaded(text, tmp_path, caps
     captured = capsys.readouterr()
     assert "this has diverged" in captured.out and "Warning" not in captured.err
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_result_is_of_all_the_validation_text_and_worse_than_guessing_is_told(text, tmp_path, capsys, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(training.Training, "validate", lambda self, limit=1: (looked_at.append(limit), bits)[1])
+    for bits, told in ((11.0, True), (5.0, False)):  # of an alphabet of some 32
+        assert main(["train", "--data", str(text), *SMALL, "--run", str(tmp_path / f"{bits}")]) == 0
+        output = capsys.readouterr().out
+        assert f"result    {bits:.3f} bits/char on all" in output and ("this has diverged" in output) == told
+        assert looked_at[-1] is None and set(looked_at[:-1]) == {1}
+        looked_at.clear()
 
 
 def test_a_run_killed_before_its_figures_gets_them(run, capsys):
@@ -336,11 +347,18 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, tmp_path):
 
 
 def test_one_signal_is_noted_and_a_second_kills():
-    before = signal.getsignal(signal.SIGTERM)
-    with _signals() as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert caught == [143] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+    def programs_own(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, programs_own)
+    try:
+        with _signals() as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [143]
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == programs_own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_thread_trains_too(text, tmp_path):

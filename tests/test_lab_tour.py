@@ -79,6 +79,7 @@ def test_a_page_says_the_same_on_screen_and_on_paper(tmp_path, capsys):
     page.table(["cell", "error"], [["RNN", "0.1"], ["a longer one", "2"]])
     assert page.figure("name", "What it shows") == tmp_path / "name.png"
     page.progress("only on the screen")
+    page.section("Second")
     page.save()
     screen, paper = capsys.readouterr().out, (tmp_path / "summary.md").read_text()
     assert (
@@ -86,7 +87,7 @@ def test_a_page_says_the_same_on_screen_and_on_paper(tmp_path, capsys):
         in paper
     )
     assert "![What it shows](name.png)" in paper and "only" not in paper and "only on the screen" in screen
-    for part in ("1. First", "One sentence.", "a verdict\n", "a longer one"):
+    for part in ("1. First", "2. Second", "One sentence.", "a verdict\n", "a longer one"):
         assert part in paper and part in screen
 
 

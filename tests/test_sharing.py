@@ -147,7 +147,9 @@ def test_a_cells_own_parameters_learn_from_every_thread(monkeypatch, request, by
     assert len(plan.shares) == 3 and plan.by_units == by_units
     gradients = []
     for executor in ("numpy", "compiled"):
-        layer = Recurrent(cell, I, H, executor=executor, dtype="float64", rng=1, init=dict.fromkeys(cell.params, normal(0.5)))
+        layer = Recurrent(
+            cell, I, H, executor=executor, dtype="float64", rng=1, init=dict.fromkeys(cell.params, normal(0.5))
+        )
         y, _, backward = layer(np.random.default_rng(2).standard_normal((T, N, I)))
         backward(np.random.default_rng(3).standard_normal(y.shape))
         gradients.append(layer.grads)
