@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gpurnn
-from gpurnn import checkpoint, training
+from gpurnn import checkpoint, plot, training
 from gpurnn.cli import main
 from gpurnn.config import TrainConfig
 from gpurnn.metrics import read_metrics
@@ -156,6 +156,7 @@ def test_a_training_that_diverges_says_so_and_can_be_loaded(text, tmp_path, caps
 
 def test_a_result_is_of_all_the_validation_text_and_worse_than_guessing_is_told(text, tmp_path, capsys, monkeypatch):
     looked_at = []
+    monkeypatch.setattr(plot, "why_not", lambda: "they are not looked at")
     monkeypatch.setattr(training.Training, "validate", lambda self, limit=1: (looked_at.append(limit), bits)[1])
     for bits, told in ((11.0, True), (5.0, False)):  # of an alphabet of some 32
         assert main(["train", "--data", str(text), *SMALL, "--run", str(tmp_path / f"{bits}")]) == 0
