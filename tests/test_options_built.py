@@ -223,6 +223,18 @@ def test_an_option_of_flow_is_used(arguments, expected, run, monkeypatch):
     assert seen.value.args[0] == expected
 
 
+def test_the_targets_of_flow_are_what_follows(run, monkeypatch):
+    def verdicts(model, x, targets, *_, **__):
+        raise Seen(x, targets)
+
+    monkeypatch.setattr(diagnose, "verdicts", verdicts)
+    with pytest.raises(Seen) as seen:
+        main(["flow", str(run)])
+    x, targets = seen.value.args
+    np.testing.assert_array_equal(x[1:], targets[:-1])
+    assert (x != targets).any()
+
+
 def test_the_command_line_comes_before_the_file(tmp_path, monkeypatch):
     def prepared(config):
         raise Seen(config.hidden_size, config.k1)

@@ -18,7 +18,7 @@ import gpurnn
 from gpurnn import checkpoint
 from gpurnn.config import TrainConfig
 from gpurnn.data import load_corpus
-from gpurnn.metrics import read_metrics
+from gpurnn.metrics import MetricsLog, read_metrics
 from gpurnn.training import Training, train
 
 SMALL = TrainConfig(
@@ -174,6 +174,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
         train(training, tmp_path / "run", stop=lambda: False, report=quietly)
     monkeypatch.undo()
     assert tensors_of(tmp_path / "run") == before
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_is(text, tmp_path, monkeypatch):
+    done, sync, save = [], MetricsLog.sync, checkpoint.save
+    monkeypatch.setattr(MetricsLog, "sync", lambda log: (done.append("log"), sync(log)))
+    monkeypatch.setattr(checkpoint, "save", lambda *all: (done.append("checkpoint"), save(*all)))
+    go(SMALL, load_corpus(text), tmp_path / "run", 8)
+    assert done == ["log", "checkpoint"] * 3, "at steps 3, 6 and 8"
 
 
 def test_what_differs_is_told_or_refused(text, tmp_path):

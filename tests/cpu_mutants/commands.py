@@ -7,6 +7,7 @@ TRAIN, FLOW, CLI, SAMPLE = (
     "options_built::an_option_of_sample_is_used",
 )
 RESULT = "cli::a_result_is_of_all_the_validation_text_and_worse_than_guessing_is_told"
+PANELS = "plot_lab::a_label_looks_the_same_in_every_panel_and_what_no_log_axis_shows_is_a_gap"
 CURVES, STYLE, PLOTS = "gpurnn/plot/curves", "gpurnn/plot/style", "gpurnn/plot/training"
 
 # fmt: off
@@ -48,7 +49,7 @@ MUTANTS = {
         "np.random.default_rng(1))  # the run's",
         "flow_command::the_first_eigenvalues_are_those_of_the_runs_beginning"),
     "index: flow's windows overlap the text's end": (FLOW, "tokens[positions + 1].astype(np.int32)",
-        "tokens[positions].astype(np.int32)", "flow_command::it_prints_and_leaves_all_it_found"),
+        "tokens[positions].astype(np.int32)", "options_built::the_targets_of_flow_are_what_follows"),
     "limit: threads beyond what a machine has": ("gpurnn/variables", "1 <= int(value) <= MAX_THREADS",
         "0 <= int(value) <= MAX_THREADS", "environment::threads_that_make_no_sense"),
     "ignored: another number of threads in a resumed run": ("gpurnn/environment", '"cpu", "threads", *_DISTRIBUTIONS',
@@ -56,11 +57,9 @@ MUTANTS = {
         "training::what_differs_is_told_or_refused"),
 
     "gap: a value that is not positive is drawn": (CURVES, "            ys = np.where(ys > 0, ys, np.nan)\n",
-        "            pass\n", "plot_lab::degenerate_curves_are_drawn", "plot_lab::curves_in_panels"),
-    "look: curves of one label differ from panel to panel": (CURVES,
-        "list(dict.fromkeys(label for panel in panels for label in panel.curves))",
-        "list(dict.fromkeys(label for panel in panels[::-1] for label in panel.curves))[::-1]",
-        "plot_lab::curves_in_panels"),
+        "            pass\n", PANELS),
+    "look: curves of one label differ from panel to panel": (CURVES, "_panel(axes, panel, looks)",
+        "_panel(axes, panel, _looks(list(panel.curves)))", PANELS),
     "sign: a rate forward in time": (CURVES, "style.rate(positive[::-1])", "style.rate(positive)",
         "plot_lab::a_lonely_explosion_hides_nobody"),
     "mean: NaN counts as 0": (PLOTS, "np.maximum(np.convolve(present, window, mode=\"same\"), 1)", "len(window)",
@@ -70,8 +69,8 @@ MUTANTS = {
     "axis: a longer way back is drawn from the window's first step": ("gpurnn/plot/flow",
         "np.arange(-curves.shape[1], 0) + panels[0][1].shape[1]", "np.arange(curves.shape[1])",
         "plot::gradient_flow"),
-    "kept: a user's settings of matplotlib": (STYLE, "        changed.__exit__(None, None, None)\n", "        pass\n",
-        "plot_setups::a_users_settings_are_as_before"),
+    "ignored: our own settings of matplotlib": (STYLE, 'defaults | {"svg.hashsalt": "gpurnn"}',
+        '{"svg.hashsalt": "gpurnn"}', "plot_setups::a_users_settings_are_as_before"),
     "axis: an arrow's norm is that of the step before": ("gpurnn/plot/lab",
         'f"{norms[t]:.2g}", color=style.VERMILLION, fontsize=10, ha="center"',
         'f"{norms[t - 1]:.2g}", color=style.VERMILLION, fontsize=10, ha="center"', "plot_lab::unrolled"),

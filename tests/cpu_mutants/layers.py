@@ -15,7 +15,7 @@ MUTANTS = {
         "cells::gradients_of_every_cell[rnn_relu-numpy]"),
     "trace: a difference is the same either way round": ("gpurnn/cells/trace",
         'if op in COMMUTATIVE else (a.index, b.index)', 'if op != "div" else (a.index, b.index)',
-        "cells::gradients_of_every_cell[every_function-compiled]"),
+        "cells::gradients_of_every_cell[lstm-compiled]"),
     "trace: 0 - x is x": ("gpurnn/cells/trace", '(op == "add" and left == 0)', '(op in ("add", "sub") and left == 0)',
         "cells::simplifications_keep_values"),
     "layout: a gate whose gradients differ is joint": ("gpurnn/cells/cell",

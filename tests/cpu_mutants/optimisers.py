@@ -37,7 +37,7 @@ MUTANTS = {
         "optim_limits::parameters_stay_finite_or_keep_their_value_and_say_so"),
     "passed: an update that is not finite is not told": (OPTIM, "        if lost is not None:\n            raise",
         "        if False:\n            raise",
-        "optim_limits::parameters_stay_finite_or_keep_their_value_and_say_so"),
+        "optim_limits::an_update_that_is_not_finite_is_told_by_its_place"),
     "passed: a negative mean of squares is loaded": (OPTIM, "bool((array < 0).any())",
         "bool((array < -np.inf).any())", "optim::bad_state_changes_nothing",
         "optim_limits::a_state_that_no_update_leaves_is_refused"),
