@@ -141,7 +141,7 @@ def test_a_text_in_one_line_and_a_name_that_no_terminal_shows(tmp_path, capsys):
     assert main(["sample", str(tmp_path / "run"), "--length", "5"]) == 0
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     again = [*COMMAND, "train", "--resume", str(tmp_path / "run"), "--steps", "9"]
-    done = subprocess.run(again, env=environment, capture_output=True)
+    done = subprocess.run(again, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0 and b"F??e.txt: 1 file" in done.stdout and not done.stderr
 
 
@@ -335,7 +335,9 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, tmp_path):
     options = [*SMALL, "--steps", "1000000", "--save-every", "1000000"]
     process = start("train", "--data", text, *options, "--run", run, stdout=subprocess.PIPE)
     wait_for_step(run, 10, process)
-    second = subprocess.run([*COMMAND, "train", "--resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True)
+    second = subprocess.run(
+        [*COMMAND, "train", "--resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert second.returncode == 2 and "another process is training this run" in second.stderr
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -447,6 +449,9 @@ def test_a_terminal_shows_a_live_line(text, tmp_path):
 def test_output_that_the_terminal_cannot_show_is_replaced(run):
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*COMMAND, "sample", str(run), "--prompt", "Fü", "--length", "2"], env=environment, capture_output=True
+        [*COMMAND, "sample", str(run), "--prompt", "Fü", "--length", "2"],
+        env=environment,
+        capture_output=True,
+        timeout=120,
     )
     assert done.returncode == 0 and done.stdout.startswith(b"F?")

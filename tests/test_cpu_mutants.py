@@ -95,5 +95,5 @@ def outcome(folder, tests, limit):
     finally:
         if process.poll() is None:  # with whatever it has started
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.communicate(timeout=10)
     return process.returncode, output[-3000:]

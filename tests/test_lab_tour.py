@@ -93,4 +93,4 @@ def test_a_page_says_the_same_on_screen_and_on_paper(tmp_path, capsys):
 
 def test_help_is_quick_and_imports_no_figures():
     program = "import sys; from gpurnn.cli import _parser; _parser(); assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)

@@ -166,4 +166,4 @@ def test_matplotlib_comes_late_and_pyplot_never(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {**os.environ, "MPLBACKEND": "TkAgg"}  # one that needs a display is not asked for either
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=120)

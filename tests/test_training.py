@@ -288,10 +288,10 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
         )
 
     process = start([*begin, "--run", str(whole)])
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     began = time.monotonic()
-    assert start([*COMMAND, "--resume", str(whole)]).communicate() and process.returncode == 0
+    assert start([*COMMAND, "--resume", str(whole)]).communicate(timeout=600) and process.returncode == 0
     start_up = time.monotonic() - began
     moments: dict[str, int] = {}
     for kill in range(kills):
@@ -304,7 +304,7 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
             early = killed.exists() and rng.random() < 0.3
             time.sleep(rng.uniform(0, start_up) if early else start_up + rng.uniform(0, 0.6))
             process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
+        output, _ = process.communicate(timeout=600)
         moment = moment_of(killed, output, process.returncode)
         for leftover in tmp_path.glob(".tmp-*"):  # another process's for an hour, as far as anybody can tell
             shutil.rmtree(leftover)
@@ -314,7 +314,7 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
             TrainConfig.from_mapping(checkpoint.read_config(killed / checkpoint.CONFIG), "config")
     arguments = [*COMMAND, "--resume", str(killed)] if killed.exists() else [*begin, "--run", str(killed)]
     process = start(arguments)
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert tensors_of(killed) == tensors_of(whole)
     assert not list(killed.glob(".tmp-*"))
