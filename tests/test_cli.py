@@ -336,7 +336,7 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, tmp_path):
     process = start("train", "--data", text, *options, "--run", run, stdout=subprocess.PIPE)
     wait_for_step(run, 10, process)
     second = subprocess.run(
-        [*COMMAND, "train", "--resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [*COMMAND, "train", "--resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
     )
     assert second.returncode == 2 and "another process is training this run" in second.stderr
     process.send_signal(number)
