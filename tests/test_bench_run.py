@@ -391,6 +391,8 @@ def test_changed_tells_a_slowdown_from_noise():
     assert statistics.changed(1.1 * before, again).verdict == "faster"
     wild = rng.uniform(0.5, 1.5, (2, 5))
     assert statistics.changed(wild[0], 1.1 * wild[1]).verdict == "same"
+    often, seldom = [1.0] * 3 + [2.0] * 5, [1.0] * 5 + [2.0] * 3  # medians of 2 and 1, and nobody knows
+    assert statistics.changed(seldom, often).verdict == statistics.changed(often, seldom).verdict == "same"
     assert statistics.changed([1.0, 1.0], [2.0, 2.0]).verdict == "unknown"
 
 
