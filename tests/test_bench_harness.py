@@ -44,3 +44,11 @@ def test_lines_of_disturbed_samples_are_noisy(monkeypatch, disturbed):
     peer = _fake("peer", seconds=1e-3)
     (record,) = harness.run(SMALL, "inference", [peer], replace(FAST, retries=0), MACHINE, STAMP)
     assert record["flags"] == ["by hand", "noisy"][: 1 + disturbed]
+
+
+def test_stolen_time_is_busy_and_waiting_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(quiet, "_cpus", lambda: {1})
+    (tmp_path / "stat").write_text(
+        "cpu  9 9 9 9 9 9 9 9 0 0\ncpu1 10 20 30 1000 500 1 2 4 0 0\ncpu11 7 7 7 7 7 7 7 7 0 0\n"
+    )
+    assert quiet._busy(tmp_path / "stat") == (10 + 20 + 30 + 1 + 2 + 4) / quiet.TICKS

@@ -54,6 +54,6 @@ MUTANTS = {
     "passed: NaN is near enough": (CHECK, "if not error <= allowed:", "if error > allowed:",
         "bench_run::check_sees_what_is_wrong"),
     "sum: stolen time is not the others'": ("bench/quiet", "irq + softirq + steal", "irq + softirq",
-        "bench_run::disturbed_counts_what_others_took"),
+        "bench_harness::stolen_time_is_busy_and_waiting_is_not"),
 }
 # fmt: on
