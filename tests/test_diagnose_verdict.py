@@ -82,7 +82,7 @@ def test_at_the_reach_and_at_1_percent_and_100_times_themselves(ratios, reach, k
 def test_what_is_kept_is_of_the_last_steps():
     layer, x = gpurnn.LSTM(I, H, rng=0), 3 * values(T, N, I)
     (tape,), _ = run_steps(layer, x)
-    forget = np.stack([saved[1] for _, _, saved, _, _ in tape.steps])
+    forget = np.stack([gpurnn.backend.to_numpy(saved[1]) for _, _, saved, _, _ in tape.steps])
     found = verdict(layer, x, reach=4).evidence
     assert found.span == 4 and found.kept["c"] == pytest.approx(forget[-4:].prod(0).mean(), rel=1e-5)
 
