@@ -57,7 +57,8 @@ def tour_module():
     return sys.modules["gpurnn.lab.tour"]
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path, capsys):
+def test_other_peoples_folders_are_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tour_module(), "EXPERIMENTS", ())
     (tmp_path / "thesis.tex").write_text("mine")
     assert main(["lab", "--out", str(tmp_path)]) == 2
     assert "expected a new folder or an earlier tour's" in capsys.readouterr().err
