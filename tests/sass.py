@@ -37,7 +37,9 @@ def listing(cubin: bytes, folder: Path) -> list[Instruction]:
     """Raises AssertionError where there is next to nothing: an empty listing would pass every check."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    text = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     found, labels = [], {}
     for line in text.splitlines():
         if label := LABEL.match(line):

@@ -149,6 +149,35 @@ def test_compare_exit_status(tmp_path, capsys, quick_bootstrap, factor, status):
     assert ("REGRESSION" in capsys.readouterr().out) == bool(status)
 
 
+def fail(records, implementation):
+    return [
+        r | {"failure": "it died", "median_s": None} if r["implementation"] == implementation else r for r in records
+    ]
+
+
+@pytest.mark.parametrize("also", [(), tuple(PEERS)])
+def test_a_line_that_failed_is_a_regression(tmp_path, capsys, quick_bootstrap, also):
+    """Ours, though nobody is slower, and where nothing else can be compared."""
+    after = fail(measured(1, CPU[:2]), "gpurnn-compiled")
+    for peer in also:
+        after = fail(after, peer)
+    a, b = write(tmp_path / "a.jsonl", measured(1, CPU[:2])), write(tmp_path / "b.jsonl", after)
+    assert compare.main(options(compare, a, b)) == 1
+    assert "FAILED in B (4)" in capsys.readouterr().out
+
+
+def test_a_peers_line_that_failed_is_missing(quick_bootstrap):
+    comparison = compare.compare(measured(1, CPU[:2]), fail(measured(1, CPU[:2]), "torch-cpu-1"))
+    assert comparison.broken == {} and {key[3] for key in comparison.lost} == {"torch-cpu-1"}
+    assert comparison.regressions == 0
+
+
+def test_of_two_measurements_the_later_counts(quick_bootstrap):
+    twice = measured(2, CPU[:2], slow={0: 1.5}) + measured(3, CPU[:2])
+    assert not slower(compare.compare(measured(1, CPU[:2]), twice))
+    assert slower(compare.compare(measured(1, CPU[:2]), twice[::-1])) == {CPU[0].name}
+
+
 def test_compare_of_files_with_nothing_in_common(tmp_path, capsys):
     a, b = (write(tmp_path / f"{n}.jsonl", measured(n, CPU[n : n + 1])) for n in range(2))
     assert compare.main(options(compare, a, b)) == 2

@@ -391,6 +391,8 @@ def test_changed_tells_a_slowdown_from_noise():
     assert statistics.changed(1.1 * before, again).verdict == "faster"
     wild = rng.uniform(0.5, 1.5, (2, 5))
     assert statistics.changed(wild[0], 1.1 * wild[1]).verdict == "same"
+    often, seldom = [1.0] * 3 + [2.0] * 5, [1.0] * 5 + [2.0] * 3  # medians of 2 and 1, and nobody knows
+    assert statistics.changed(seldom, often).verdict == statistics.changed(often, seldom).verdict == "same"
     assert statistics.changed([1.0, 1.0], [2.0, 2.0]).verdict == "unknown"
 
 
@@ -519,6 +521,7 @@ def test_run_keeps_its_lines_and_resumes(tmp_path, capsys):
         ("inference", "layer", "numpy-loop"),
     ]
     assert main([*command, "--only", "numpy-loop"]) == 0
+    assert {len(record["samples_s"]) for record in results.read(path)} == {2}
     assert path.read_text() == first and "0 measured" in capsys.readouterr().out
     assert main([*command, "--only", "numpy-loop", "--only", "gpurnn-num*"]) == 0  # one of them is new: both again
     records = results.latest(results.read(path))

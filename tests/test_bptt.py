@@ -164,6 +164,7 @@ def test_reset_forgets():
     value = bptt.step(x, targets)
     assert bptt.step(x, targets) != value
     bptt.reset()
+    assert bptt.state_dict() == {}
     assert bptt.step(x, targets) == value
 
 

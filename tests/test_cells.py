@@ -111,6 +111,7 @@ def test_the_key_follows_the_mathematics_through_helpers_and_closures(factor):
 def test_simplifications_keep_values():
     cell = elman(lambda x, r, h: ((x + r) * 1 + 0 - 0) / 1 + 0 * h + 0)
     assert cell.trace.text == elman(lambda x, r, h: x + r).trace.text
+    assert elman(lambda x, r, h: 0 - (x + r)).trace.text != cell.trace.text
 
 
 def test_constants_fold_as_numpy_computes_them():
@@ -260,6 +261,7 @@ def spoiled(cell, dx=None, dr=None, dstate=None, dparams=None):
         ("lstm", {"dx": lambda d: (-d[0], *d[1:])}, "x by", "numpy"),
         ("lstm", {"dstate": lambda d: (d[0], 0)}, "c_0 by", "compiled"),
         ("gru", {"dr": lambda d: (d[0], 0.99 * d[1], d[2])}, "weight_hh_l0 by", "numpy"),
+        ("gru", {"dr": lambda d: (d[0], 0.99 * d[1], d[2])}, "weight_hh_l0 by", "compiled"),
         ("gru", {"dr": lambda d: (*d[:2], d[0])}, "bias_hh_l0 by", "numpy"),
         ("gru", {"dstate": lambda d: (2 * d[0],)}, "h_0 by", "numpy"),
         ("peephole_lstm", {"dparams": lambda d: (d[0], d[2], d[1])}, "peephole_f_l0 by", "compiled"),

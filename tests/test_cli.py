@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gpurnn
-from gpurnn import checkpoint
+from gpurnn import checkpoint, plot, training
 from gpurnn.cli import main
 from gpurnn.config import TrainConfig
 from gpurnn.metrics import read_metrics
@@ -141,7 +141,7 @@ def test_a_text_in_one_line_and_a_name_that_no_terminal_shows(tmp_path, capsys):
     assert main(["sample", str(tmp_path / "run"), "--length", "5"]) == 0
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     again = [*COMMAND, "train", "--resume", str(tmp_path / "run"), "--steps", "9"]
-    done = subprocess.run(again, env=environment, capture_output=True)
+    done = subprocess.run(again, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0 and b"F??e.txt: 1 file" in done.stdout and not done.stderr
 
 
@@ -152,6 +152,18 @@ def test_a_training_that_diverges_says_so_and_can_be_loaded(text, tmp_path, caps
     captured = capsys.readouterr()
     assert "this has diverged" in captured.out and "Warning" not in captured.err
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_result_is_of_all_the_validation_text_and_worse_than_guessing_is_told(text, tmp_path, capsys, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(plot, "why_not", lambda: "they are not looked at")
+    monkeypatch.setattr(training.Training, "validate", lambda self, limit=1: (looked_at.append(limit), bits)[1])
+    for bits, told in ((11.0, True), (5.0, False)):  # of an alphabet of some 32
+        assert main(["train", "--data", str(text), *SMALL, "--run", str(tmp_path / f"{bits}")]) == 0
+        output = capsys.readouterr().out
+        assert f"result    {bits:.3f} bits/char on all" in output and ("this has diverged" in output) == told
+        assert looked_at[-1] is None and set(looked_at[:-1]) == {1}
+        looked_at.clear()
 
 
 def test_a_run_killed_before_its_figures_gets_them(run, capsys):
@@ -323,7 +335,9 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, tmp_path):
     options = [*SMALL, "--steps", "1000000", "--save-every", "1000000"]
     process = start("train", "--data", text, *options, "--run", run, stdout=subprocess.PIPE)
     wait_for_step(run, 10, process)
-    second = subprocess.run([*COMMAND, "train", "--resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True)
+    second = subprocess.run(
+        [*COMMAND, "train", "--resume", str(run)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
     assert second.returncode == 2 and "another process is training this run" in second.stderr
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -336,11 +350,18 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, tmp_path):
 
 
 def test_one_signal_is_noted_and_a_second_kills():
-    before = signal.getsignal(signal.SIGTERM)
-    with _signals() as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert caught == [143] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+    def programs_own(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, programs_own)
+    try:
+        with _signals() as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [143]
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == programs_own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_thread_trains_too(text, tmp_path):
@@ -428,6 +449,9 @@ def test_a_terminal_shows_a_live_line(text, tmp_path):
 def test_output_that_the_terminal_cannot_show_is_replaced(run):
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*COMMAND, "sample", str(run), "--prompt", "Fü", "--length", "2"], env=environment, capture_output=True
+        [*COMMAND, "sample", str(run), "--prompt", "Fü", "--length", "2"],
+        env=environment,
+        capture_output=True,
+        timeout=120,
     )
     assert done.returncode == 0 and done.stdout.startswith(b"F?")

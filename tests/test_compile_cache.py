@@ -120,7 +120,13 @@ def test_loading_leaves_the_compiler_behind(filled):
     )
     env = os.environ | {"GPURNN_CACHE_DIR": str(filled[0]), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert done.stdout.startswith(LOADED)
     assert done.stdout.split()[-1] == "False"
@@ -395,5 +401,7 @@ def test_installed_without_files_of_source(filled, tmp_path, form):
 @pytest.mark.parametrize("module", ["gpurnn", "gpurnn.recurrent", "gpurnn.executors", "gpurnn.check"])
 def test_importing_leaves_numba_alone(module):
     code = f"import sys, {module}; print([name for name in ('numba', 'llvmlite', 'cupy', 'matplotlib') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout.strip() == "[]"

@@ -199,6 +199,9 @@ def test_spectrum():
     np.testing.assert_allclose(sorted(found.eigenvalues[0], key=np.imag), [-2j, 2j], atol=1e-12)
     np.testing.assert_allclose([found.radius, found.sigma_max], [[2], [2]])
     assert math.isclose(found.bound, 0.5)
+    layer.params["weight_hh_l0"][...] = [[0.5, 3], [0, 0.25]]
+    found = diagnose.recurrent_spectrum(layer)
+    np.testing.assert_allclose([found.radius[0], found.sigma_max[0]], [0.5, np.linalg.norm([[0.5, 3], [0, 0.25]], 2)])
     gru = diagnose.recurrent_spectrum(gpurnn.GRU(I, H, rng=0))
     np.testing.assert_allclose([gru.radius, gru.sigma_max], 1, rtol=1e-6)
     assert gru.eigenvalues.shape == (3, H) and gru.bound is None

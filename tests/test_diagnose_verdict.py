@@ -9,6 +9,8 @@ import pytest
 
 import gpurnn
 from gpurnn import diagnose
+from gpurnn.diagnose.subject import run_steps
+from gpurnn.diagnose.verdict import judge
 from gpurnn.initializers import normal
 from tests.fake_cupy.compare import assert_same
 
@@ -58,6 +60,31 @@ def test_reach_decides():
     assert "beyond the 43 that count" in str(found) and found.advice == ("nothing over these 43 steps",)
     assert verdict(linear(0.9), reach=44).kind == "vanishes"
     assert verdict(linear(1.1), reach=100).kind == "explodes"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reach", "kind", "horizon"),
+    [
+        ([1, 0.1, 0.001, 0.001], 2, "vanishes", 2),
+        ([1, 0.1, 0.001, 0.001], 1, "holds", 2),
+        ([1, 10, 1000, 1000], 2, "explodes", 2),
+        ([1, 10, 1000, 1000], 1, "holds", 2),
+        ([1, 0.1, 0.01, 0.001, 0.001], 9, "vanishes", 3),  # 1% is not under 1%
+        ([1, 10, 100, 1000, 1000], 9, "explodes", 3),  # nor 100 times above 100 times
+    ],
+)
+def test_at_the_reach_and_at_1_percent_and_100_times_themselves(ratios, reach, kind, horizon):
+    norms = np.array(ratios)[None, None, ::-1]
+    found = judge(diagnose.Flow(norms, ("l0",), ("h",), len(ratios) - 1), "l0", reach)
+    assert (found[0], found[2]) == (kind, horizon)
+
+
+def test_what_is_kept_is_of_the_last_steps():
+    layer, x = gpurnn.LSTM(I, H, rng=0), 3 * values(T, N, I)
+    (tape,), _ = run_steps(layer, x)
+    forget = np.stack([gpurnn.backend.to_numpy(saved[1]) for _, _, saved, _, _ in tape.steps])
+    found = verdict(layer, x, reach=4).evidence
+    assert found.span == 4 and found.kept["c"] == pytest.approx(forget[-4:].prod(0).mean(), rel=1e-5)
 
 
 def test_known_cures():
@@ -240,6 +267,10 @@ def test_clipping_by_value_and_in_time():
     clipped = np.clip(full, -limit, limit)
     found = diagnose.clipping_bias(model, x, targets, loss, value=limit)
     assert math.isclose(found.ratio, np.linalg.norm(clipped) / np.linalg.norm(full), rel_tol=1e-12)
+    norm = 0.5 * float(np.linalg.norm(clipped))  # values first: behind the norm none would be left to clip
+    found = diagnose.clipping_bias(model, x, targets, loss, value=limit, norm=norm)
+    assert math.isclose(found.ratio, norm / np.linalg.norm(full), rel_tol=1e-12)
+    assert math.isclose(found.cosine, clipped @ full / np.linalg.norm(clipped) / np.linalg.norm(full), rel_tol=1e-12)
     none = diagnose.clipping_bias(model, x, targets, loss, in_time=1e9)
     assert none.degrees == 0 and none.ratio == 1
     some = diagnose.clipping_bias(model, x, targets, loss, in_time=1e-3)

@@ -304,7 +304,7 @@ def nested(*arguments):
         )
         for width in WIDTHS
     ]
-    outputs = [process.communicate()[0] for process in started]
+    outputs = [process.communicate(timeout=600)[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
 

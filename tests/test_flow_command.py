@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gpurnn import character_model, diagnose, plot
 from gpurnn.cli import main
 
 SMALL = [
@@ -66,6 +68,21 @@ def test_it_prints_and_leaves_all_it_found(text, capsys):
     assert found["norms_by_lag"]["l1 c"][0] == 0 and found["biases"]["truncation (k1 = 6, k2 = 6)"]["degrees"] > 0
     assert main(["flow", str(folder), "--steps", "20", "--batch", "4"]) == 0
     assert json.loads((folder / "flow.json").read_text()) == found, "the same again"
+
+
+def test_the_first_eigenvalues_are_those_of_the_runs_beginning(text, monkeypatch):
+    drawn = {}
+    for name in ("loss_curve", "gradient_flow", "by_lag", "flow_map"):
+        monkeypatch.setattr(plot, name, lambda *_, **__: None)
+    monkeypatch.setattr(plot, "eigenvalues", lambda spectra, *_, **__: drawn.update(spectra))
+    folder = trained(text, "--seed", "7")
+    assert main(["flow", str(folder)]) == 0
+    model, alphabet, config = character_model.load(folder)
+    begun = character_model.build(config, len(alphabet), np.random.default_rng(7))
+    for moment, each in (("before training", begun), ("now", model)):
+        for layer in ("l0", "l1"):
+            expected = diagnose.recurrent_spectrum(each, layer).eigenvalues
+            np.testing.assert_array_equal(drawn[f"{layer} {moment}"], expected)
 
 
 def test_a_run_without_validation_or_limits(text, capsys):

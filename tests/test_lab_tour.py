@@ -57,7 +57,8 @@ def tour_module():
     return sys.modules["gpurnn.lab.tour"]
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path, capsys):
+def test_other_peoples_folders_are_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tour_module(), "EXPERIMENTS", ())
     (tmp_path / "thesis.tex").write_text("mine")
     assert main(["lab", "--out", str(tmp_path)]) == 2
     assert "expected a new folder or an earlier tour's" in capsys.readouterr().err
@@ -79,6 +80,7 @@ def test_a_page_says_the_same_on_screen_and_on_paper(tmp_path, capsys):
     page.table(["cell", "error"], [["RNN", "0.1"], ["a longer one", "2"]])
     assert page.figure("name", "What it shows") == tmp_path / "name.png"
     page.progress("only on the screen")
+    page.section("Second")
     page.save()
     screen, paper = capsys.readouterr().out, (tmp_path / "summary.md").read_text()
     assert (
@@ -86,10 +88,10 @@ def test_a_page_says_the_same_on_screen_and_on_paper(tmp_path, capsys):
         in paper
     )
     assert "![What it shows](name.png)" in paper and "only" not in paper and "only on the screen" in screen
-    for part in ("1. First", "One sentence.", "a verdict\n", "a longer one"):
+    for part in ("1. First", "2. Second", "One sentence.", "a verdict\n", "a longer one"):
         assert part in paper and part in screen
 
 
 def test_help_is_quick_and_imports_no_figures():
     program = "import sys; from gpurnn.cli import _parser; _parser(); assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)

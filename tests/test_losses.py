@@ -189,6 +189,7 @@ def test_strided_logits(rng):
     [
         ((2, 3, 4), [[0, 1, 2], [3, 7, -5]], {}, ValueError, r"\[0, 4\), got 7 at \(t, n\) = \(1, 1\)"),
         ((2, 4), [0, -1], {}, ValueError, r"got -1 at position \(1,\)"),
+        ((2, 4), [3, 4], {}, ValueError, r"\[0, 4\), got 4 at position \(1,\)"),
         ((2, 4), [-100, -1], {"ignore_index": -100}, ValueError, r"got -1 at position \(1,\)"),
         ((2, 4), [0.0, 1.0], {}, TypeError, "targets: expected integers, got float64"),
         ((2, 4), [True, False], {}, TypeError, "targets: expected integers, got bool"),

@@ -51,7 +51,7 @@ def test_large_arrays_begin_with_a_cache_line(blocks):
 
 
 def test_arrays_in_use_at_one_time_are_apart(blocks):
-    arrays = [memory.zeros((SIZE + k,), FLOAT32) for k in range(6)]
+    arrays = [memory.zeros((SIZE - k,), FLOAT32) for k in range(6)]  # each would fit into the ones before
     for k, array in enumerate(arrays):
         array += k
     assert all((array == k).all() for k, array in enumerate(arrays))

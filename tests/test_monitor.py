@@ -11,6 +11,7 @@ from gpurnn import GradientWarning, Monitor, diagnose
 from gpurnn.initializers import orthogonal, scaled
 from gpurnn.lab.tasks import squared_error, with_head
 from gpurnn.metrics import MetricsLog, read_metrics
+from gpurnn.monitor import look_at as look_at_flows
 from tests import fake_cupy
 
 
@@ -124,6 +125,11 @@ def test_a_fall_beyond_what_the_task_needs_is_none_and_growth_always_is_one():
         GradientWarning, match=r"l0 explodes, x 1\.2 per step back, above 100 times after 26 steps; clip"
     ):
         look_at(Monitor(model_of(relu), reach=1))
+
+
+def test_a_fall_at_the_reach_itself_is_warned_of():
+    flow = diagnose.Flow(np.array([[[0.001, 0.001, 0.1, 1.0]]]), ("l0",), ("h",), 3)  # under 1% after 2 steps
+    assert [look_at_flows([flow], 1, reach).kinds for reach in (1, 2)] == [("holds",), ("vanishes",)]
 
 
 def poisoned_parameter(model, x, targets):

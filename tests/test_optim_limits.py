@@ -43,6 +43,15 @@ def test_parameters_stay_finite_or_keep_their_value_and_say_so(make, settings):
             assert np.isfinite(layer.params.flat).all(), (peak, sign)
 
 
+def test_an_update_that_is_not_finite_is_told_by_its_place():
+    layer = Linear(3, 5, rng=0)
+    layer.grads["weight"][2, 1] = 1e30
+    before = layer.params.flat.copy()
+    with pytest.raises(FloatingPointError, match=r"the update of weight at \(2, 1\) is not finite"):
+        SGD(layer, lr=1e30).step()
+    np.testing.assert_array_equal(layer.params.flat, before)
+
+
 @pytest.mark.parametrize("make", [RMSprop, MAKERS["centered"], Adam, AdamW])
 @pytest.mark.parametrize("eps", [1e-38, 1e-44, 1e-46, 1e-300])
 def test_an_eps_that_the_type_cannot_hold_does_not_vanish(make, eps):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from gpurnn import character_model, checkpoint, clipping, data, diagnose, schedules, training
+from gpurnn import character_model, checkpoint, clipping, data, diagnose, schedules, train_command, training
 from gpurnn.cli import main
 from gpurnn.config import TrainConfig
 from gpurnn.metrics import read_metrics
@@ -221,6 +221,35 @@ def test_an_option_of_flow_is_used(arguments, expected, run, monkeypatch):
     with pytest.raises(Seen) as seen:
         main(["flow", str(run), *arguments.split()])
     assert seen.value.args[0] == expected
+
+
+def test_the_targets_of_flow_are_what_follows(run, monkeypatch):
+    def verdicts(model, x, targets, *_, **__):
+        raise Seen(x, targets)
+
+    monkeypatch.setattr(diagnose, "verdicts", verdicts)
+    with pytest.raises(Seen) as seen:
+        main(["flow", str(run)])
+    x, targets = seen.value.args
+    np.testing.assert_array_equal(x[1:], targets[:-1])
+    assert (x != targets).any()
+
+
+def test_the_command_line_comes_before_the_file(tmp_path, monkeypatch):
+    def prepared(config):
+        raise Seen(config.hidden_size, config.k1)
+
+    monkeypatch.setattr(train_command, "_prepared", prepared)
+    (tmp_path / "c.toml").write_text("hidden_size = 5\nk1 = 3\n")
+    with pytest.raises(Seen) as seen:
+        main(["train", "--config", str(tmp_path / "c.toml"), "--hidden-size", "7", "--run", str(tmp_path / "r")])
+    assert seen.value.args == (7, 3)
+
+
+def test_a_name_that_is_taken_is_told_before_the_text_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_command, "_prepared", lambda config: (_ for _ in ()).throw(Seen))
+    assert main(["train", "--run", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_flow_reads_the_text_that_is_given(run, texts, monkeypatch):

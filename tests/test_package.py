@@ -1,5 +1,6 @@
 """The package as a whole: what importing it costs, what it offers, how it is mapped."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str, *, cwd: Path | None = None) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd or ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd or ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -125,3 +126,16 @@ def test_kernels_never_import_the_rest():
         lines = path.read_text().splitlines()
         imports = [line for line in lines if line.lstrip().startswith(("import gpurnn", "from gpurnn"))]
         assert all("gpurnn.kernels" in line for line in imports), path
+
+
+def test_every_process_of_a_test_has_a_time_limit():
+    """One that hangs fails its test, and does not keep the others waiting for ever."""
+    waiting = {"run", "call", "check_call", "check_output"}
+    for path in Path(__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            function = call.func if isinstance(call, ast.Call) else None
+            if isinstance(function, ast.Attribute):
+                of_subprocess = isinstance(function.value, ast.Name) and function.value.id == "subprocess"
+                waits = (of_subprocess and function.attr in waiting) or function.attr == "communicate"
+                limited = "timeout" in {keyword.arg for keyword in call.keywords}
+                assert limited or not waits, f"{path.name}:{call.lineno}: {function.attr} without a timeout"

@@ -115,6 +115,8 @@ def test_gradient_flow(tmp_path, drawn):
     assert entries == ["early:  ×0.700", "late:  ×0.980", "later:  ×1.25", "exactly 0"]
     zeros = [line for line in axes.lines if line.get_marker() == "v" and len(line.get_xdata())]
     assert [list(line.get_xdata()) for line in zeros] == [list(range(20))]
+    plot.gradient_flow(np.ones((1, 4)), tmp_path / "flow.png", last=np.ones((1, 6)))
+    assert [list(axes.lines[0].get_xdata()) for axes in drawn[-1].axes] == [list(range(4)), list(range(-2, 4))]
 
 
 @pytest.mark.parametrize(
@@ -164,4 +166,4 @@ def test_matplotlib_comes_late_and_pyplot_never(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {**os.environ, "MPLBACKEND": "TkAgg"}  # one that needs a display is not asked for either
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=120)

@@ -57,6 +57,14 @@ def test_curves_of_one_cell_are_told_apart(tmp_path, drawn):
     assert len(set(styles)) == 4 and len({colour for colour, _ in styles[:3]}) == 1
 
 
+def test_a_label_looks_the_same_in_every_panel_and_what_no_log_axis_shows_is_a_gap(tmp_path, drawn):
+    some = plot.Panel("x", "y", {"a": (range(3), [1, 2, 3]), "b": (range(3), [1.0, 0.0, -1.0])}, log_y=True)
+    plot.curves([some, plot.Panel("x", "y", {"b": (range(3), [3, 2, 1])})], tmp_path / "curves.png")
+    lines = [{line.get_label(): line for line in axes.lines} for axes in drawn[0].axes]
+    np.testing.assert_array_equal(lines[0]["b"].get_ydata(), [1, np.nan, np.nan])
+    assert lines[0]["b"].get_color() == lines[1]["b"].get_color() != lines[0]["a"].get_color()
+
+
 def test_a_lonely_explosion_hides_nobody(tmp_path, drawn):
     lags = np.arange(100)
     plot.by_lag(
@@ -108,6 +116,9 @@ def test_unrolled(tmp_path, drawn):
     plot.unrolled(["n", "e"], ["e: 0.2", "u: 0.1"], [0.0, 1.5], tmp_path / "net.png", title="neuron")
     assert_both(tmp_path / "net")
     assert all(expected in text(drawn[0]) for expected in ("e: 0.2", "1.5", "h$_{2}$", "neuron"))
+    plot.unrolled(list("abc"), list("bcd"), [0.1, 0.2, 0.3], tmp_path / "net.png")
+    places = {written.get_text(): written.get_position()[0] for written in drawn[-1].axes[0].texts}
+    assert (places["0.1"], places["0.2"]) == (0.5, 1.5) and 1.5 < places["0.3"] < 2.5, "each beside its step's arrow"
 
 
 def test_surface(tmp_path, drawn):

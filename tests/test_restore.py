@@ -1,5 +1,7 @@
 """A checkpoint is taken up whole or refused: every part that a run carries must be there, of one moment and sound."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -100,6 +102,31 @@ def test_a_flipped_bit_anywhere_is_seen(run, tmp_path):
         (tmp_path / "m").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"can be loaded|expected a gpurnn checkpoint"):
             checkpoint.load(tmp_path / "m")
+
+
+def test_a_checkpoint_without_a_digest_is_refused(run, tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    _, path = run
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    for kept in (("gpurnn", "sha256"), ("gpurnn",)):
+        save_file(load_file(path), tmp_path / "m", {name: metadata[name] for name in kept})
+        if "sha256" in kept:
+            assert checkpoint.load(tmp_path / "m").meta["step"] == 6
+        else:
+            with pytest.raises(ValueError, match="its digest is not that of its contents"):
+                checkpoint.load(tmp_path / "m")
+
+
+def test_a_run_in_the_making_is_left_to_its_process(run, tmp_path):
+    others, left = (tmp_path / f"{checkpoint.TEMPORARY}{name}" for name in ("making", "killed"))
+    others.mkdir()
+    left.mkdir()
+    os.utime(left, (0, 0))
+    checkpoint.create_run(tmp_path / "mine", {}, checkpoint.load(run[1]))
+    assert others.is_dir() and not left.exists()
 
 
 def test_carried_states_that_do_not_fit_a_model_of_ones_own_are_refused():

@@ -14,7 +14,8 @@ from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.executors import crew, products, sharing, threads
 from gpurnn.executors.simd import host
-from gpurnn.recurrent import GRU, LSTM, RNN
+from gpurnn.initializers import normal
+from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
@@ -132,6 +133,28 @@ def test_shared_work_gives_what_numpy_gives(monkeypatch, layer, T, N, I, H, leng
         outcomes.append([y, inferred, dx, flow, *states, *made.grads.values()])
     for ours, expected in zip(outcomes[1], outcomes[0], strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("by_units", [False, True])
+def test_a_cells_own_parameters_learn_from_every_thread(monkeypatch, request, by_units):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "3")
+    for name, value in (("PARALLEL_FLOPS", 0), ("PARALLEL_SUM_FLOPS", 0), ("UNITS_FLOPS", 1 if by_units else 1e18)):
+        monkeypatch.setattr(sharing, name, value)
+    for name in ("ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"):
+        monkeypatch.setattr(sharing, name, 1e18 if by_units else 1)
+    cell, (T, N, I, H) = request.config.user_cells["peephole_lstm"], (4, 7, 3, 96)
+    plan = sharing.plan_loop(cell, full(T, N), T, N, I, H, np.dtype(np.float64))
+    assert len(plan.shares) == 3 and plan.by_units == by_units
+    gradients = []
+    for executor in ("numpy", "compiled"):
+        layer = Recurrent(
+            cell, I, H, executor=executor, dtype="float64", rng=1, init=dict.fromkeys(cell.params, normal(0.5))
+        )
+        y, _, backward = layer(np.random.default_rng(2).standard_normal((T, N, I)))
+        backward(np.random.default_rng(3).standard_normal(y.shape))
+        gradients.append(layer.grads)
+    for name, expected in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
 def test_layers_that_share_units_in_several_python_threads_at_once(monkeypatch):

@@ -116,7 +116,7 @@ def test_maximum_minimum_and_clamp_let_nan_through_from_either_side(dtype):
 def test_the_width_asked_for_is_checked():
     code = "from gpurnn.executors.simd import host; host()"
     env = os.environ | {"GPURNN_VECTOR_BYTES": "24"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert "GPURNN_VECTOR_BYTES: expected 16, 32 or 64, got '24'" in done.stderr
 
 

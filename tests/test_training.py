@@ -1,5 +1,6 @@
 """A training run: resumed it goes on bit for bit, killed it resumes, and it learns."""
 
+import math
 import os
 import random
 import shutil
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import checkpoint
+from gpurnn import backend, checkpoint
 from gpurnn.config import TrainConfig
 from gpurnn.data import load_corpus
-from gpurnn.metrics import read_metrics
+from gpurnn.metrics import MetricsLog, read_metrics
 from gpurnn.training import Training, train
 
 SMALL = TrainConfig(
@@ -32,6 +33,8 @@ VARIANTS = {
     "rmsprop, float64": {"optimizer": "rmsprop", "dtype": "float64", "schedule": "linear", "lr": 1e-3},
     "adamw, constant": {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "constant", "clip_norm": 0.0},
 }
+
+on_the_host = pytest.mark.skipif(backend.name == "cuda", reason="on a device a step tells later what it came to")
 
 
 @pytest.fixture
@@ -132,6 +135,35 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(text, t
     assert saved.meta["step"] == 4 and all(np.isfinite(value).all() for value in saved.tensors.values())
 
 
+@on_the_host
+def test_a_loss_of_inf_with_a_finite_gradient_changes_nothing(text):
+    training = Training(SMALL, load_corpus(text))
+    _, targets, _ = training.windows.at(0)
+    training.model.params["head.bias"][targets[0, 0]] = -np.inf  # of what comes: no chance at all
+    before = training.model.params.flat.copy()
+    with pytest.raises(FloatingPointError, match=r"head\.bias"):
+        training.step()
+    np.testing.assert_array_equal(training.model.params.flat, before)
+
+
+@on_the_host
+def test_an_epoch_begins_with_the_models_own_state(text):
+    training = Training(replace(SMALL, steps=100), load_corpus(text))
+    for at in range(2 * len(training.windows) + 1):
+        x, targets, first = training.windows.at(at)
+        loss, _ = gpurnn.softmax_cross_entropy(training.model(x, training=False)[0], targets)
+        from_the_beginning = training.step()[0] == pytest.approx(float(loss) / math.log(2), rel=1e-6)
+        assert from_the_beginning == first == (at % len(training.windows) == 0)
+
+
+@on_the_host
+@pytest.mark.parametrize("clip", [{"clip_norm": 1e-3}, {"clip_norm": 1e-3, "clip_value": 1e-4}, {"clip_value": 1e-4}])
+def test_the_norm_that_is_told_is_that_before_clipping(text, clip):
+    corpus, none = load_corpus(text), {"clip_norm": 0.0, "clip_value": 0.0}
+    clipped, free = (Training(replace(SMALL, **options), corpus) for options in (none | clip, none))
+    assert clipped.step()[1] == pytest.approx(free.step()[1], rel=1e-6)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
     config, corpus = SMALL, load_corpus(text)
     go(config, corpus, tmp_path / "run", 3)
@@ -147,6 +179,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
         train(training, tmp_path / "run", stop=lambda: False, report=quietly)
     monkeypatch.undo()
     assert tensors_of(tmp_path / "run") == before
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_is(text, tmp_path, monkeypatch):
+    done, sync, save = [], MetricsLog.sync, checkpoint.save
+    monkeypatch.setattr(MetricsLog, "sync", lambda log: (done.append("log"), sync(log)))
+    monkeypatch.setattr(checkpoint, "save", lambda *all: (done.append("checkpoint"), save(*all)))
+    go(SMALL, load_corpus(text), tmp_path / "run", 8)
+    assert done == ["log", "checkpoint"] * 3, "at steps 3, 6 and 8"
 
 
 def test_what_differs_is_told_or_refused(text, tmp_path):
@@ -187,6 +227,9 @@ def test_a_budget_in_minutes_ends_and_resumes(text, tmp_path):
     config, corpus = replace(SMALL, steps=None, minutes=1.5 / 60), load_corpus(text)
     first = go(config, corpus, tmp_path / "run", 5)
     assert 0 < first.progress < 1 and first.optimizer.lr > 0.02 * config.lr
+    resumed = Training(config, corpus)
+    resumed.restore(checkpoint.load(tmp_path / "run" / checkpoint.MODEL))
+    assert resumed.seconds == first.seconds
     second = go(config, corpus, tmp_path / "run", 10**9)
     assert second.progress == 1 and second.seconds >= 1.5
     assert second.optimizer.lr == pytest.approx(0.02 * config.lr, rel=0.5), "the schedule ran out with the time"
@@ -250,10 +293,10 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
         )
 
     process = start([*begin, "--run", str(whole)])
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     began = time.monotonic()
-    assert start([*COMMAND, "--resume", str(whole)]).communicate() and process.returncode == 0
+    assert start([*COMMAND, "--resume", str(whole)]).communicate(timeout=600) and process.returncode == 0
     start_up = time.monotonic() - began
     moments: dict[str, int] = {}
     for kill in range(kills):
@@ -266,7 +309,7 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
             early = killed.exists() and rng.random() < 0.3
             time.sleep(rng.uniform(0, start_up) if early else start_up + rng.uniform(0, 0.6))
             process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
+        output, _ = process.communicate(timeout=600)
         moment = moment_of(killed, output, process.returncode)
         for leftover in tmp_path.glob(".tmp-*"):  # another process's for an hour, as far as anybody can tell
             shutil.rmtree(leftover)
@@ -276,7 +319,7 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
             TrainConfig.from_mapping(checkpoint.read_config(killed / checkpoint.CONFIG), "config")
     arguments = [*COMMAND, "--resume", str(killed)] if killed.exists() else [*begin, "--run", str(killed)]
     process = start(arguments)
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert tensors_of(killed) == tensors_of(whole)
     assert not list(killed.glob(".tmp-*"))

@@ -1,0 +1,101 @@
+"""The compiled executor and the NumPy one: loops, products, threads, memory."""
+
+COMPILED, LOOPS, ROWS = "gpurnn/executors/compiled", "gpurnn/executors/loops", "gpurnn/executors/rows"
+REDUCTION, NUMPY = "gpurnn/executors/reduction", "gpurnn/executors/numpy_loop"
+LSTM, GRU = "executors::every_cell_agrees[lstm-float64]", "executors::every_cell_agrees[gru-float64]"
+PEEPHOLES = "executors::every_cell_agrees[peephole_lstm-float64]"
+THREADS = "threads::any_number_of_threads_gives_the_same[None]"
+BY_UNITS = "sharing::shared_work_gives_what_numpy_gives[0-3-GRU-9-3-64-97-0.05-None-True]"
+FLOW = "executors::flow_is_the_gradient_of_each_state[compiled-False]"
+CLIP = "executors::clip_in_time_bounds_what_is_passed_back[compiled]"
+
+# fmt: off
+MUTANTS = {
+    "threads: a cell's own parameters learn from the first one's rows": (COMPILED, "dparams.sum(0), strict=True",
+        "dparams[0], strict=True", "sharing::a_cells_own_parameters_learn_from_every_thread"),
+    "threads: the flow of the first one's rows": (COMPILED, "flow[...] += flow.sum(0)", "flow[...] += flow[0]",
+        THREADS, BY_UNITS),
+    "threads: none waits for the others' units": (LOOPS,
+        "                    met += parties\n                    meet(barrier, met)\n\n"
+        "    return cache.external(forward",
+        "                    met += parties\n\n    return cache.external(forward", BY_UNITS),
+    "gradient: assigned, not added, to a cell's own parameters": (COMPILED, "            gradient += value",
+        "            gradient[...] = value", PEEPHOLES),
+    "gradient: dL/d(final state) left out": (COMPILED, "            own[...] = value", "            own[...] = 0",
+        PEEPHOLES),
+    "state: a reverse pass leaves it behind y": (COMPILED, "visible[first] = 0", "visible[first] *= 1", LSTM),
+    "index: the final state of a row that has ended before": (COMPILED,
+        "first, last = (ends, 0) if reverse else (0, ends)", "first, last = (ends, 0) if reverse else (0, T)",
+        "sequence::a_batch_is_its_rows_each_at_its_own_length"),
+    "kept: a tape that is to be kept is overwritten": (COMPILED, "tape.slots.copy() if options.keep else tape.slots",
+        "tape.slots", "recurrent::the_tape_serves_once_or_as_often_as_kept"),
+    "sign: reverse starts from the wrong end": (LOOPS, "t = begin + end - 1 - step if reverse else step", "t = step",
+        LSTM),
+    "index: reverse reads the state of its own step": (LOOPS,
+        "                t = step if reverse else begin + end - 1 - step\n"
+        "                before, after = (t + 1, t) if",
+        "                t = step if reverse else begin + end - 1 - step\n                before, after = (t, t) if",
+        LSTM),
+    "index: a last, shorter chunk of steps": (LOOPS, "begin = done if reverse else (T - 1) // chunk * chunk - done",
+        "begin = done if reverse else T - chunk - done", "executors::chunks_of_time[float64]"),
+    "mask: rows that have ended go on": (LOOPS,
+        "                m = least(word(rows + t * 8), last) - first\n                if m <= 0:\n"
+        "                    continue\n                at, row",
+        "                m = last - first\n                at, row", LSTM),
+    "ignored: clip_in_time": (LOOPS,
+        "                if clamp:\n"
+        "                    call(clamp, m, units, states, dstate + row, h_step, stride, limit)\n", "", CLIP, LSTM),
+    "index: the flow of the step behind": (LOOPS, "flow + t * 8, T * 8)", "flow + before * 8, T * 8)",
+        "executors::flow_is_the_gradient_of_each_state[compiled-True]"),
+    "formula: only h's gradient is clipped": (ROWS,
+        "            for s in range(states):\n                row(n, dstate",
+        "            for s in range(1):\n                row(n, dstate", CLIP, LSTM),
+    "formula: dy counts in every state's flow": (ROWS, "direct = 0 if s else dy", "direct = dy", FLOW),
+    "slot: a split gate's x and r exchanged": (ROWS,
+        "given[x], given[r] = slot(slot_of_x[gate]), slot(slot_of_r[gate])",
+        "given[r], given[x] = slot(slot_of_x[gate]), slot(slot_of_r[gate])", GRU),
+    "slot: biases of the gates in their order of r": ("gpurnn/executors/layout",
+        "ordered(weights.bias_ih, trace.x_order, H)", "ordered(weights.bias_ih, trace.r_order, H)",
+        "executors::every_cell_agrees[minimal_gated_unit-float64]"),
+    "sum: a block's last rows left out of the biases": (REDUCTION, "for row in range(grouped, k):",
+        "for row in range(grouped, k - 1):", GRU),
+    "sum: a matrix's columns behind the first block": (REDUCTION,
+        "count = least(most, least(last - column, H - unit))", "count = least(most, last - column)", GRU),
+    "sum: the oracle's biases in float32": (NUMPY, 'flat.sum(0, dtype="float64").astype(x.dtype)', "flat.sum(0)",
+        "long_sums::biases_of_the_shipped_cells"),
+    "tail: the last vector is written whole": ("gpurnn/executors/simd", "emit.first_lanes(builder.sub(count, whole))",
+        "None", LSTM),
+    "passed: NaN through a maximum": ("gpurnn/executors/simd",
+        'larger = self.where(self.builder.fcmp_unordered(">=", a, b), a, b)',
+        'larger = self.where(self.builder.fcmp_ordered(">=", a, b), a, b)',
+        "simd::maximum_minimum_and_clamp_let_nan_through_from_either_side"),
+    "order: subnormals stay flushed for others": ("gpurnn/executors/crew", "        restore(before)\n", "",
+        "subnormals::code_of_others_never_sees_it", "subnormals::every_thread_flushes_while_it_works_and_not_behind"),
+    "threads: a worker is freed before it has done": ("gpurnn/executors/crew",
+        "            while seen(worker) == JOB:\n                pause(turn)\n                turn += 1\n", "",
+        "crew::every_part_once_by_workers_asleep_and_awake", "crew::parts_meet"),
+    "threads: a forked child waits for its parent's": ("gpurnn/executors/crew",
+        "os.register_at_fork(after_in_child=_office.reset)", "os.register_at_fork(after_in_child=lambda: None)",
+        "sharing::a_forked_child_shares_units_too"),
+    "threads: an exception in one is lost": ("gpurnn/executors/threads", "    if errors:", "    if errors and False:",
+        "threads::an_exception_in_any_part_is_raised_when_all_parts_have_ended"),
+    "share: the last rows of a ragged batch": ("gpurnn/executors/sharing", "edges, place, before = {0, count}, 0, 0",
+        "edges, place, before = {0, count - 1}, 0, 0", "sharing::a_loop_is_shared_without_gaps",
+        "sharing::ragged_batches_are_cut_into_equal_work"),
+    "memory: a block that is in use is taken": ("gpurnn/executors/memory",
+        "if _references(blocks, place) == _UNUSED]\n            fitting",
+        "if _references(blocks, place) <= _UNUSED + 1]\n            fitting",
+        "memory::arrays_in_use_at_one_time_are_apart"),
+    "stale: zeros where something was": ("gpurnn/executors/memory", "    array.fill(0)\n", "",
+        "memory::zeros_are_zeros_where_something_was"),
+    "random: a call's number beyond 32 bits": ("gpurnn/executors/dropout",
+        "u32(k), u32(k >> 32), u32(call), u32(call >> 32), u32(seed), u32(seed >> 32))\n            at",
+        "u32(k), u32(k >> 32), u32(call), u32(0), u32(seed), u32(seed >> 32))\n            at",
+        "random::calls_beyond_32_bits_and_any_layout"),
+    "ignored: clip_in_time by the oracle": (NUMPY,
+        "part[:m] = gradient if options.clip is None else", "part[:m] = gradient if True else",
+        "executors::clip_in_time_bounds_what_is_passed_back[numpy]", LSTM),
+    "oracle: bias_hh learns what bias_ih does": (NUMPY, "grads.bias_hh[...] += dbias_hh.astype(x.dtype)",
+        "grads.bias_hh[...] += flat.sum(0)", GRU),
+}
+# fmt: on
