@@ -1,0 +1,169 @@
+"""Forks: at any moment, whatever other threads are at, child and parent both go on, and compute the same as before."""
+
+import faulthandler
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpurnn
+from gpurnn import backend
+
+pytestmark = [
+    pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
+]
+
+ROOT = Path(__file__).parents[1]
+RIGHT, WRONG = 7, 8
+THESE_TESTS = f"""
+    import importlib.util, os, sys, threading, warnings
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python's own about fork beside threads: it is the point here
+    spec = importlib.util.spec_from_file_location("these_tests", {str(Path(__file__))!r})
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+"""
+
+
+def script(code, timeout=120, **environment):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "GPURNN_NUM_THREADS": "2"} | environment
+    command = [sys.executable, "-c", textwrap.dedent(THESE_TESTS) + textwrap.dedent(code)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def training_step(layer, x):
+    layer.zero_grad()
+    y, _, backward = layer(x)
+    dx, _ = backward(np.ones_like(y))
+    return [y, dx, *(gradient.copy() for gradient in layer.grads.values())]
+
+
+def same(some, others):
+    return all(np.array_equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def forked(expected, child):
+    """The exit status of a child that calls `child()` for what `expected` is: RIGHT, or 1 where it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.dump_traceback_later(60, exit=True)
+        os._exit(RIGHT if same(expected, child()) else WRONG)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def two_threads():
+    """A layer's step on two threads, and a product on two."""
+    layer, x = gpurnn.LSTM(64, 128, rng=0), np.ones((12, 16, 64), np.float32)
+    head = gpurnn.Linear(500, 400, rng=0)
+    return lambda: [*training_step(layer, x), head(np.ones((200, 500), np.float32))[0]]
+
+
+def small_cell():
+    """One that nobody has compiled."""
+    a = random.random()
+    cell = gpurnn.Cell(
+        "new", 1, 1, lambda x, r, s, p: ((x[0] + a * r[0],), ()), lambda d, *_: ((d[0],), (a * d[0],), (0,), ())
+    )
+    layer = gpurnn.Recurrent(cell, 3, 4, rng=0)
+    training_step(layer, np.ones((2, 2, 3), np.float32))
+
+
+def small_function():
+    """Of a user of Numba: nothing of it is ours."""
+    import numba
+
+    a = random.random()
+    numba.njit(lambda b: a * b)(1.0)
+
+
+OTHERS = {
+    "idle": lambda: time.sleep(0.001),
+    "two threads": two_threads(),
+    "compiles": small_cell,
+    "numba": small_function,
+}
+
+
+def forks(count, seed, other, new=False):
+    """`count` forks at random moments while another thread does `other` again and again; how many children were right.
+
+    new: children compile as well.
+    """
+    other, step, rng, ended = OTHERS[other], two_threads(), random.Random(seed), threading.Event()
+    expected, right = step(), 0
+
+    def go_on():
+        while not ended.is_set():
+            other()
+
+    def child():
+        if new:
+            small_function()
+        return step()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    for _ in range(count):
+        time.sleep(rng.uniform(0, 0.02))
+        right += forked(expected, child) == RIGHT and same(expected, step())
+    ended.set()
+    thread.join()
+    return right
+
+
+def forks_in_the_midst(count, seed):
+    """The same by a signal's handler, in a thread that is at work itself."""
+    step, rng = two_threads(), random.Random(seed)
+    expected, statuses = step(), []
+    signal.signal(signal.SIGALRM, lambda *_: statuses.append(forked(expected, two_threads())))
+    while len(statuses) < count:
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 5e-3))
+        for _ in range(5):
+            assert same(expected, step())
+    return statuses.count(RIGHT)
+
+
+@pytest.mark.parametrize("other, new", [("two threads", False), ("idle", False), ("numba", True)])
+def test_a_forked_child_and_its_parent_both_go_on(other, new):
+    done = script(f"print(tests.forks(4, 0, {other!r}, {new}))")
+    assert done.stdout.strip() == "4", done.stderr
+
+
+def test_a_fork_in_the_midst_of_a_pass():
+    done = script("print(tests.forks_in_the_midst(10, 0))")
+    assert done.stdout.strip() == "10", done.stderr
+
+
+@pytest.mark.parametrize(
+    "delay", [0.01, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (0.0, 0.03, 0.1, 0.3, 1.0, 3.0))]
+)
+def test_a_fork_while_another_thread_compiles_or_imports_for_the_first_time(delay, tmp_path):
+    code = f"""
+        import faulthandler, time
+        import numpy as np, gpurnn
+
+        def one():
+            layer = gpurnn.RNN(3, 4, rng=0)
+            return [y.copy() for y in tests.training_step(layer, np.ones((2, 2, 3), np.float32))]
+
+        other = threading.Thread(target=one)
+        other.start()
+        time.sleep({delay})
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(60, exit=True)
+            one()
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        other.join()
+    """
+    done = script(code)
+    assert done.stdout.strip() == "7", done.stderr
