@@ -2,12 +2,13 @@
 
 A forked child has one thread, and all the locks as they were: one that another thread held is never released there.
 Python's own import locks are among them, those of Numba's compiler and of LLVM too.  So who imports something in the midst
-of a call, or compiles, holds `building`, and a fork waits until it can hold all of these itself.
+of a call, or compiles, holds `building`, and a fork waits until it can hold all of these itself.  One from the thread that
+holds them goes on at once.
 """
 
 import _thread
 import itertools
-import logging  # noqa: F401 (its lock is one that forks take; registered before ours, it is taken after them)
+import logging  # noqa: F401 (a fork takes its lock too: after ours, which compilers that log hold, if it is imported first)
 import os
 import sys
 import threading

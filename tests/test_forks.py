@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
 import gpurnn
-from gpurnn import backend
+from gpurnn import backend, locks
 
 pytestmark = [
     pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only"),
@@ -64,6 +65,10 @@ def two_threads():
     layer, x = gpurnn.LSTM(64, 128, rng=0), np.ones((12, 16, 64), np.float32)
     head = gpurnn.Linear(500, 400, rng=0)
     return lambda: [*training_step(layer, x), head(np.ones((200, 500), np.float32))[0]]
+
+
+def blas_threads():
+    return [library.num_threads for library in ThreadpoolController().select(user_api="blas").lib_controllers]
 
 
 def small_cell():
@@ -131,6 +136,35 @@ def forks_in_the_midst(count, seed):
     return statuses.count(RIGHT)
 
 
+def interrupted_forks(count, seed):
+    """Forks that signals come upon; how many locks each has left, for other threads to wait for."""
+    two_threads()()  # with a compiler, and its locks
+    rng, left, signals = random.Random(seed), [], 0
+
+    def look():
+        for lock in locks._waited_for():
+            if lock.acquire(timeout=10):
+                lock.release()
+            else:
+                left.append(lock)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    while signals < count:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 5e-3))
+            for _ in range(3):
+                if (pid := os.fork()) == 0:
+                    os._exit(0)
+                os.waitpid(pid, 0)
+        except KeyboardInterrupt:
+            pass
+        signals += 1
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+    return len(left)
+
+
 @pytest.mark.parametrize("other, new", [("two threads", False), ("numba", True)])
 def test_a_forked_child_and_its_parent_both_go_on(other, new):
     done = script(f"print(tests.forks(2, 0, {other!r}, {new}))")
@@ -140,6 +174,43 @@ def test_a_forked_child_and_its_parent_both_go_on(other, new):
 def test_a_fork_in_the_midst_of_a_pass():
     done = script("print(tests.forks_in_the_midst(5, 0))")
     assert done.stdout.strip() == "5", done.stderr
+
+
+def test_a_fork_that_a_signal_comes_upon_leaves_no_lock_behind():
+    done = script("print(tests.interrupted_forks(15, 0))")
+    assert done.stdout.strip() == "0", done.stderr
+
+
+def test_a_child_has_blas_as_it_was_before_other_threads_held_it():
+    code = """
+        from threadpoolctl import threadpool_limits
+        from gpurnn.executors.threads import one_blas_thread
+
+        def in_a_child(check):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(tests.RIGHT if check() else tests.WRONG)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+        def hold():
+            with one_blas_thread:
+                held.set()
+                ended.wait()
+
+        threadpool_limits(2, user_api="blas")
+        before, held, ended = tests.blas_threads(), threading.Event(), threading.Event()
+        other = threading.Thread(target=hold)
+        other.start()
+        held.wait()
+        in_a_child(lambda: tests.blas_threads() == before)
+        with one_blas_thread:
+            in_a_child(lambda: set(tests.blas_threads()) == {1})
+        ended.set()
+        other.join()
+        print(tests.blas_threads() == before)
+    """
+    done = script(code)
+    assert done.stdout.split() == [f"{RIGHT}", f"{RIGHT}", "True"], done.stderr
 
 
 @pytest.mark.slow
