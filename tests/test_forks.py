@@ -172,10 +172,11 @@ def test_a_forked_child_and_its_parent_both_go_on(other, new):
 
 
 def test_a_fork_in_the_midst_of_a_pass():
-    done = script("print(tests.forks_in_the_midst(5, 0))")
-    assert done.stdout.strip() == "5", done.stderr
+    done = script("print(tests.forks_in_the_midst(3, 0))")
+    assert done.stdout.strip() == "3", done.stderr
 
 
+@pytest.mark.slow
 def test_a_fork_that_a_signal_comes_upon_leaves_no_lock_behind():
     done = script("print(tests.interrupted_forks(15, 0))")
     assert done.stdout.strip() == "0", done.stderr
@@ -284,7 +285,7 @@ def test_whatever_a_call_imports_it_holds_what_forks_wait_for():
             model.zero_grad()
         tests.two_threads()()
         gpurnn.diagnose.verdicts(gpurnn.RNN(4, 8), np.ones((20, 3, 4)))
-        assert "numba" in sys.modules
+        assert "numba" in sys.modules and len(list(locks._waited_for())) == 4
     """
     done = script(code)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr

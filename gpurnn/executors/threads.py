@@ -108,8 +108,9 @@ class _OneBlasThread:
             self._holders[hold] = threading.get_ident()
             if self._before is None:
                 blas = controller.select(user_api="blas").lib_controllers if controller is not None else []
-                self._before = [(library, library.num_threads) for library in blas]
-                _set_threads([(library, 1) for library in blas])
+                counts = [(library, library.num_threads) for library in blas]
+                self._before = [(library, count) for library, count in counts if count is not None]  # that can be set
+                _set_threads([(library, 1) for library, _ in self._before])
 
     def _leave(self, hold: object, *_: object) -> None:
         with locks.blas:
