@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gpurnn import backend, variables
+from gpurnn import backend, locks, variables
 from gpurnn._version import __version__
 from gpurnn.variables import MAX_THREADS as MAX_THREADS
 
@@ -40,7 +40,8 @@ def cpu_threads() -> int:
 @functools.cache
 def compiles() -> bool:
     """Whether Numba compiles: its own NUMBA_DISABLE_JIT turns that off."""
-    from numba import config
+    with locks.building:
+        from numba import config
 
     return not config.DISABLE_JIT
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, locks
 from gpurnn.kernels import philox
 
 Array = Any
@@ -64,12 +64,14 @@ class Masks:
         return masked(x), masked
 
 
+@functools.cache
 def _drop_on_host() -> Callable[..., np.ndarray]:
     from gpurnn.environment import compiles
 
     if not compiles():
         return _drop
-    from gpurnn.executors import dropout
+    with locks.building:
+        from gpurnn.executors import dropout
 
     return dropout.drop
 

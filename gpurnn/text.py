@@ -15,7 +15,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,9 +78,9 @@ class Alphabet:
         if self.unit == "bytes":  # surrogateescape: bytes of a command line that are no UTF-8 come back as they were
             return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
         points = code_points(text)
-        tokens = self._token_of[points]
+        tokens = _token_of(self)[points]
         if REPLACEMENT not in self.symbols:
-            known = self._points[tokens] == points
+            known = _points(self)[tokens] == points
             if not known.all():
                 unknown = "".join(sorted({character for character in text if character not in self.symbols}))
                 raise ValueError(f"not in the alphabet of {len(self)} characters: {unknown!r}")
@@ -98,7 +98,7 @@ class Alphabet:
             raise ValueError(f"tokens: expected integers in [0, {len(self)}), got {array.dtype} {array[:8]}")
         if self.unit == "bytes":
             return array.astype(np.uint8).tobytes().decode("utf-8", "replace")
-        return self._points[array].tobytes().decode("utf-32-le")
+        return _points(self)[array].tobytes().decode("utf-32-le")
 
     def to_json(self) -> str:
         """The alphabet as ASCII JSON text: {"unit": ..., "symbols": ...}."""
@@ -115,16 +115,18 @@ class Alphabet:
             raise ValueError('alphabet: expected a JSON object with "unit" and "symbols"')
         return cls(**fields)
 
-    @cached_property
-    def _points(self) -> np.ndarray:
-        return code_points(self.symbols).astype("<u4")
 
-    @cached_property
-    def _token_of(self) -> np.ndarray:
-        """Token by code point; unknown characters share the token of U+FFFD, or 0, which `encode` then detects."""
-        table = np.full(CODE_POINTS, max(self.symbols.find(REPLACEMENT), 0), self.dtype)
-        table[self._points] = np.arange(len(self))
-        return table
+@lru_cache(maxsize=16)
+def _points(alphabet: Alphabet) -> np.ndarray:
+    return code_points(alphabet.symbols).astype("<u4")
+
+
+@lru_cache(maxsize=16)
+def _token_of(alphabet: Alphabet) -> np.ndarray:
+    """Token by code point; unknown characters share the token of U+FFFD, or 0, which `encode` then detects."""
+    table = np.full(CODE_POINTS, max(alphabet.symbols.find(REPLACEMENT), 0), alphabet.dtype)
+    table[_points(alphabet)] = np.arange(len(alphabet))
+    return table
 
 
 def code_points(text: str) -> np.ndarray:

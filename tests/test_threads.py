@@ -1,21 +1,24 @@
-"""Threads: the same bits every time, right results under concurrency, BLAS as it was before, and life after a fork."""
+"""Threads: the same bits every time, right results under concurrency and where none can be had, and BLAS as it was before."""
 
+import _thread
 import hashlib
+import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
 from gpurnn import backend
-from gpurnn.executors import threads
+from gpurnn.executors import crew, threads
+from gpurnn.layers import Dropout
 from gpurnn.recurrent import LSTM
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -161,38 +164,27 @@ def test_blas_threads_come_back_when_the_last_of_many_has_left(two_blas_threads)
     assert blas_threads() == two_blas_threads
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_and_its_parent_both_go_on():
-    code = f"""
-        import importlib.util, os, sys, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own about fork beside threads: it is the point here
-        spec = importlib.util.spec_from_file_location("these_tests", {str(Path(__file__))!r})
-        tests = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tests)
-        before = tests.digest(tests.training_step())
-        child = os.fork()
-        same = tests.digest(tests.training_step()) == before
-        if child == 0:
-            os._exit(7 if same else 8)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same, tests.digest(tests.training_step()) == before)
-    """
-    done = script(code, GPURNN_NUM_THREADS="2")
-    assert done.stdout.strip() == "7 True True", done.stderr
-
-
 AT_THE_END = """
     import atexit
+    import concurrent.futures
     import threading
+    import time
+    import weakref
     import numpy as np
-    from gpurnn.executors import crew, threads
+    from gpurnn.executors import threads
+    from gpurnn.layers import Dropout
     from gpurnn.recurrent import LSTM
 
+    class Something: ...
+
     def step():
-        layer = LSTM(96, 320, executor="compiled", rng=0)
+        layer = LSTM(96, 480, executor="compiled", rng=0)
         y, _, backward = layer(np.ones((20, 2, 96), np.float32))
         backward(np.ones_like(y))
         ones = np.ones((400, 400))
-        assert (threads.matmul(ones, ones) == 400).all()
+        assert (threads.product(ones, ones) == 400).all()
+        Dropout(0.5, rng=0)(np.ones((1000, 2000), np.float32))
+        layer.zero_grad()
         print("done", float(np.abs(y).sum()), flush=True)
 
     {beginning}
@@ -204,69 +196,94 @@ AT_THE_END = """
     [
         "atexit.register(step)",
         "step(); atexit.register(step)",
+        "weakref.finalize(Something, step)",
         "threading.Thread(target=lambda: (threading.main_thread().join(), step())).start()",
+        "pool = concurrent.futures.ThreadPoolExecutor(1); pool.submit(time.sleep, 0.5); pool.submit(step)",
     ],
-    ids=["for the first time at exit", "again at exit", "in a thread that outlives the main script"],
+    ids=["for the first time at exit", "again at exit", "finalizer", "a thread that lives on", "executor at shutdown"],
 )
 def test_work_after_the_main_scripts_end(beginning):
     done = script(AT_THE_END.format(beginning=beginning), GPURNN_NUM_THREADS="2")
-    assert done.returncode == 0 and done.stdout.startswith("done") and not done.stderr, done.stderr
+    assert done.stdout.count("done") == beginning.count("step"), done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def everything():
+    """All that wants another thread, by itself and in layers."""
+    layer = LSTM(96, 480, executor="compiled", rng=0)
+    y, _, backward = layer(np.ones((20, 2, 96), np.float32))
+    backward(np.ones_like(y))
+    gradients = layer.grads.flat.copy()
+    layer.zero_grad()
+    assert not layer.grads.flat.any()
+    ones = np.ones((400, 400))
+    return [y, gradients, threads.product(ones, ones), Dropout(0.5, rng=0)(np.ones((1000, 2000), np.float32))[0]]
+
+
+@pytest.fixture
+def nobody_works_here(monkeypatch):
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
+    expected = everything()
+    monkeypatch.setattr(crew, "_office", crew._Office())
+    return expected
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_where_no_thread_can_be_had_one_does_all(monkeypatch, nobody_works_here, error):
+    refused = []
+
+    def start(*_):
+        refused.append(threading.get_ident())
+        raise error
+
+    monkeypatch.setattr(_thread, "start_new_thread", start)
+    for got, expected in zip(everything(), nobody_works_here, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert len(refused) >= 4 and crew._office._count == 0
+
+
+def green(*_):
+    raise AssertionError("a thread or a lock of the system's was wanted")
+
+
+@pytest.mark.parametrize("patcher, original", [("gevent.monkey", "get_original"), ("eventlet.patcher", "original")])
+def test_among_green_threads_ours_are_the_systems(monkeypatch, nobody_works_here, patcher, original):
+    system = SimpleNamespace(**vars(_thread))
+    asked = {"get_original": lambda module, name: getattr(system, name), "original": lambda module: system}
+    monkeypatch.setitem(sys.modules, patcher, SimpleNamespace(**{original: asked[original]}))
+    monkeypatch.setattr(_thread, "start_new_thread", green)
+    monkeypatch.setattr(_thread, "allocate_lock", green)
+    assert digest(everything()) == digest(nobody_works_here)
+    assert crew._office._count == 1
+
+
 @pytest.mark.parametrize(
-    "delay", [0.0, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))]
+    "name, patch", [("gevent", "gevent.monkey.patch_all()"), ("eventlet", "eventlet.monkey_patch()")]
 )
-def test_a_fork_while_another_thread_compiles_or_imports(delay):
+@pytest.mark.parametrize("late", [False, True])
+def test_in_a_program_of_green_threads(name, patch, late):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    patch = f"warnings.simplefilter('ignore'); import {'gevent.monkey' if name == 'gevent' else name}; {patch}"
     code = f"""
-        import faulthandler, os, threading, time, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import numpy as np, gpurnn
-
-        def one():
-            layer = gpurnn.RNN(3, 4, rng=0)
-            y, _, backward = layer(np.ones((2, 2, 3), np.float32))
-            backward(np.ones_like(y))
-
-        other = threading.Thread(target=one)
-        other.start()
-        time.sleep({delay})
+        import os, threading, time, warnings
+        {"" if late else patch}
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("these_tests", {str(Path(__file__))!r})
+        tests = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tests)
+        {patch if late else ""}
+        expected, same = tests.digest(tests.everything()), []
+        others = [threading.Thread(target=lambda: same.append(tests.digest(tests.everything()) == expected)) for _ in range(4)]
+        [other.start() for other in others]
+        [other.join() for other in others]
         child = os.fork()
         if child == 0:
-            faulthandler.dump_traceback_later(60, exit=True)
-            one()
-            os._exit(7)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        other.join()
+            os._exit(7 if tests.digest(tests.everything()) == expected else 8)
+        print(same, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), tests.crew._office._count)
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.2, "a thread spins"
     """
     done = script(code, GPURNN_NUM_THREADS="2")
-    assert done.stdout.strip() == "7", done.stderr
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that interrupt")
-def test_interrupts_at_any_moment_leave_threads_as_they_were(monkeypatch):
-    """Ctrl-C 60 times in calls of two threads; each next call comes back, and is right."""
-    monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
-    layer, x, random = LSTM(64, 128, rng=0), np.ones((12, 16, 64), np.float32), np.random.default_rng(0)
-
-    def call():
-        layer.zero_grad()
-        y, _, backward = layer(x)
-        backward(np.ones_like(y))
-        return layer.grads.flat.copy()
-
-    expected, interrupted = call(), 0
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for _ in range(60):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-3))
-                while True:
-                    call()
-            except KeyboardInterrupt:
-                interrupted += 1
-            np.testing.assert_array_equal(call(), expected)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert interrupted == 60
+    assert done.stdout.strip() == f"{[True] * 4} 7 1" and done.returncode == 0, done.stderr

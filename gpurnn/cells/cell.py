@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from gpurnn.cells.trace import Graph, Symbol
@@ -128,6 +127,7 @@ class Trace:
         self._trace_forward()
         self._trace_backward()
         self._lay_out()
+        self.text = self._text()
 
     def _trace_forward(self) -> None:
         cell, graph = self.cell, Graph()
@@ -209,8 +209,7 @@ class Trace:
         sums = all(self.forward.nodes[u].op == "add" and set(self.forward.nodes[u].args) == {x, r} for u in users)
         return sums and not {x, r} & set(self.outputs)
 
-    @cached_property
-    def text(self) -> str:
+    def _text(self) -> str:
         """Both graphs as text: the mathematics of the cell, and the key of the compile caches.
 
         It decides the memory layout as well: nothing that the graphs do not need has a say in that.

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, variables
+from gpurnn import backend, locks, variables
 from gpurnn.cells import Cell
 from gpurnn.environment import compiles
-from gpurnn.executors import threads
 
 MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step"}
 ON_CHIP = ("resident", "persistent")
@@ -79,7 +78,7 @@ def _usual() -> str:
 
 @functools.cache
 def executor(name: str) -> Any:
-    with threads.building:
+    with locks.building:
         if name in ON_CHIP:
             return getattr(importlib.import_module("gpurnn.executors.on_chip"), name.upper())
         return importlib.import_module(f"gpurnn.executors.{MODULES[name]}")

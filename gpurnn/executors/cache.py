@@ -26,8 +26,8 @@ from numba.core.compiler import CompileResult
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
+from gpurnn import locks
 from gpurnn._version import __version__
-from gpurnn.executors import threads
 from gpurnn.folders import code_folder
 from gpurnn.kernels import entries
 
@@ -53,7 +53,7 @@ def external(function: Callable, *key: Any) -> Compiled:
 
     Linked into its callers it would be optimised again in each, and compiled anew for each combination of constants passed.
     """
-    with threads.building:
+    with locks.building:
         return _external(function, key)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gpurnn import locks
 from gpurnn.environment import MAX_THREADS, cpu_threads
 from gpurnn.executors import cache, threads
 from gpurnn.executors.barrier import CACHE_LINE, make_pause, seen, show, swapped
@@ -76,7 +77,7 @@ class _Office:
         self.reset()
 
     def reset(self) -> None:
-        self._lock = threads.new_lock()
+        self._lock = locks.new_lock()
         self._workers: list[_Worker] = []
         self._table = np.zeros(MAX_THREADS, np.int64)  # their addresses
         self._desk = np.array([0, _taken_lock(), _address_of("PyThread_acquire_lock_timed")], np.int64)

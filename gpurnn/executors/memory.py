@@ -9,10 +9,10 @@ They begin where a cache line does: a vector that lies across two lines is read 
 import math
 import os
 import sys
-import threading
 
 import numpy as np
 
+from gpurnn import locks
 from gpurnn.executors.simd import address
 from gpurnn.parameters import ALIGNMENT
 
@@ -33,7 +33,7 @@ class _Blocks:
         self.reset()
 
     def reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = locks.new_lock()
         self._blocks: list[np.ndarray] = []  # the last to be used last
         self._peak = 0
 

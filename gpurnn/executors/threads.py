@@ -6,40 +6,26 @@ in them), and the caller's setting comes back when the last of our operations en
 threads: slower, and right all the same.
 """
 
-import _thread
 import functools
 import importlib
 import itertools
 import os
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpurnn import backend
+from gpurnn import backend, locks
 from gpurnn.environment import compiles, cpu_threads
 
 PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
 PARALLEL_BYTES = 1 << 22  # nor fewer zeros; the forward pass behind them has use for a thread that is awake
 
 
-def _system(name: str) -> Callable:
-    """Of `_thread`, and of the system: gevent and eventlet put green threads there, one of which runs at a time."""
-    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
-    if gevent is not None:
-        return gevent.get_original("_thread", name)
-    return getattr(eventlet.original("_thread") if eventlet is not None else _thread, name)
-
-
 def start(work: Callable[[], None]) -> None:
     """`work()` in a new thread that the process does not wait for.  RuntimeError where there is none to be had."""
-    _system("start_new_thread")(work, ())
-
-
-def new_lock() -> Any:
-    return _system("allocate_lock")()
+    locks.system("start_new_thread")(work, ())
 
 
 def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
@@ -60,7 +46,7 @@ def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
     waiting, left = [], [parts[0]]
     try:
         for part in parts[1:]:
-            done = new_lock()
+            done = locks.new_lock()
             done.acquire()
             try:
                 start(functools.partial(other, part, done))
@@ -76,67 +62,80 @@ def run(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
         raise errors[0]
 
 
+class _Leave(functools.partial):
+    """What a `with` calls as it ends."""
+
+    held: Iterator[object]  # ends with this
+
+
 class _OneBlasThread:
-    """A context manager that many threads may hold at once: the first in saves BLAS's threads, the last out restores."""
+    """A context manager that many threads may hold at once: the first in saves BLAS's threads, the last out restores.
+
+    An interrupt at any moment leaves BLAS as it was: a step that it cuts short is begun anew.  It may even come before a
+    word of how to leave has been run.  Then what was to be called goes, and with it a generator, which leaves as it ends.
+    """
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._limit: Any = None
+        self._holders: dict[object, int] = {}  # the thread of each `with`
+        self._before: list[tuple[Any, int]] | None = None  # libraries, and the threads that each had
 
     def __enter__(self) -> None:
-        with self._lock:
-            if self._holders == 0:
-                self._limit = _limited()
-            self._holders += 1
+        """All is done when `with` asks what to call at its end, which it does first."""
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._holders -= 1
-            if self._holders == 0 and self._limit is not None:
-                _let_any_thread_control_blas()
-                self._limit.restore_original_limits()
-                _let_any_thread_control_blas()
+    @property
+    def __exit__(self) -> Callable[..., None]:
+        held = self._held()
+        try:
+            leave = _Leave(self._leave, next(held))
+            leave.held = held
+        except BaseException:
+            held.close()
+            raise
+        return leave
+
+    def _held(self) -> Generator[object, None, None]:
+        hold = object()
+        try:
+            self._join(hold)
+            yield hold
+        finally:
+            if hold in self._holders:
+                self._leave(hold)
+
+    def _join(self, hold: object) -> None:
+        controller = _controller()
+        with locks.blas:
+            self._holders[hold] = threading.get_ident()
+            if self._before is None:
+                blas = controller.select(user_api="blas").lib_controllers if controller is not None else []
+                counts = [(library, library.num_threads) for library in blas]
+                self._before = [(library, count) for library, count in counts if count is not None]  # that can be set
+                _set_threads([(library, 1) for library, _ in self._before])
+
+    def _leave(self, hold: object, *_: object) -> None:
+        with locks.blas:
+            if self._before is not None and self._holders.keys() <= {hold}:
+                _set_threads(self._before)
+                self._before = None
+            self._holders.pop(hold, None)
+
+    def forked(self) -> None:
+        """A child has none of its parent's threads but one."""
+        gone = [hold for hold, thread in self._holders.items() if thread != threading.get_ident()]
+        for hold in gone:
+            self._leave(hold)
 
 
 one_blas_thread = _OneBlasThread()
 
-
-building = threading.RLock()  # held by who imports an executor or compiles
-_held: list[Any] = []  # by a fork
-
-
-def _before_fork() -> None:
-    """A child that is born while another thread compiles, or imports the compiler, would wait for that thread for ever."""
-    numba = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
-    for lock in (building, numba):
-        if lock is not None:
-            lock.acquire()
-            _held.append(lock)
-
-
-def _after_fork() -> None:
-    while _held:
-        _held.pop().release()
-
-
-def _in_child() -> None:
-    """It has none of its parent's threads."""
-    _after_fork()
-    one_blas_thread.reset()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
+    os.register_at_fork(after_in_child=one_blas_thread.forked)
 
 
 @functools.cache
 def _controller() -> Any:
     """What sets BLAS's threads; None where threadpoolctl is not installed."""
-    with building:
+    with locks.building:
         try:
             from threadpoolctl import ThreadpoolController
         except ModuleNotFoundError:
@@ -144,22 +143,20 @@ def _controller() -> Any:
         return ThreadpoolController()
 
 
-def _limited() -> Any:
-    """BLAS on one thread from now on: what restores its threads."""
-    if _controller() is None:
-        return None
-    _let_any_thread_control_blas()
-    return _controller().limit(limits=1, user_api="blas")
-
-
-def _let_any_thread_control_blas() -> None:
+def _set_threads(counts: list[tuple[Any, int]]) -> None:
     """threadpoolctl 3.8 heeds only the first Python thread that sets OpenBLAS's threads, for as long as that one lives.
 
     Our last thread out is often not our first one in, and must restore what that one has changed.
     """
-    for library in _controller().lib_controllers:
-        if hasattr(library, "clear_controlling_thread"):
-            library.clear_controlling_thread(force=True)
+    for library, count in counts:
+        _let_any_thread_control(library)
+        library.set_num_threads(count)
+        _let_any_thread_control(library)
+
+
+def _let_any_thread_control(library: Any) -> None:
+    if hasattr(library, "clear_controlling_thread"):
+        library.clear_controlling_thread(force=True)
 
 
 def shares(count: int, parts: int) -> list[slice]:
@@ -196,6 +193,10 @@ def clear(buffer: Any) -> None:
     if backend.name == "cuda" or buffer.nbytes < PARALLEL_BYTES or not compiles():
         buffer[...] = 0
     else:
-        with building:
-            clear = importlib.import_module("gpurnn.executors.clear").clear
-        clear(buffer)
+        _shared_clear()(buffer)
+
+
+@functools.cache
+def _shared_clear() -> Callable[[np.ndarray], None]:
+    with locks.building:
+        return importlib.import_module("gpurnn.executors.clear").clear
