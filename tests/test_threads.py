@@ -50,10 +50,10 @@ def two_blas_threads():
         yield blas_threads()
 
 
-def script(code, **environment):
+def script(code, seconds=120, **environment):
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)
 
 
 def test_same_bits_twice_and_in_every_process(monkeypatch):
@@ -241,6 +241,33 @@ def test_a_fork_while_another_thread_compiles_or_imports(delay):
     """
     done = script(code, GPURNN_NUM_THREADS="2")
     assert done.stdout.strip() == "7", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_waits_for_who_compiles_without_the_lock_of_logs():
+    """Numba writes to a log as it compiles, and logging holds its own lock over a fork."""
+    code = """
+        import os, threading, time, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from gpurnn.executors import threads
+        import logging
+
+        inside = threading.Event()
+
+        def compiles():
+            with threads.building:
+                inside.set()
+                time.sleep(0.2)
+                logging.getLogger("compiler")
+
+        threading.Thread(target=compiles, daemon=True).start()
+        inside.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert script(code, seconds=20).stdout.strip() == "7"
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that interrupt")

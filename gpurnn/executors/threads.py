@@ -10,6 +10,7 @@ import _thread
 import functools
 import importlib
 import itertools
+import logging  # noqa: F401, before our handlers of a fork: the last to come is asked first, and see _before_fork
 import os
 import sys
 import threading
@@ -110,7 +111,10 @@ _held: list[Any] = []  # by a fork
 
 
 def _before_fork() -> None:
-    """A child that is born while another thread compiles, or imports the compiler, would wait for that thread for ever."""
+    """A child that is born while another thread compiles, or imports the compiler, would wait for that thread for ever.
+
+    That thread writes to logs: were their lock taken first, each would wait for the other.  So logging is imported above.
+    """
     numba = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
     for lock in (building, numba):
         if lock is not None:
