@@ -93,6 +93,37 @@ def function(name: str, value: Any) -> Any:
     return value
 
 
+def word(name: str, value: Any) -> str:
+    """`value` if it is a str; TypeError otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+    return value
+
+
+def listed(name: str, values: Any, what: str) -> list:
+    """The members of `values`; TypeError where it has none, as a number has none."""
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name}: expected {what}, got {type(values).__name__}") from None
+
+
+def length(name: str, value: Any) -> int:
+    """How many steps `value` has, time first; TypeError where it has no length."""
+    try:
+        return len(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an array, time first, got {type(value).__name__}") from None
+
+
+def returned(name: str, value: Any, parts: str) -> tuple:
+    """What a function of the caller's returned, if it is a tuple of these parts; TypeError otherwise."""
+    if not isinstance(value, tuple | list) or len(value) != len(parts.split(", ")):
+        came = f"{len(value)} values" if isinstance(value, tuple | list) else type(value).__name__
+        raise TypeError(f"{name}: expected it to return {parts}, got {came}")
+    return tuple(value)
+
+
 def trained(model: Any) -> Any:
     """`model` if it has parameters and gradients, as a layer has; TypeError otherwise."""
     if not (hasattr(model, "params") and hasattr(model, "grads")) or isinstance(model, type):
@@ -128,6 +159,23 @@ def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], fo
     return array
 
 
+def flow_array(flow: Any, shape: tuple[int | str, ...]) -> Array | None:
+    """`flow` if it is None or an array to fill, of the backend and this shape, where a letter is any size; or ValueError."""
+    ours = isinstance(flow, backend.xp.ndarray)  # on a GPU a NumPy array cannot be filled
+    if flow is None or (ours and flow.dtype == np.float64 and _of_shape(flow, shape)):
+        return flow
+    came = type(flow).__name__
+    if ours or isinstance(flow, np.ndarray):
+        came = f"{flow.dtype} {flow.shape}" + ("" if ours else f" of {type(flow).__module__}")
+    wanted = f"a float64 array of {backend.xp.__name__} (L*D, S, T) = ({', '.join(map(str, shape))})"
+    raise ValueError(f"flow: expected {wanted}, got {came}")
+
+
+def _of_shape(array: Array, shape: tuple[int | str, ...]) -> bool:
+    sizes = zip(array.shape, shape, strict=False)
+    return array.ndim == len(shape) and all(wanted in (came, str(wanted)) for came, wanted in sizes)
+
+
 class Turn:
     """Who may go back along a tape: one thread at a time, and nobody once it is `gone`.  `with turn:` or RuntimeError."""
 
@@ -144,6 +192,27 @@ class Turn:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def sequence_model(model: Any) -> Any:
+    """`model` if it can be called as a recurrent layer is, with x, state and lengths; TypeError otherwise."""
+    function("model", model)
+    if isinstance(model, type) or not _takes_lengths(model if inspect.isroutine(model) else type(model).__call__):
+        raise TypeError(f"model: expected one that is called with (x, state, lengths=...), got {_named(model)}")
+    return model
+
+
+def _named(model: Any) -> str:
+    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+
+
+@functools.lru_cache(maxsize=64)
+def _takes_lengths(call: Any) -> bool:
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):  # a function written in C may have none
+        return True
+    return any(p.name == "lengths" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class Parameters(Mapping[str, Array]):
         self.dtype = backend.xp.dtype(dtype)
         self._joined = False
         self._parts: list[Parameters] = []
-        _check_memory(self.count, self.dtype)
+        check_memory(self.count, self.dtype)
         self._bind(_zeros(_extent(self.shapes, self.dtype), self.dtype))
 
     def _bind(self, flat: Array) -> None:
@@ -173,14 +173,14 @@ def _zeros(size: int, dtype: Any) -> Array:
     return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
-def _check_memory(count: int, dtype: Any) -> None:
+def check_memory(count: int, dtype: Any, what: str = "parameters") -> None:
     """MemoryError for what no memory holds: an allocation may seem to succeed, and its use then ends the process."""
     memory = 1 << 62
     if backend.name == "numpy" and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if count * dtype.itemsize > memory:
         needed, there = (f"{size / 2**30:,.0f} GiB" for size in (count * dtype.itemsize, memory))
-        raise MemoryError(f"{count:,} parameters in {dtype} need {needed}, and there are {there} of memory")
+        raise MemoryError(f"{count:,} {what} in {dtype} need {needed}, and there are {there} of memory")
 
 
 def _extent(shapes: Shapes, dtype: Any) -> int:

@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import Turn, checked, fitting, generator, number, positive, probability, supported, switch, whole
+from gpurnn.arguments import (
+    Turn,
+    checked,
+    fitting,
+    flow_array,
+    generator,
+    number,
+    positive,
+    probability,
+    supported,
+    switch,
+    whole,
+)
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.numpy_loop import Backward, Weights
@@ -240,15 +252,7 @@ class Recurrent(Layer):
 
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
         """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
-        shape = (self.num_layers * self.directions, self.cell.states, T)
-        xp = backend.xp  # on a GPU a NumPy array cannot be filled
-        ours = isinstance(flow, xp.ndarray)
-        if flow is not None and (not ours or flow.shape != shape or flow.dtype != np.float64):
-            came = f"{flow.dtype} {flow.shape}" if hasattr(flow, "dtype") else type(flow).__name__
-            whose = "" if ours or not hasattr(flow, "dtype") else f" of {type(flow).__module__}"
-            raise ValueError(
-                f"flow: expected a float64 array of {xp.__name__} (L*D, S, T) = {shape}, got {came}{whose}"
-            )
+        flow_array(flow, (self.num_layers * self.directions, self.cell.states, T))
         return None if dstate is None else self.unpacked(dstate, N, "dstate")
 
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
