@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,13 @@ def listed(name: str, values: Any, what: str) -> list:
         raise TypeError(f"{name}: expected {what}, got {type(values).__name__}") from None
 
 
+def mapping(values: Any) -> Mapping[str, Any]:
+    """`values` if it is a mapping, as a state that was saved is; TypeError otherwise."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a mapping from names to arrays, got {type(values).__name__}")
+    return values
+
+
 def length(name: str, value: Any) -> int:
     """How many steps `value` has, time first; TypeError where it has no length."""
     try:
@@ -151,7 +158,7 @@ def generator(rng: Any) -> np.random.Generator:
         raise ValueError(f"rng: expected {expected}, got {rng!r:.80}: {backend.one_line(error)}") from error
 
 
-def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], form: str = "") -> Array:
+def checked(value: Array, dtype: np.dtype | None, name: str, shape: tuple[int, ...], form: str = "") -> Array:
     """`value` as the backend's array; ValueError unless it has this shape."""
     array = backend.asarray(value, dtype, name)
     if array.shape != shape:
@@ -195,24 +202,26 @@ class Turn:
 
 
 def sequence_model(model: Any) -> Any:
-    """`model` if it can be called as a recurrent layer is, with x, state and lengths; TypeError otherwise."""
-    function("model", model)
-    if isinstance(model, type) or not _takes_lengths(model if inspect.isroutine(model) else type(model).__call__):
-        raise TypeError(f"model: expected one that is called with (x, state, lengths=...), got {_named(model)}")
-    return model
+    """`model` if it can be called as a recurrent layer is; TypeError otherwise."""
+    if isinstance(model, type):
+        raise TypeError(f"model: expected one that is made, got the class {model.__name__}")
+    return _called_with("model", model, "(x, state, lengths=...)", None, None, lengths=None)
 
 
-def _named(model: Any) -> str:
-    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+def loss_function(loss: Any) -> Any:
+    """`loss` if it can be called with what a model gave and with targets; TypeError otherwise."""
+    return _called_with("loss", loss, "(out, targets)", None, None)
 
 
-@functools.lru_cache(maxsize=64)
-def _takes_lengths(call: Any) -> bool:
+def _called_with(name: str, value: Any, example: str, *arguments: Any, **options: Any) -> Any:
+    function(name, value)
     try:
-        parameters = inspect.signature(call).parameters.values()
-    except (TypeError, ValueError):  # a function written in C may have none
-        return True
-    return any(p.name == "lengths" or p.kind is p.VAR_KEYWORD for p in parameters)
+        inspect.signature(value).bind(*arguments, **options)
+    except TypeError:
+        raise TypeError(f"{name}: expected one that is called with {example}, got {type(value).__name__}") from None
+    except ValueError:  # some functions written in C do not say what they take
+        pass
+    return value
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import flow_array, function, length, returned, sequence_model, uncopied, whole
+from gpurnn.arguments import flow_array, length, loss_function, mapping, returned, sequence_model, uncopied, whole
 from gpurnn.losses import Loss, evaluate
 from gpurnn.sequence import checked_lengths
 
@@ -36,7 +36,7 @@ def full_bptt(
     them, time first.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
     final state.
     """
-    sequence_model(model), function("loss", loss)
+    sequence_model(model), loss_function(loss)
     out, final, backward = _run(model, x, state, lengths)
     value, dout = evaluate(loss, out, targets, lengths)
     backward(dout, flow=flow)
@@ -72,7 +72,7 @@ class TruncatedBPTT:
         k2 = k1 if k2 is None else whole("k2", k2, 0)
         if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
-        function("loss", loss), sequence_model(model)
+        loss_function(loss), sequence_model(model)
         if getattr(getattr(model, "recurrent", model), "directions", 1) != 1:
             raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
@@ -220,9 +220,9 @@ class TruncatedBPTT:
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes copies of what `state_dict` gave.  Nothing changes unless all of it fits.
 
-        Raises ValueError for other names, for states that are missing, misshapen or not finite, for more than k2 steps.
+        Raises TypeError for anything but a mapping; ValueError for other names, for states that are missing, misshapen or not finite, for more than k2 steps.
         """
-        given = {name: backend.asarray(value, None, name).copy() for name, value in values.items()}
+        given = {name: backend.asarray(value, None, name).copy() for name, value in mapping(values).items()}
         stretch, valid = given.pop("stretch", None), given.pop("lengths", None)
         like = stretch if stretch is not None else given.get("carried0")
         N = like.shape[1] if like is not None and like.ndim > 1 else 0

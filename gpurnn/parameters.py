@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import mapping
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
 Shapes = Mapping[str, tuple[int, ...]]
@@ -132,8 +133,7 @@ def load(parameters: Parameters, values: Mapping[str, Any]) -> None:
     Raises TypeError for anything but a mapping of arrays, KeyError where names are missing or unknown, ValueError where
     a shape differs or a value is not finite (in the dtype of `parameters`).
     """
-    if not isinstance(values, Mapping):
-        raise TypeError(f"expected a mapping from names to arrays, got {type(values).__name__}")
+    mapping(values)
     missing = [name for name in parameters if name not in values]
     unknown = [name for name in values if name not in parameters]
     if missing or unknown:

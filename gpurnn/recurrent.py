@@ -16,6 +16,7 @@ from gpurnn.arguments import (
     flow_array,
     generator,
     number,
+    one_of,
     positive,
     probability,
     supported,
@@ -102,7 +103,7 @@ class Recurrent(Layer):
         shapes, symbols = self._shapes()
         super().__init__(shapes, dtype, symbols)
         with one_blas_thread:  # of orthogonal's QR, whose threads would go on spinning for a while
-            self._initialise(init or {})
+            self._initialise({} if init is None else init)
 
     def _shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         G, H, D = self.cell.gates, self.hidden_size, self.directions
@@ -165,7 +166,7 @@ class Recurrent(Layer):
         Raises ValueError where a shape is wrong, RuntimeError where backward is called again without keep,
         or by a second thread while the first is in it.
         """
-        training = switch("training", training)
+        training, copy = switch("training", training), switch("copy", copy)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
@@ -362,8 +363,7 @@ def _outside() -> int:
 
 
 def _precision(given: Any, dtype: np.dtype) -> str:
-    if given not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {given!r}")
+    one_of("precision", given, PRECISIONS)
     if given != "float32" and dtype != np.float32:
         raise ValueError(f"precision: expected float32 for a layer of {dtype}, got {given!r}")
     return given

@@ -72,7 +72,11 @@ REFUSED = {
     "model: expected one that is called with (x, state, lengths=...), got Embedding": lambda: gpurnn.full_bptt(
         gpurnn.Embedding(5, 4), TARGETS, TARGETS, LOSS
     ),
-    "model: expected one that is called with (x, state, lengths=...), got the class LSTM": lambda: gpurnn.TruncatedBPTT(
+    "loss: expected one that is called with (out, targets), got Dropout": lambda: gpurnn.TruncatedBPTT(
+        lstm(), gpurnn.Dropout(), 2
+    ),
+    "executor: expected one of .*, got array": lambda: gpurnn.GRU(4, 6, executor=np.zeros(0)),
+    "model: expected one that is made, got the class LSTM": lambda: gpurnn.TruncatedBPTT(
         gpurnn.LSTM, LOSS, 2
     ),
     "model: expected it to return out, state, backward, got NoneType": lambda: gpurnn.full_bptt(
