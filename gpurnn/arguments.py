@@ -15,6 +15,7 @@ Array = Any
 DTYPES = ("float32", "float64")
 
 
+GENERATORS = np.random.Generator | np.random.BitGenerator | np.random.RandomState | np.random.SeedSequence
 LARGEST = (1 << 63) - 1  # what 64 bits hold
 
 
@@ -150,9 +151,17 @@ def supported(dtype: Any) -> np.dtype:
 
 
 def generator(rng: Any) -> np.random.Generator:
-    """A random generator from a seed, a generator (itself), or None (a seed of the system's)."""
+    """A random generator from a seed, a generator (itself), or None (a seed of the system's).
+
+    A seed is a whole number, or a row or array of them: NumPy walks into whatever else is given until its stack is full.
+    """
+    seed = np.asarray(rng).ravel().tolist() if isinstance(rng, np.ndarray) else rng
     try:
-        return np.random.default_rng(rng)
+        if isinstance(seed, Sequence) and not all(isinstance(part, int | np.integer) for part in seed):
+            raise TypeError("some of it are no whole numbers")
+        if not isinstance(seed, int | np.integer | Sequence | GENERATORS | None):
+            raise TypeError("it is none of them")
+        return np.random.default_rng(seed)
     except Exception as error:  # whatever NumPy meets on its way to a seed
         expected = "a seed, a numpy.random.Generator or None"
         raise ValueError(f"rng: expected {expected}, got {rng!r:.80}: {backend.one_line(error)}") from error

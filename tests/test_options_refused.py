@@ -106,6 +106,20 @@ def test_what_means_nothing_is_refused_by_name(message):
         REFUSED[message]()
 
 
+def test_seeds():
+    """A matrix's rows are matrices, so NumPy never comes to the end of one, nor of a list in itself: it crashes."""
+    endless = [1]
+    endless.append(endless)
+    for seed in (endless, "12", 1.5, [1.5], [[1], [2]], np.ones(2), {1}, object()):
+        with pytest.raises(ValueError, match=r"rng: expected a seed, a numpy\.random.Generator or None, got"):
+            arguments.generator(seed)
+    for seed in (3, np.uint8(3), 2**100, [1, 2**100], (1, 2), np.array([1, 2]), np.random.SeedSequence(3)):
+        expected = np.random.default_rng(seed).random()
+        assert arguments.generator(seed).random() == expected
+    assert arguments.generator(np.array([[1, 2]]).view(np.matrix)).random() == np.random.default_rng([1, 2]).random()
+    assert arguments.generator(GENERATOR) is GENERATOR and arguments.generator(None)
+
+
 def test_numbers():
     assert arguments.whole("n", np.uint8(3)) == 3 and arguments.whole("n", 2**63 - 1) == 2**63 - 1
     assert arguments.number("n", np.float32(0.5)) == 0.5 and arguments.number("n", 2**64) == 2.0**64
