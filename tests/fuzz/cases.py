@@ -18,9 +18,10 @@ BLOCK = 100  # seeds of one test
 SECONDS = 60  # of one case, beyond which it hangs
 
 
-def seeds(few: int) -> list:
-    """For `parametrize`: a few seeds by default, FUZZ_CASES of them, in blocks, among the slow tests."""
-    blocks = [range(start, min(start + BLOCK, FIRST + COUNT)) for start in range(FIRST, FIRST + COUNT, BLOCK)]
+def seeds(few: int, one_in: int = 1) -> list:
+    """For `parametrize`: a few seeds by default; FUZZ_CASES of them, or one in so many, among the slow tests, in blocks."""
+    last, size = FIRST + -(-COUNT // one_in), max(1, BLOCK // one_in)
+    blocks = [range(start, min(start + size, last)) for start in range(FIRST, last, size)]
     slow = [pytest.param(block, marks=pytest.mark.slow, id=f"from {block.start}") for block in blocks]
     return [pytest.param(range(few), id=f"{few} of them"), *slow]
 
