@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ Array = Any
 DTYPES = ("float32", "float64")
 
 
+GENERATORS = np.random.Generator | np.random.BitGenerator | np.random.RandomState | np.random.SeedSequence
 LARGEST = (1 << 63) - 1  # what 64 bits hold
 
 
@@ -93,6 +94,44 @@ def function(name: str, value: Any) -> Any:
     return value
 
 
+def word(name: str, value: Any) -> str:
+    """`value` if it is a str; TypeError otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+    return value
+
+
+def listed(name: str, values: Any, what: str) -> list:
+    """The members of `values`; TypeError where it has none, as a number has none."""
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name}: expected {what}, got {type(values).__name__}") from None
+
+
+def mapping(values: Any) -> Mapping[str, Any]:
+    """`values` if it is a mapping, as a state that was saved is; TypeError otherwise."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a mapping from names to arrays, got {type(values).__name__}")
+    return values
+
+
+def length(name: str, value: Any) -> int:
+    """How many steps `value` has, time first; TypeError where it has no length."""
+    try:
+        return len(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an array, time first, got {type(value).__name__}") from None
+
+
+def returned(name: str, value: Any, parts: str) -> tuple:
+    """What a function of the caller's returned, if it is a tuple of these parts; TypeError otherwise."""
+    if not isinstance(value, tuple | list) or len(value) != len(parts.split(", ")):
+        came = f"{len(value)} values" if isinstance(value, tuple | list) else type(value).__name__
+        raise TypeError(f"{name}: expected it to return {parts}, got {came}")
+    return tuple(value)
+
+
 def trained(model: Any) -> Any:
     """`model` if it has parameters and gradients, as a layer has; TypeError otherwise."""
     if not (hasattr(model, "params") and hasattr(model, "grads")) or isinstance(model, type):
@@ -112,20 +151,45 @@ def supported(dtype: Any) -> np.dtype:
 
 
 def generator(rng: Any) -> np.random.Generator:
-    """A random generator from a seed, a generator (itself), or None (a seed of the system's)."""
+    """A random generator from a seed, a generator (itself), or None (a seed of the system's).
+
+    A seed is a whole number, or a row or array of them: NumPy walks into whatever else is given until its stack is full.
+    """
+    seed = np.asarray(rng).ravel().tolist() if isinstance(rng, np.ndarray) else rng
     try:
-        return np.random.default_rng(rng)
+        if isinstance(seed, Sequence) and not all(isinstance(part, int | np.integer) for part in seed):
+            raise TypeError("some of it are no whole numbers")
+        if not isinstance(seed, int | np.integer | Sequence | GENERATORS | None):
+            raise TypeError("it is none of them")
+        return np.random.default_rng(seed)
     except Exception as error:  # whatever NumPy meets on its way to a seed
         expected = "a seed, a numpy.random.Generator or None"
         raise ValueError(f"rng: expected {expected}, got {rng!r:.80}: {backend.one_line(error)}") from error
 
 
-def checked(value: Array, dtype: np.dtype, name: str, shape: tuple[int, ...], form: str = "") -> Array:
+def checked(value: Array, dtype: np.dtype | None, name: str, shape: tuple[int, ...], form: str = "") -> Array:
     """`value` as the backend's array; ValueError unless it has this shape."""
     array = backend.asarray(value, dtype, name)
     if array.shape != shape:
         raise ValueError(f"{name}: expected {form and form + ' = '}{shape}, got {array.shape}")
     return array
+
+
+def flow_array(flow: Any, shape: tuple[int | str, ...]) -> Array | None:
+    """`flow` if it is None or an array to fill, of the backend and this shape, where a letter is any size; or ValueError."""
+    ours = isinstance(flow, backend.xp.ndarray)  # on a GPU a NumPy array cannot be filled
+    if flow is None or (ours and flow.dtype == np.float64 and _of_shape(flow, shape)):
+        return flow
+    came = type(flow).__name__
+    if ours or isinstance(flow, np.ndarray):
+        came = f"{flow.dtype} {flow.shape}" + ("" if ours else f" of {type(flow).__module__}")
+    wanted = f"a float64 array of {backend.xp.__name__} (L*D, S, T) = ({', '.join(map(str, shape))})"
+    raise ValueError(f"flow: expected {wanted}, got {came}")
+
+
+def _of_shape(array: Array, shape: tuple[int | str, ...]) -> bool:
+    sizes = zip(array.shape, shape, strict=False)
+    return array.ndim == len(shape) and all(wanted in (came, str(wanted)) for came, wanted in sizes)
 
 
 class Turn:
@@ -144,6 +208,29 @@ class Turn:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def sequence_model(model: Any) -> Any:
+    """`model` if it can be called as a recurrent layer is; TypeError otherwise."""
+    if isinstance(model, type):
+        raise TypeError(f"model: expected one that is made, got the class {model.__name__}")
+    return _called_with("model", model, "(x, state, lengths=...)", None, None, lengths=None)
+
+
+def loss_function(loss: Any) -> Any:
+    """`loss` if it can be called with what a model gave and with targets; TypeError otherwise."""
+    return _called_with("loss", loss, "(out, targets)", None, None)
+
+
+def _called_with(name: str, value: Any, example: str, *arguments: Any, **options: Any) -> Any:
+    function(name, value)
+    try:
+        inspect.signature(value).bind(*arguments, **options)
+    except TypeError:
+        raise TypeError(f"{name}: expected one that is called with {example}, got {type(value).__name__}") from None
+    except ValueError:  # some functions written in C do not say what they take
+        pass
+    return value
 
 
 @functools.cache

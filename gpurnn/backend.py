@@ -54,6 +54,7 @@ _INIT_ERRORS = {
     804: ("CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE", "the CUDA compatibility package does not support this device"),
 }
 
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62  # bytes
 _DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -243,10 +244,11 @@ def asarray(array: Any, dtype: Any, name: str) -> Array:
     dtype: the dtype wanted, or None to keep the array's own (in native byte order).
     name: what errors call the array.
     Raises TypeError for anything but real numbers, for floats where integers are expected, and for tensors that are part
-    of an autograd graph; ValueError for integers (given on the host) beyond the range of `dtype`.
+    of an autograd graph; ValueError for integers (given on the host) beyond the range of `dtype`; MemoryError for a value
+    that was broadcast beyond all memory.
     """
     if type(array) is xp.ndarray and array.dtype == dtype and array.dtype.kind in "biuf":  # as in every training step
-        return array
+        return _there(array, name)
     what = _described(array)
     if getattr(array, "requires_grad", False):
         raise TypeError(f"{name}: expected plain values, got {what} that requires grad: detach() it first")
@@ -256,10 +258,18 @@ def asarray(array: Any, dtype: Any, name: str) -> Array:
         raise TypeError(f"{name}: expected an array of numbers, got {what}: {one_line(error)}") from error
     if found.dtype.kind not in "biuf":
         raise TypeError(f"{name}: expected real numbers, got {what} with dtype {found.dtype}")
+    _there(found, name)
     wanted = found.dtype.newbyteorder("=") if dtype is None else numpy.dtype(dtype)
     if wanted.kind in "biu" and found.size:
         _check_whole(found, wanted, name, what)
     return xp.asarray(found.astype(wanted, copy=False))
+
+
+def _there(array: Array, name: str) -> Array:
+    """`array`; MemoryError where one value was broadcast to more than memory holds, since its copies would not be."""
+    if array.nbytes > _MEMORY and isinstance(array, numpy.ndarray) and 0 in array.strides:
+        raise MemoryError(f"{name}: expected an array that memory can hold, got one of {array.nbytes >> 30:,} GiB")
+    return array
 
 
 def _array_of_own_dtype(array: Any) -> Array:

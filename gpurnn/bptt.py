@@ -6,14 +6,13 @@ E = sum over the steps of E_t.  With lengths a loss is one of valid steps only: 
 `lengths`; any other is given the valid positions alone, one behind another, (M, ...) for (T, N, ...).
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import function, uncopied, whole
+from gpurnn.arguments import flow_array, length, loss_function, mapping, returned, sequence_model, uncopied, whole
 from gpurnn.losses import Loss, evaluate
 from gpurnn.sequence import checked_lengths
 
@@ -37,11 +36,15 @@ def full_bptt(
     them, time first.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
     final state.
     """
-    function("model", model), function("loss", loss)
-    out, final, backward = model(x, state, lengths=lengths, **uncopied(model))
+    sequence_model(model), loss_function(loss)
+    out, final, backward = _run(model, x, state, lengths)
     value, dout = evaluate(loss, out, targets, lengths)
     backward(dout, flow=flow)
     return value, final
+
+
+def _run(model: Any, x: Array, state: Any, lengths: Any) -> tuple:
+    return returned("model", model(x, state, lengths=lengths, **uncopied(model)), "out, state, backward")
 
 
 class TruncatedBPTT:
@@ -69,7 +72,7 @@ class TruncatedBPTT:
         k2 = k1 if k2 is None else whole("k2", k2, 0)
         if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
-        function("loss", loss), function("model", model)
+        loss_function(loss), sequence_model(model)
         if getattr(getattr(model, "recurrent", model), "directions", 1) != 1:
             raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
@@ -80,7 +83,7 @@ class TruncatedBPTT:
         """Starts a new sequence, from `state` or the model's own initial state."""
         self.stretch: Array | None = None  # the inputs of the last call's up to k2 steps
         self.lengths: np.ndarray | None = None  # of each row, how many of those steps are valid; None: all of them
-        state = copy.deepcopy(state)
+        state = _copied(state)
         self.begin = self.carried = state  # the states at its start, and where the next k1 steps' stretch begins
 
     def step(self, x: Array, targets: Array, *, lengths: Any = None, flow: Array | None = None) -> Any:
@@ -90,10 +93,10 @@ class TruncatedBPTT:
         A row that has ended stays at length 0 as long as its end lies within the k2 steps: ValueError where it does not.
         flow: float64 (L*D, S, t) that receives the L2 norms of dL/dstate over the window (see `Recurrent`).
         """
-        if not 1 <= len(x) <= self.k1 or len(targets) != len(x):
-            raise ValueError(f"expected 1 to k1 = {self.k1} steps of x and of targets, got {len(x)} and {len(targets)}")
-        if flow is not None and not isinstance(flow, backend.xp.ndarray):
-            raise ValueError(f"flow: expected a float64 array of {backend.xp.__name__}, got {type(flow).__name__}")
+        steps, given = length("x", x), length("targets", targets)
+        if not 1 <= steps <= self.k1 or given != steps:
+            raise ValueError(f"expected 1 to k1 = {self.k1} steps of x and of targets, got {steps} and {given}")
+        flow_array(flow, ("L*D", "S", steps))
         x = backend.asarray(x, None, "x")
         if self.stretch is not None and x.shape[1:] != self.stretch.shape[1:]:
             wanted = ", ".join(map(str, ("t", *self.stretch.shape[1:])))
@@ -109,7 +112,7 @@ class TruncatedBPTT:
         state, outputs, backwards, carried = begin, [], [], begin
         for part in parts:
             own_part = _within(valid, part.start, part.stop)
-            out, state, backward = self.model(stretch[part], state, lengths=own_part, **uncopied(self.model))
+            out, state, backward = _run(self.model, stretch[part], state, own_part)
             if part.stop == cut:
                 carried = state
             outputs.append(out[max(0, before - part.start) :])
@@ -217,9 +220,9 @@ class TruncatedBPTT:
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes copies of what `state_dict` gave.  Nothing changes unless all of it fits.
 
-        Raises ValueError for other names, for states that are missing, misshapen or not finite, for more than k2 steps.
+        Raises TypeError for anything but a mapping; ValueError for other names, for states that are missing, misshapen or not finite, for more than k2 steps.
         """
-        given = {name: backend.asarray(value, None, name).copy() for name, value in values.items()}
+        given = {name: backend.asarray(value, None, name).copy() for name, value in mapping(values).items()}
         stretch, valid = given.pop("stretch", None), given.pop("lengths", None)
         like = stretch if stretch is not None else given.get("carried0")
         N = like.shape[1] if like is not None and like.ndim > 1 else 0
@@ -255,6 +258,13 @@ class TruncatedBPTT:
 def _within(lengths: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
     """Of each row, how many of the steps from start to stop are valid; None: all of them."""
     return None if lengths is None else np.clip(lengths - start, 0, stop - start)
+
+
+def _copied(state: Any) -> Any:
+    """A state in memory of our own: None, an array, or a tuple of such."""
+    if isinstance(state, tuple | list):
+        return tuple(map(_copied, state))
+    return None if state is None else backend.asarray(state, None, "state").copy()
 
 
 def _parts(state: Any) -> tuple:

@@ -40,7 +40,7 @@ def check_gradients(
     layer = subject if isinstance(subject, Recurrent) else _layer_around(subject, rng)
     if layer.dtype != np.float64:
         raise ValueError(f"layer: expected dtype float64, which central differences need, got {layer.dtype}")
-    before, layer.executor = layer.executor, executor or layer.executor
+    before, layer.executor = layer.executor, layer.executor if executor is None else executor
     try:
         with layer.masks.held():
             errors = _errors(layer, T, N, lengths, rng)

@@ -44,6 +44,7 @@ def clip_grad_norm(model: Model, max_norm: float) -> Any:
     changes.
     """
     max_norm = positive("max_norm", max_norm)
+    trained(model)
     if backend.name == "cuda":
         from gpurnn import launches
 
@@ -65,6 +66,7 @@ def clip_grad_value(model: Model, limit: float) -> None:
     the optimiser to find.
     """
     positive("limit", limit)
+    trained(model)
     flat = model.grads.flat
     if backend.name == "numpy" and not all_finite(flat):
         raise_where_not_finite(model.grads, allow_inf=True)

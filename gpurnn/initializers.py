@@ -3,22 +3,40 @@
 Values are drawn on the host in float64 whatever the layer's type and device, so a seed gives the same model everywhere.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import numpy as np
 
-from gpurnn.arguments import at_least_0
+from gpurnn.arguments import at_least_0, function, number, whole
+from gpurnn.parameters import check_memory
 
 Initializer = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
+def _checked(draw: Initializer) -> Initializer:
+    """`draw` for a generator, rows and columns that are some; TypeError or ValueError for anything else."""
+
+    @functools.wraps(draw)
+    def checked(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        if not isinstance(rng, np.random.Generator | np.random.RandomState):
+            raise TypeError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
+        rows, columns = whole("rows", rows, 0), whole("columns", columns, 0)
+        check_memory(rows * columns, np.dtype("float64"), "values")
+        return draw(rng, rows, columns)
+
+    return checked
+
+
+@_checked
 def glorot_uniform(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Uniform within sqrt(6 / (rows + columns)): keeps variances through a linear map (Glorot & Bengio 2010)."""
     limit = math.sqrt(6 / max(1, rows + columns))
     return rng.uniform(-limit, limit, (rows, columns))
 
 
+@_checked
 def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Orthonormal rows or columns, from the QR of a Gaussian matrix (Saxe et al. 2014): every singular value is 1."""
     q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
@@ -26,11 +44,13 @@ def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     return q if rows >= columns else q.T
 
 
+@_checked
 def identity(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """The identity: with relu, the IRNN of Le, Jaitly & Hinton 2015."""
     return np.eye(rows, columns)
 
 
+@_checked
 def zeros(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     return np.zeros((rows, columns))
 
@@ -39,6 +59,7 @@ def uniform(limit: float) -> Initializer:
     """Uniform within [-limit, limit]; PyTorch's recurrent layers use 1/sqrt(H) for every parameter."""
     at_least_0("limit", limit)
 
+    @_checked
     def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
         return rng.uniform(-limit, limit, (rows, columns))
 
@@ -49,6 +70,7 @@ def normal(deviation: float) -> Initializer:
     """Gaussian with mean 0."""
     at_least_0("deviation", deviation)
 
+    @_checked
     def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
         return rng.normal(0, deviation, (rows, columns))
 
@@ -57,7 +79,10 @@ def normal(deviation: float) -> Initializer:
 
 def scaled(initializer: Initializer, gain: float) -> Initializer:
     """`gain` times what `initializer` draws: below 1 an orthogonal matrix forgets, above 1 it explodes."""
+    function("initializer", initializer)
+    number("gain", gain)
 
+    @_checked
     def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
         return gain * initializer(rng, rows, columns)
 

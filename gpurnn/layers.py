@@ -75,7 +75,7 @@ class Linear(Layer):
 
         copy: x is copied for backward; with False it must not change before.
         """
-        training = switch("training", training)
+        training, copy = switch("training", training), switch("copy", copy)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected (..., in_features) = (..., {self.in_features}), got {x.shape}")
@@ -113,7 +113,7 @@ class Embedding(Layer):
         copy: tokens are copied for backward; with False they must not change before.
         Raises ValueError for a token out of range; on CUDA its y is NaN, and `gpurnn.synchronize` raises.
         """
-        training = switch("training", training)
+        training, copy = switch("training", training), switch("copy", copy)
         tokens = backend.asarray(tokens, None, "tokens")
         if tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
@@ -185,7 +185,7 @@ class SequenceModel(Layer):
         `dx, dstate0 = backward(dout, dstate=None, keep=False, flow=None)`; dx is None behind an embedding.  The other
         arguments are those of `Recurrent`: behind a row's length x and dout are not read, and out is 0.
         """
-        training = switch("training", training)
+        training, copy = switch("training", training), switch("copy", copy)
         padding = None
         if lengths is not None:
             x, padding = self._without_padding(x, lengths)

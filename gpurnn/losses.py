@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend, faults
-from gpurnn.arguments import one_of
+from gpurnn.arguments import one_of, returned
 from gpurnn.sequence import checked_lengths
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
@@ -167,10 +167,20 @@ def evaluate(loss: Loss, out: Array, targets: Any, lengths: Any = None) -> tuple
     A loss with a parameter `lengths` is told them.  Any other is given the valid positions, as `over_valid_steps` does.
     """
     if lengths is None:
-        return loss(out, targets)
+        return _answer(loss(out, targets), out)
     if _takes_lengths(loss):
-        return loss(out, targets, lengths=lengths)
+        return _answer(loss(out, targets, lengths=lengths), out)
     return over_valid_steps(loss, out, targets, lengths)
+
+
+def _answer(given: Any, out: Array) -> tuple[Any, Array]:
+    """What a loss returned, if it is a value and a gradient of the shape of `out`; TypeError or ValueError otherwise."""
+    value, dout = returned("loss", given, "its value, dout")
+    if isinstance(out, backend.xp.ndarray):
+        dout = backend.asarray(dout, None, "dout")
+        if dout.shape != out.shape:
+            raise ValueError(f"loss: expected a gradient of the shape of out, {out.shape}, got {dout.shape}")
+    return value, dout
 
 
 def over_valid_steps(loss: Loss, out: Array, targets: Any, lengths: Any) -> tuple[Any, Array]:
@@ -195,14 +205,10 @@ def over_valid_steps(loss: Loss, out: Array, targets: Any, lengths: Any) -> tupl
         targets = targets.reshape(T * N, *targets.shape[2:])[valid]
     chosen = out.reshape(T * N, *out.shape[2:])[valid]
     try:
-        value, dchosen = loss(chosen, targets)
+        value, dchosen = _answer(loss(chosen, targets), chosen)
     except Exception as error:
         error.add_note("positions are those within `lengths`, one behind another, time first")
         raise
-    if dchosen.shape != chosen.shape:
-        raise ValueError(
-            f"loss: expected the gradient of the {len(chosen)} valid positions, {chosen.shape}, got {dchosen.shape}"
-        )
 
     def placed(values: Array) -> Array:
         whole = xp.zeros((T * N, *values.shape[1:]), values.dtype)

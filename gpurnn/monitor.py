@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import function, uncopied, whole
+from gpurnn.arguments import checked, function, uncopied, whole
 from gpurnn.clipping import all_finite
 from gpurnn.diagnose.flow import Flow
 from gpurnn.diagnose.subject import layer_names, recurrent_part
@@ -157,7 +157,7 @@ class Monitor:
             self._due = self._due and not looks
             try:
                 if looks:
-                    self._look(backward, backend.asarray(dout, None, "dout"))
+                    self._look(backward, checked(dout, None, "dout", out.shape))
                 result = backward(dout, dstate, keep=keep, flow=flow)
                 if (looks or backend.name == "numpy") and not all_finite(self.model.grads.flat):
                     raise_where_it_began(self.model, x, state, lengths, dout, dstate)

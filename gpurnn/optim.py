@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend, faults
-from gpurnn.arguments import at_least_0, positive, probability, switch, trained
+from gpurnn.arguments import at_least_0, mapping, positive, probability, switch, trained
 from gpurnn.clipping import all_finite, grad_norm, raise_where_not_finite
 from gpurnn.parameters import Array, Model, Parameters
 
@@ -164,8 +164,7 @@ class Optimizer:
         Raises KeyError where names are missing or unknown; ValueError where a shape differs, a value is not finite, a mean
         of squares is negative, or "step" is; TypeError where a value is no array of numbers.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"expected a mapping from names to arrays, got {type(values).__name__}")
+        mapping(values)
         views = self._named()
         expected = ["step", *views]
         missing = [name for name in expected if name not in values]

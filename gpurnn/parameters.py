@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import mapping
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,7 +31,7 @@ class Parameters(Mapping[str, Array]):
         self.dtype = backend.xp.dtype(dtype)
         self._joined = False
         self._parts: list[Parameters] = []
-        _check_memory(self.count, self.dtype)
+        check_memory(self.count, self.dtype)
         self._bind(_zeros(_extent(self.shapes, self.dtype), self.dtype))
 
     def _bind(self, flat: Array) -> None:
@@ -132,8 +133,7 @@ def load(parameters: Parameters, values: Mapping[str, Any]) -> None:
     Raises TypeError for anything but a mapping of arrays, KeyError where names are missing or unknown, ValueError where
     a shape differs or a value is not finite (in the dtype of `parameters`).
     """
-    if not isinstance(values, Mapping):
-        raise TypeError(f"expected a mapping from names to arrays, got {type(values).__name__}")
+    mapping(values)
     missing = [name for name in parameters if name not in values]
     unknown = [name for name in values if name not in parameters]
     if missing or unknown:
@@ -173,14 +173,14 @@ def _zeros(size: int, dtype: Any) -> Array:
     return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
-def _check_memory(count: int, dtype: Any) -> None:
+def check_memory(count: int, dtype: Any, what: str = "parameters") -> None:
     """MemoryError for what no memory holds: an allocation may seem to succeed, and its use then ends the process."""
     memory = 1 << 62
     if backend.name == "numpy" and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if count * dtype.itemsize > memory:
         needed, there = (f"{size / 2**30:,.0f} GiB" for size in (count * dtype.itemsize, memory))
-        raise MemoryError(f"{count:,} parameters in {dtype} need {needed}, and there are {there} of memory")
+        raise MemoryError(f"{count:,} {what} in {dtype} need {needed}, and there are {there} of memory")
 
 
 def _extent(shapes: Shapes, dtype: Any) -> int:

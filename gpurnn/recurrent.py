@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import Turn, checked, fitting, generator, number, positive, probability, supported, switch, whole
+from gpurnn.arguments import (
+    Turn,
+    checked,
+    fitting,
+    flow_array,
+    generator,
+    number,
+    one_of,
+    positive,
+    probability,
+    supported,
+    switch,
+    whole,
+)
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.numpy_loop import Backward, Weights
@@ -90,7 +103,7 @@ class Recurrent(Layer):
         shapes, symbols = self._shapes()
         super().__init__(shapes, dtype, symbols)
         with one_blas_thread:  # of orthogonal's QR, whose threads would go on spinning for a while
-            self._initialise(init or {})
+            self._initialise({} if init is None else init)
 
     def _shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         G, H, D = self.cell.gates, self.hidden_size, self.directions
@@ -153,7 +166,7 @@ class Recurrent(Layer):
         Raises ValueError where a shape is wrong, RuntimeError where backward is called again without keep,
         or by a second thread while the first is in it.
         """
-        training = switch("training", training)
+        training, copy = switch("training", training), switch("copy", copy)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
@@ -240,15 +253,7 @@ class Recurrent(Layer):
 
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
         """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
-        shape = (self.num_layers * self.directions, self.cell.states, T)
-        xp = backend.xp  # on a GPU a NumPy array cannot be filled
-        ours = isinstance(flow, xp.ndarray)
-        if flow is not None and (not ours or flow.shape != shape or flow.dtype != np.float64):
-            came = f"{flow.dtype} {flow.shape}" if hasattr(flow, "dtype") else type(flow).__name__
-            whose = "" if ours or not hasattr(flow, "dtype") else f" of {type(flow).__module__}"
-            raise ValueError(
-                f"flow: expected a float64 array of {xp.__name__} (L*D, S, T) = {shape}, got {came}{whose}"
-            )
+        flow_array(flow, (self.num_layers * self.directions, self.cell.states, T))
         return None if dstate is None else self.unpacked(dstate, N, "dstate")
 
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
@@ -358,8 +363,7 @@ def _outside() -> int:
 
 
 def _precision(given: Any, dtype: np.dtype) -> str:
-    if given not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {given!r}")
+    one_of("precision", given, PRECISIONS)
     if given != "float32" and dtype != np.float32:
         raise ValueError(f"precision: expected float32 for a layer of {dtype}, got {given!r}")
     return given

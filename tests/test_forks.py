@@ -289,3 +289,30 @@ def test_whatever_a_call_imports_it_holds_what_forks_wait_for():
     """
     done = script(code)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+
+
+def test_a_fork_waits_for_who_compiles_before_it_takes_the_lock_of_logs():
+    """Numba writes to a log as it compiles, and logging holds its own lock over a fork."""
+    code = """
+        import os, threading, time, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from gpurnn.locks import building
+        import logging
+
+        inside = threading.Event()
+
+        def compiles():
+            with building:
+                inside.set()
+                time.sleep(0.2)
+                logging.getLogger("compiler")
+
+        threading.Thread(target=compiles, daemon=True).start()
+        inside.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = script(code, timeout=20)
+    assert done.stdout.strip() == "7", done.stderr

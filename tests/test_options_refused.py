@@ -13,11 +13,16 @@ from gpurnn.config import TrainConfig
 from gpurnn.data import load_corpus
 
 LOSS = gpurnn.softmax_cross_entropy
+GENERATOR = np.random.default_rng(0)
 LOGITS, TARGETS = backend.xp.zeros((2, 3, 4), np.float32), backend.xp.zeros((2, 3), np.int32)
 
 
 def lstm(**options):
     return gpurnn.LSTM(4, 6, rng=0, executor="numpy", **options)
+
+
+def truncated():
+    return gpurnn.TruncatedBPTT(lstm(), LOSS, 2)
 
 
 def back(keep):
@@ -58,13 +63,61 @@ REFUSED = {
     "grad_norms: expected an array of numbers|grad_norms: expected real numbers": lambda: diagnose.clip_threshold("no"),
     "steps: expected numbers of steps or None, got float": lambda: diagnose.decompose(lstm(), LOGITS, steps=1.5),
     "log: expected a function, got float": lambda: gpurnn.Monitor(lstm(), log=1.5),
+    "name: expected a str, got list": lambda: gpurnn.Cell([], 1, 1, print, print),
+    "forward: expected a function, got NoneType": lambda: gpurnn.Cell("c", 1, 1, None, print),
+    "rng: expected a numpy.random.Generator, got int": lambda: initializers.orthogonal(0, 2, 3),
+    "rows: expected a whole number from 0, got -2": lambda: initializers.zeros(GENERATOR, -2, 3),
+    "columns: expected a whole number from 0, got None": lambda: initializers.uniform(0.5)(GENERATOR, 2, None),
+    "gain: expected a finite number, got 'much'": lambda: initializers.scaled(initializers.identity, "much"),
+    "model: expected one that is called with (x, state, lengths=...), got Embedding": lambda: gpurnn.full_bptt(
+        gpurnn.Embedding(5, 4), TARGETS, TARGETS, LOSS
+    ),
+    "loss: expected one that is called with (out, targets), got Dropout": lambda: gpurnn.TruncatedBPTT(
+        lstm(), gpurnn.Dropout(), 2
+    ),
+    "executor: expected one of .*, got array": lambda: gpurnn.GRU(4, 6, executor=np.zeros(0)),
+    "model: expected one that is made, got the class LSTM": lambda: gpurnn.TruncatedBPTT(
+        gpurnn.LSTM, LOSS, 2
+    ),
+    "model: expected it to return out, state, backward, got NoneType": lambda: gpurnn.full_bptt(
+        lambda x, state, lengths: None, TARGETS, TARGETS, LOSS
+    ),
+    "loss: expected it to return its value, dout, got 3 values": lambda: gpurnn.full_bptt(
+        lstm(), LOGITS, TARGETS, lambda out, targets: (0, out, out)
+    ),
+    "dout: expected real numbers": lambda: gpurnn.full_bptt(lstm(), LOGITS, TARGETS, lambda *_: (0, object)),
+    "loss: expected a gradient of the shape of out, (2, 3, 6), got ()": lambda: gpurnn.full_bptt(
+        lstm(), LOGITS, TARGETS, lambda *_: (0, 1.5)
+    ),
+    "x: expected an array, time first, got slice": lambda: truncated().step(slice(2), TARGETS),
+    "targets: expected an array, time first, got NoneType": lambda: truncated().step(LOGITS, None),
+    "flow: expected a float64 array of": lambda: truncated().step(LOGITS, TARGETS, flow=backend.xp.zeros((1, 2, 3))),
+    "state: expected real numbers": lambda: truncated().reset(object()),
+    "outputs: expected numbers of outputs or None, got int": lambda: diagnose.influence(lstm(), LOGITS, outputs=1),
+    "outputs: expected a whole number from 0, got 'h'": lambda: diagnose.influence(lstm(), LOGITS, outputs="h"),
+    "lags: expected numbers of steps or None, got int": lambda: diagnose.singular_values(lstm(), LOGITS, lags=1),
+    "targets: expected (T, N, ...), got (2,)": lambda: diagnose.clipping_bias(lstm(), LOGITS, [1, 2], LOSS, norm=1.0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_means_nothing_is_refused_by_name(message):
-    with pytest.raises((ValueError, TypeError), match=f"^(?:{message.replace('(', '[(]')})"):
+    with pytest.raises((ValueError, TypeError), match=f"^(?:{message.replace('(', '[(]').replace(')', '[)]')})"):
         REFUSED[message]()
+
+
+def test_seeds():
+    """A matrix's rows are matrices, so NumPy never comes to the end of one, nor of a list in itself: it crashes."""
+    endless = [1]
+    endless.append(endless)
+    for seed in (endless, "12", 1.5, [1.5], [[1], [2]], np.ones(2), {1}, object()):
+        with pytest.raises(ValueError, match=r"rng: expected a seed, a numpy\.random.Generator or None, got"):
+            arguments.generator(seed)
+    for seed in (3, np.uint8(3), 2**100, [1, 2**100], (1, 2), np.array([1, 2]), np.random.SeedSequence(3)):
+        expected = np.random.default_rng(seed).random()
+        assert arguments.generator(seed).random() == expected
+    assert arguments.generator(np.array([[1, 2]]).view(np.matrix)).random() == np.random.default_rng([1, 2]).random()
+    assert arguments.generator(GENERATOR) is GENERATOR and arguments.generator(None)
 
 
 def test_numbers():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpurnn.arguments import function, word
 from gpurnn.cells.trace import Graph, Symbol
 
 STATE_NAMES = ("h", "c")
@@ -46,6 +47,8 @@ class Cell:
     trace: "Trace" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        word("name", self.name)
+        function("forward", self.forward), function("backward", self.backward)
         for what, given in (("gates", self.gates), ("states", self.states)):
             if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST:
                 raise ValueError(

@@ -86,6 +86,10 @@ def clipping_bias(
         raise ValueError("expected at least one of norm, value and in_time, got none")
     in_time = None if in_time is None else positive("in_time", in_time)
     N = x.shape[1]
+    if targets is not None:
+        targets = backend.asarray(targets, None, "targets")
+        if targets.ndim < 2:
+            raise ValueError(f"targets: expected (T, N, ...), got {targets.shape}")
     if whole("parts", parts) > N:
         raise ValueError(f"parts: expected at most one for each of {N} rows, got {parts}")
     states = layer.unpacked(state, N, "state", layer.trainable_h0) if state is not None else None

@@ -4,13 +4,14 @@ Term (t, k) is what the loss of step t has to say about the parameters as they w
 layers the way from t to k leads through all of them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import listed
 from gpurnn.diagnose.subject import (
     Array,
     Loss,
@@ -72,9 +73,8 @@ def decompose(
         )
     with undisturbed(model):
         tapes, y = run_steps(model, x, state)
-        if steps is not None and not isinstance(steps, Iterable):
-            raise TypeError(f"steps: expected numbers of steps or None, got {type(steps).__name__}")
-        chosen = sorted({step_number(t, len(y)) for t in (range(len(y)) if steps is None else steps)})
+        wanted = range(len(y)) if steps is None else listed("steps", steps, "numbers of steps or None")
+        chosen = sorted({step_number(t, len(y)) for t in wanted})
         dy, outputs, gradients = _through_the_head(model, y, targets, loss, chosen)
     terms = _Terms(layer, tapes, dy, "" if model is layer else "recurrent.")
     norms, sums = terms.norms_and_sums(chosen)

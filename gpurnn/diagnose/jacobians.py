@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import whole
+from gpurnn.arguments import listed, whole
 from gpurnn.diagnose.subject import Array, checked_input, recurrent_part, step_number, steps_of
 from gpurnn.executors.numpy_loop import Tape, step_backward
 from gpurnn.executors.threads import one_blas_thread
@@ -57,7 +57,9 @@ def jacobians(
     part = recurrent_part(model)
     T, N = checked_input(model, x).shape[:2]
     width = part.cell.states * part.hidden_size
-    chosen = range(T) if steps is None else [step_number(t, T) for t in steps]
+    chosen = (
+        range(T) if steps is None else [step_number(t, T) for t in listed("steps", steps, "numbers of steps or None")]
+    )
     shape = (len(chosen), N, width, width)
     if 8 * math.prod(shape) > LARGEST:
         raise ValueError(
@@ -104,7 +106,7 @@ def singular_values(
     last = _last(tape, step)
     if lags is None:
         lags = [2**power for power in range(last.bit_length() + 1) if 2**power <= last] + [last + 1]
-    chosen = sorted({_lag(lag, last) for lag in lags})
+    chosen = sorted({_lag(lag, last) for lag in listed("lags", lags, "numbers of steps or None")})
     if not chosen:
         raise ValueError("lags: expected at least one, got none")
     values = []

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import listed, whole
 from gpurnn.diagnose.subject import back_through, blocks, recurrent_part, run_steps, step_number, undisturbed
 
 
@@ -25,7 +26,11 @@ def influence(
         T, N, width = y.shape
         at = step_number(step, T)
         count = width if head is None else head(y[at], training=False)[0].shape[-1]
-        chosen = range(count) if outputs is None else [_output(number, count) for number in outputs]
+        chosen = (
+            range(count)
+            if outputs is None
+            else [_output(number, count) for number in listed("outputs", outputs, "numbers of outputs or None")]
+        )
         until = at + 1 if layer.directions == 1 else T
         squares = np.zeros((T, N))
         for part in blocks(chosen, 3 * y.itemsize * until * N * max(width, layer.input_size)):
@@ -40,7 +45,7 @@ def influence(
 
 
 def _output(number: int, count: int) -> int:
-    if not 0 <= number < count:
+    if whole("outputs", number, 0) >= count:
         raise ValueError(f"outputs: expected numbers from 0 to {count - 1}, got {number!r}")
     return int(number)
 

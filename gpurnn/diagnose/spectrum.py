@@ -36,6 +36,8 @@ def recurrent_spectrum(model: Any, layer: str = "l0") -> Spectrum:
     part = recurrent_part(model)
     level, direction = divmod(layer_index(part, layer), part.directions)
     weight = backend.to_numpy(part.weights(part.params, level, direction).weight_hh).astype(np.float64)
+    if not np.isfinite(weight).all():
+        raise FloatingPointError(f"weight_hh of {layer}: expected finite values, got some that are not")
     gates = weight.reshape(part.cell.gates, part.hidden_size, part.hidden_size)
     with one_blas_thread:
         eigenvalues = np.linalg.eigvals(gates).astype(np.complex128)

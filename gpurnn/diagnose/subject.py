@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend, losses
-from gpurnn.arguments import function
+from gpurnn.arguments import loss_function, one_of
 from gpurnn.executors import numpy_loop
 from gpurnn.executors.numpy_loop import Tape
 from gpurnn.executors.threads import one_blas_thread
@@ -41,9 +41,7 @@ def layer_names(layer: Recurrent) -> tuple[str, ...]:
 
 def layer_index(layer: Recurrent, name: str) -> int:
     names = layer_names(layer)
-    if name not in names:
-        raise ValueError(f"layer: expected one of {', '.join(names)}, got {name!r}")
-    return names.index(name)
+    return names.index(one_of("layer", name, names))
 
 
 def step_number(step: Any, T: int) -> int:
@@ -111,9 +109,7 @@ def output_gradient(out: Array, targets: Any, loss: Loss | None, lengths: Any = 
         if targets is not None:
             raise ValueError("loss: expected a function loss(out, targets) for these targets, got None")
         return backend.xp.ones_like(out)
-    _, dout = losses.evaluate(function("loss", loss), out, targets, lengths)
-    if dout.shape != out.shape:
-        raise ValueError(f"loss: expected a gradient of the shape of out, {out.shape}, got {dout.shape}")
+    _, dout = losses.evaluate(loss_function(loss), out, targets, lengths)
     return dout
 
 

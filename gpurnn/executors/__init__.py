@@ -29,11 +29,11 @@ def check(asked: str | None) -> str | None:
 
     Raises ValueError where the name is unknown or the executor cannot run on this backend.
     """
-    name = asked or variables.given("GPURNN_EXECUTOR")
-    if name is not None and name not in AVAILABLE[backend.name]:
+    name = variables.given("GPURNN_EXECUTOR") if asked is None else asked
+    if name is not None and (not isinstance(name, str) or name not in AVAILABLE[backend.name]):
         choices = ", ".join(AVAILABLE[backend.name])
-        source = "executor" if asked else "GPURNN_EXECUTOR"
-        raise ValueError(f"{source}: expected one of {choices} on the {backend.name} backend, got {name!r}")
+        source = "GPURNN_EXECUTOR" if asked is None else "executor"
+        raise ValueError(f"{source}: expected one of {choices} on the {backend.name} backend, got {name!r:.80}")
     return name
 
 
