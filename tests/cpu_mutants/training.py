@@ -13,7 +13,7 @@ MUTANTS = {
         '"carried": begin, "stretch": stretch}, None', WINDOW),
     "state: not left behind by reset": (BPTT, "self.begin = self.carried = state", "self.begin = state",
         "bptt::reset_forgets"),
-    "state: reset keeps the caller's": (BPTT, "state = copy.deepcopy(state)", "pass",
+    "state: reset keeps the caller's": (BPTT, "state = _copied(state)", "pass",
         "buffers::truncated_bptt_keeps_nothing_of_the_callers"),
     "index: k2 a step too far": (BPTT, "length + steps - self.k2)", "length + steps - self.k2 - 1)", WINDOW,
         "bptt::beyond_the_window_the_gradient_is_exactly_zero"),
