@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     }
     about["peers"] = why_no_torch_cuda()
     if backend.name == "cuda":
-        from gpurnn.executors import device
+        from gpurnn.cuda import device
 
         about |= {"device": backend.device_name(), "chip": device.chip()}
     (folder / ABOUT).write_text(json.dumps(about))

@@ -145,7 +145,7 @@ def _case(name: str, phase: str, who: str) -> None:
 
 def _tune(name: str, alone: bool, transposed: bool) -> None:
     from bench.tune import question
-    from gpurnn.executors import device, tuning
+    from gpurnn.cuda import device, tuning
 
     asked = question(cases.find(name), alone, transposed)
     if asked is not None and tuning.choices(asked, device.chip()):
@@ -186,6 +186,6 @@ def _target(name: str | None) -> Target:
         raise ValueError(
             f"--gpu: expected one of {', '.join(sorted(model.GPUS))}, for there is no GPU: {backend.reason}"
         )
-    from gpurnn.executors import device
+    from gpurnn.cuda import device
 
     return Target(device.chip(), backend.device_name() or "")

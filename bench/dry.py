@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from gpurnn import backend, cublas, faults
-from gpurnn.executors import device, tuning
+from gpurnn import backend
+from gpurnn.cuda import cublas, device, faults, tuning
 from gpurnn.folders import code_folder
 from gpurnn.kernels import build
 from gpurnn.kernels.plan import Chip

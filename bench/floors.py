@@ -147,10 +147,10 @@ def _torch_flops(seconds: float) -> float:
 
 def _own_flops(seconds: float) -> float:
     """Of our micro-kernel, each thread on operands that stay in its cache: a floor that we pass would be none."""
-    from gpurnn.executors import cache, threads
-    from gpurnn.executors.gemm import make_gemm
-    from gpurnn.executors.packing import packed_size
-    from gpurnn.executors.simd import address, host
+    from gpurnn.cpu import cache, threads
+    from gpurnn.cpu.gemm import make_gemm
+    from gpurnn.cpu.packing import packed_size
+    from gpurnn.cpu.simd import address, host
 
     dtype, m, k, n, times = np.dtype(np.float32), 96, 256, 512, 20
     gemm, size = make_gemm(dtype), np.dtype(np.float32).itemsize

@@ -43,7 +43,7 @@ def step_seconds(repeats: int) -> dict[str, float]:
 
 
 def _seconds(T: int, repeats: int) -> dict[str, float]:
-    from gpurnn.executors import step
+    from gpurnn.cuda import step
 
     xp = backend.xp
     weights = Weights(xp.empty((4 * H, H)), xp.empty((4 * H, H)), None, None, ())
@@ -66,7 +66,7 @@ def _nothing_else() -> Iterator[None]:
     try:
         import cupy
 
-        from gpurnn.executors import device
+        from gpurnn.cuda import device
         from gpurnn.kernels import build
         from gpurnn.kernels.launch import Launcher
     except ImportError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.cases import Case, find
 from bench.peers import implementations
 from bench.problem import make
-from gpurnn.executors.memory import release
+from gpurnn.cpu.memory import release
 
 STEPS = 3
 TIMEOUT = 300  # s

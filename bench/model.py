@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from bench import cases, floors, results
 from bench.cases import Case
 from gpurnn.cells import CELLS
-from gpurnn.executors.tuning import registers
+from gpurnn.cuda.tuning import registers
 from gpurnn.kernels import plan
 from gpurnn.kernels.tiles import Shape, layout
 

@@ -17,8 +17,8 @@ import gpurnn
 from bench.cases import Case
 from bench.problem import Problem, make
 from gpurnn import backend
+from gpurnn.cpu import compiled, crew
 from gpurnn.environment import cpu_threads
-from gpurnn.executors import compiled, crew
 
 LAYERS = {"rnn": gpurnn.RNN, "gru": gpurnn.GRU, "lstm": gpurnn.LSTM}
 LOOP, WEIGHTS = "packing, time loop, the inputs' product", "gradients of weights and biases"

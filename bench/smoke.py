@@ -21,8 +21,9 @@ import numpy as np
 
 from bench.peers.gpurnn_layer import LAYERS, GpurnnModel
 from bench.watched import Outcome, watched
-from gpurnn import backend, faults
+from gpurnn import backend
 from gpurnn.backend import one_line
+from gpurnn.cuda import faults
 
 LIMIT = 60.0  # s for a case, its kernels included where they are not built yet
 JOBS = 6  # processes on one GPU
@@ -188,7 +189,7 @@ def _forced(exchange: str) -> Iterator[None]:
     if not exchange:
         yield
         return
-    from gpurnn.executors import device, on_chip, tuning
+    from gpurnn.cuda import device, on_chip, tuning
 
     def choice(self: Any, cell: Any, H: int, N: int, precision: str, transposed: bool) -> Any:
         every = tuning.choices(tuning.Question(cell, H, N, precision, transposed, False), device.chip())

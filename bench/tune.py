@@ -1,6 +1,6 @@
 """`python -m bench tune`: on a GPU, the plan's candidates for each case measured, the fastest kept for later processes.
 
-What the model predicted stands beside each time; see `gpurnn.executors.tuning`.
+What the model predicted stands beside each time; see `gpurnn.cuda.tuning`.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from bench import cases
 from bench.cases import Case
 from gpurnn import backend
 from gpurnn.cells import CELLS
-from gpurnn.executors import device, tuning
+from gpurnn.cuda import device, tuning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ Version = tuple[int, int]
 
 
 class _Thread(threading.local):
-    """Of this thread, while it runs or records a step aside (`gpurnn.capture`).
+    """Of this thread, while it runs or records a step aside (`gpurnn.cuda.capture`).
 
     capturing: whether it records.  gemm: the matrix product that takes the place of CuPy's.  stream: on whose behalf.
     """

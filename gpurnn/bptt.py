@@ -137,7 +137,7 @@ class TruncatedBPTT:
         """For the next window.  `begin` first: what was carried becomes it."""
         values, moves = {"begin": begin, "carried": carried, "stretch": stretch}, None
         if backend.name == "cuda":
-            from gpurnn.executors.moves import Moves
+            from gpurnn.cuda.moves import Moves
 
             moves = Moves()
             values = {name: self._kept(name, value, moves) for name, value in values.items()}

@@ -10,9 +10,9 @@ import warnings
 from dataclasses import fields
 from typing import NoReturn
 
-from gpurnn import flow_command, lab_command, train_command
 from gpurnn._version import __version__
-from gpurnn.config import TrainConfig
+from gpurnn.app import flow_command, lab_command, train_command
+from gpurnn.app.config import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,7 +132,7 @@ def _info(options: argparse.Namespace) -> int:
 def _sample(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from gpurnn import character_model
+    from gpurnn.app import character_model
 
     model, alphabet, _ = character_model.load(options.folder)
     rng = np.random.default_rng(options.seed)

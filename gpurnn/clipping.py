@@ -24,7 +24,7 @@ def grad_norm(model: Model) -> Any:
     """
     trained(model)
     if backend.name == "cuda":
-        from gpurnn import launches
+        from gpurnn.cuda import launches
 
         return launches.norm(model.grads)[0]
     squares = _sum_of_squares(model.grads.flat)
@@ -46,7 +46,7 @@ def clip_grad_norm(model: Model, max_norm: float) -> Any:
     max_norm = positive("max_norm", max_norm)
     trained(model)
     if backend.name == "cuda":
-        from gpurnn import launches
+        from gpurnn.cuda import launches
 
         found = launches.norm(model.grads, max_norm)
         launches.scale(model.grads, found)

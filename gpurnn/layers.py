@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, faults
+from gpurnn import backend
 from gpurnn.arguments import Turn, checked, generator, probability, supported, switch, uncopied, whole
-from gpurnn.executors.threads import clear, product
+from gpurnn.cpu.threads import clear, product
+from gpurnn.cuda import faults
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
 from gpurnn.random import Masks
@@ -129,7 +130,7 @@ class Embedding(Layer):
 
     def _rows(self, tokens: Array) -> Array:
         if backend.name == "cuda":
-            from gpurnn import launches
+            from gpurnn.cuda import launches
 
             return launches.gather(self.params["weight"], tokens)
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.num_embeddings):
@@ -259,7 +260,7 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
     if not rows.size:
         return
     if backend.name == "cuda":
-        from gpurnn import launches
+        from gpurnn.cuda import launches
 
         launches.add_rows(target, rows, values)
         return
@@ -291,7 +292,7 @@ def _add_product(target: Array, a: Array, b: Array) -> None:
     if backend.name == "numpy":
         target += product(a, b)
     else:
-        from gpurnn.executors import device
+        from gpurnn.cuda import device
 
         device.product(a, b, target, _exact(a), add=True)
 
@@ -301,7 +302,7 @@ def _add_columns(target: Array, values: Array) -> None:
     if backend.name == "numpy":
         target += _column_sums(values)
     else:
-        from gpurnn.executors import device
+        from gpurnn.cuda import device
 
         contiguous = backend.xp.ascontiguousarray(values)
         device.add_columns(contiguous, values.shape[1], target, first=(0,), second=(), start=0)
@@ -315,6 +316,6 @@ def _product(a: Array, b: Array) -> Array:
     """a b for matrices, each with unit stride along one axis."""
     if backend.name == "numpy":
         return product(a, b)
-    from gpurnn.executors import device
+    from gpurnn.cuda import device
 
     return device.product(a, b, backend.xp.empty((a.shape[0], b.shape[1]), a.dtype), _exact(a))

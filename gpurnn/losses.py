@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, faults
+from gpurnn import backend
 from gpurnn.arguments import one_of, returned
+from gpurnn.cuda import faults
 from gpurnn.sequence import checked_lengths
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
@@ -84,7 +85,7 @@ def softmax_cross_entropy(
     mean = reduction == "mean"
     count = _count(targets, kept) if mean else 1
     if backend.name == "cuda":
-        from gpurnn import launches
+        from gpurnn.cuda import launches
 
         return launches.cross_entropy(logits, targets, ignore_index, count, reduction != "none")
     _check_range(targets, kept, logits.shape[-1])

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, faults
+from gpurnn import backend
 from gpurnn.arguments import at_least_0, mapping, positive, probability, switch, trained
 from gpurnn.clipping import all_finite, grad_norm, raise_where_not_finite
+from gpurnn.cuda import faults
 from gpurnn.parameters import Array, Model, Parameters
 
 BLOCK = 1 << 16  # values: some of the L2 cache
@@ -41,7 +42,7 @@ class Optimizer:
         self._most = float(np.finfo(params.dtype).max)  # of settings beyond it, 0 times one is 0 and not NaN
         self._limit = math.sqrt(self._most) / 2  # of a gradient whose square is to be finite
         if backend.name == "cuda":
-            from gpurnn.launches import Clock
+            from gpurnn.cuda.launches import Clock
 
             self._clock = Clock(params.dtype)
         else:

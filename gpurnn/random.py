@@ -54,7 +54,7 @@ class Masks:
         threshold = min(round(p * 2**32), 2**32 - 1)
         scale = x.dtype.type(1) / x.dtype.type(1 - p)
         if backend.name == "cuda":
-            from gpurnn import launches
+            from gpurnn.cuda import launches
 
             drop, number = launches.drop, launches.advance(self._calls)
         else:
@@ -71,7 +71,7 @@ def _drop_on_host() -> Callable[..., np.ndarray]:
     if not compiles():
         return _drop
     with locks.building:
-        from gpurnn.executors import dropout
+        from gpurnn.cpu import dropout
 
     return dropout.drop
 

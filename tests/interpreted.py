@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 
 import gpurnn.kernels
-from gpurnn import faults, launches
-from gpurnn.executors import device
+from gpurnn.cuda import device, faults, launches
 from gpurnn.folders import code_folder
 from gpurnn.kernels import build
 from gpurnn.kernels.launch import check

@@ -15,7 +15,8 @@ import pytest
 
 import gpurnn.kernels
 from gpurnn.cells import Cell, sigmoid, tanh
-from gpurnn.executors import numpy_loop, on_chip, passes, step, sweeps
+from gpurnn.cuda import on_chip, passes, step, sweeps
+from gpurnn.executors import numpy_loop
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.kernels import plan, tiles
 from gpurnn.kernels.tiles import Tile

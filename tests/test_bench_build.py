@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.cases import Case
 from gpurnn import backend
 from gpurnn.cells import CELLS
-from gpurnn.executors import device
+from gpurnn.cuda import device
 from gpurnn.kernels import build as kernels
 from gpurnn.kernels import step
 from tests.fake_cupy.backend import as_backend

@@ -10,7 +10,7 @@ import pytest
 from bench import compare, plots, profile, profile_cpu, report, statistics, tables
 from bench.cases import GROUPS, Case
 from bench.standings import sections, standings
-from gpurnn.executors import compiled, crew
+from gpurnn.cpu import compiled, crew
 
 CPU = GROUPS["cpu"][:8]
 PEERS = {"torch-cpu-1": 1.5, "torch-cpu-2": 1.2}

@@ -14,14 +14,15 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import backend, checkpoint
+from gpurnn import backend
+from gpurnn.app import checkpoint
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import Windows, load_corpus
+from gpurnn.app.metrics import read_metrics
+from gpurnn.app.training import Training, train
 from gpurnn.bptt import TruncatedBPTT
 from gpurnn.cells import Cell, tanh
-from gpurnn.config import TrainConfig
-from gpurnn.data import Windows, load_corpus
-from gpurnn.metrics import read_metrics
-from gpurnn.prefetch import Prefetch
-from gpurnn.training import Training, train
+from gpurnn.cuda.prefetch import Prefetch
 from tests import fake_cupy
 from tests.fake_cupy import HostWait
 from tests.fake_cupy.backend import no_waiting
@@ -150,7 +151,7 @@ def test_numpy_just_calls():
 
 
 def test_without_cublas_nothing_is_captured(monkeypatch):
-    from gpurnn import capture, cublas
+    from gpurnn.cuda import capture, cublas
 
     def missing():
         raise OSError("libcublas.so.13: cannot open shared object file")

@@ -7,7 +7,7 @@ import pytest
 
 import gpurnn
 from gpurnn import Cell, tanh
-from gpurnn.executors.rows import backward_rows, forward_rows
+from gpurnn.cpu.rows import backward_rows, forward_rows
 
 FLOAT = np.dtype("float32")
 leak = 0.5  # a global that `forward` and `backward` read

@@ -6,9 +6,9 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 
-from gpurnn.character_model import bits_per_symbol, build, sample
-from gpurnn.config import TrainConfig
-from gpurnn.data import Alphabet
+from gpurnn.app.character_model import bits_per_symbol, build, sample
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import Alphabet
 
 CONFIG = TrainConfig(hidden_size=12, embedding_size=4, dtype="float64", dropout=0.5, num_layers=2)
 ALPHABET = Alphabet("chars", "abcde")

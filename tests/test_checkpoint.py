@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gpurnn import checkpoint
-from gpurnn.checkpoint import Checkpoint
-from gpurnn.metrics import MetricsLog, read_metrics
+from gpurnn.app import checkpoint
+from gpurnn.app.checkpoint import Checkpoint
+from gpurnn.app.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,8 +217,8 @@ def test_clean_removes_leftovers_only(tmp_path):
 KILLED_WHILE_TRAINING = """
 import sys
 from pathlib import Path
-from gpurnn import checkpoint
-from gpurnn.metrics import MetricsLog
+from gpurnn.app import checkpoint
+from gpurnn.app.metrics import MetricsLog
 sys.path.insert(0, {tests!r})
 from test_checkpoint import assert_filled, filled
 
@@ -237,7 +237,7 @@ with MetricsLog.resume(run / checkpoint.METRICS, step) as log:
 KILLED_WHILE_CREATING = """
 import sys, time
 from pathlib import Path
-from gpurnn import checkpoint
+from gpurnn.app import checkpoint
 sys.path.insert(0, {tests!r})
 from test_checkpoint import filled
 

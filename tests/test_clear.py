@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.executors import clear, crew, threads
+from gpurnn.cpu import clear, crew, threads
 from gpurnn.parameters import Parameters
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on CUDA it is one launch")

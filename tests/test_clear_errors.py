@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import checkpoint, data, executors, metrics
+from gpurnn import executors
 from gpurnn import random as gpurnn_random
+from gpurnn.app import checkpoint, data, metrics
 from gpurnn.cli import main
 
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import gpurnn
-from gpurnn import checkpoint, plot, training
+from gpurnn import plot
+from gpurnn.app import checkpoint, training
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.metrics import read_metrics
+from gpurnn.app.train_command import _signals
 from gpurnn.cli import main
-from gpurnn.config import TrainConfig
-from gpurnn.metrics import read_metrics
-from gpurnn.train_command import _signals
 
 SMALL = [
     "--hidden-size", "9", "--embedding-size", "5", "--batch", "3", "--k1", "6", "--steps", "8", "--validation", "0.2",

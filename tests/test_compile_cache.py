@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gpurnn import backend, data, folders
-from gpurnn.executors import cache
+from gpurnn import backend, folders
+from gpurnn.app import data
+from gpurnn.cpu import cache
 from gpurnn.folders import code_folder
 from gpurnn.kernels import entries
 

@@ -4,8 +4,8 @@ from dataclasses import fields
 
 import pytest
 
-from gpurnn import checkpoint
-from gpurnn.config import TrainConfig
+from gpurnn.app import checkpoint
+from gpurnn.app.config import TrainConfig
 
 
 def test_what_is_written_is_read_back(tmp_path):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.executors import cache, crew, threads
-from gpurnn.executors.barrier import make_meet
-from gpurnn.executors.instructions import put, word, words
-from gpurnn.executors.simd import address, host
+from gpurnn.cpu import cache, crew, threads
+from gpurnn.cpu.barrier import make_meet
+from gpurnn.cpu.instructions import put, word, words
+from gpurnn.cpu.simd import address, host
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 

@@ -1,4 +1,4 @@
-"""Text to tokens to windows: `gpurnn.text` and `gpurnn.data`."""
+"""Text to tokens to windows: `gpurnn.app.text` and `gpurnn.app.data`."""
 
 import codecs
 import hashlib
@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpurnn import data, text
-from gpurnn.data import Alphabet, Windows, load_corpus, split, standard_library
+from gpurnn.app import data, text
+from gpurnn.app.data import Alphabet, Windows, load_corpus, split, standard_library
 
 MIXED = "naïve café €5 → 日本 😀\r\n" * 3 + "end\n"
 

@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import checkpoint, cli, optim, train_command
-from gpurnn.metrics import read_metrics
+from gpurnn import cli, optim
+from gpurnn.app import checkpoint, train_command
+from gpurnn.app.metrics import read_metrics
 from tests import fake_cupy
 from tests.fake_cupy.backend import as_backend
 from tests.fake_cupy.compare import assert_same, on_numpy, same_error

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import choose, compiled, memory, numpy_loop, products
+from gpurnn.cpu import compiled, memory, products
+from gpurnn.executors import choose, numpy_loop
 from gpurnn.executors.numpy_loop import Backward, Weights
 from gpurnn.sequence import prepare_lengths, run
 

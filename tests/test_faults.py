@@ -6,7 +6,8 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import backend, faults
+from gpurnn import backend
+from gpurnn.cuda import faults
 from tests import fake_cupy
 from tests.fake_cupy.backend import no_waiting
 from tests.interpreted import interpreted

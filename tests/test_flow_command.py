@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpurnn import character_model, diagnose, plot
+from gpurnn import diagnose, plot
+from gpurnn.app import character_model
 from gpurnn.cli import main
 
 SMALL = [

@@ -185,7 +185,7 @@ def test_a_fork_that_a_signal_comes_upon_leaves_no_lock_behind():
 def test_a_child_has_blas_as_it_was_before_other_threads_held_it():
     code = """
         from threadpoolctl import threadpool_limits
-        from gpurnn.executors.threads import one_blas_thread
+        from gpurnn.cpu.threads import one_blas_thread
 
         def in_a_child(check):
             pid = os.fork()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import backend, checkpoint
+from gpurnn import backend
+from gpurnn.app import checkpoint
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL
 from gpurnn.cli import main
 from tests.stand_in import size
@@ -188,7 +189,7 @@ def test_nothing_to_do(shape, executor, precision):
 
 @by_kind
 def test_inference_in_pieces(executor, precision, monkeypatch):
-    monkeypatch.setattr("gpurnn.executors.sweeps.INFERENCE_BYTES", 3 * 5 * 4 * 33 * 4)
+    monkeypatch.setattr("gpurnn.cuda.sweeps.INFERENCE_BYTES", 3 * 5 * 4 * 33 * 4)
     compare(LSTM_CELL, (7, 5, 4, 33), executor, precision, bidirectional=True, lengths=RAGGED)
 
 
@@ -255,7 +256,7 @@ def test_two_threads_on_streams_of_their_own():
 
 def test_where_no_cluster_runs_blocks_exchange_through_memory(monkeypatch):
     """As on a slice of a GPU."""
-    from gpurnn.executors import device, on_chip, passes, tuning
+    from gpurnn.cuda import device, on_chip, passes, tuning
     from gpurnn.kernels.launch import DoesNotFit
 
     real = device._launcher
@@ -284,9 +285,9 @@ def test_where_no_cluster_runs_blocks_exchange_through_memory(monkeypatch):
 
 def forward_launch(N, T, H):
     """(begin, launch, outputs): the resident forward kernel in inference on buffers of its own; `launch()` does no more."""
-    from gpurnn.executors import on_chip, sweeps
+    from gpurnn.cuda import on_chip, sweeps
+    from gpurnn.cuda.passes import Pass
     from gpurnn.executors.numpy_loop import Weights
-    from gpurnn.executors.passes import Pass
     from gpurnn.kernels import persistent
 
     cupy, rng = backend.xp, np.random.default_rng(0)
@@ -362,7 +363,7 @@ def test_out_of_memory_is_an_error_and_the_next_call_works():
 @pytest.mark.chip("the driver says how many run")
 def test_blocks_that_wait_for_each_other_are_never_too_many():
     """Refused before the launch: the arguments here point nowhere."""
-    from gpurnn.executors import device
+    from gpurnn.cuda import device
     from gpurnn.kernels import build, step
     from gpurnn.kernels.launch import Launcher
 
@@ -377,7 +378,7 @@ def test_blocks_that_wait_for_each_other_are_never_too_many():
 
 @pytest.mark.chip("the driver says what a block may have")
 def test_shared_memory_beyond_what_a_block_may_have():
-    from gpurnn.executors import device
+    from gpurnn.cuda import device
     from gpurnn.kernels import build, step
     from gpurnn.kernels.launch import Launcher
 
@@ -389,8 +390,9 @@ def test_shared_memory_beyond_what_a_block_may_have():
 
 
 def test_the_choice_and_its_limits():
-    from gpurnn.executors import choose, step
-    from gpurnn.executors.on_chip import PERSISTENT, RESIDENT
+    from gpurnn.cuda import step
+    from gpurnn.cuda.on_chip import PERSISTENT, RESIDENT
+    from gpurnn.executors import choose
 
     float32 = np.dtype("float32")
     assert choose(None, LSTM_CELL, 64, 16, float32, "float32") is RESIDENT
@@ -419,7 +421,7 @@ def test_the_choice_and_its_limits():
 )
 def test_every_exchange(kind, cell, shape, precision, monkeypatch):
     """The cheapest plan of each kind, on lengths that make groups end at different steps, twice the same bits."""
-    from gpurnn.executors import device, on_chip, tuning
+    from gpurnn.cuda import device, on_chip, tuning
 
     chip = device.chip()
     if kind == "clustered" and chip.capability < (9, 0):
@@ -485,7 +487,7 @@ def test_a_run_resumes_bit_for_bit(cell, text, tmp_path, capsys):
 
 
 def test_tuning_keeps_the_fastest(tmp_path, monkeypatch):
-    from gpurnn.executors import device, tuning
+    from gpurnn.cuda import device, tuning
 
     monkeypatch.setenv("GPURNN_CACHE_DIR", str(tmp_path))
     for name, of_stand_in in (("MOST_STEPS", 1), ("CANDIDATES", 3), ("REPEATS", 1)):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import backend, checkpoint, faults
-from gpurnn.config import TrainConfig
-from gpurnn.data import load_corpus
-from gpurnn.training import Training, train
+from gpurnn import backend
+from gpurnn.app import checkpoint
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import load_corpus
+from gpurnn.app.training import Training, train
+from gpurnn.cuda import faults
 from tests.stand_in import size
 
 pytestmark = pytest.mark.gpu
@@ -277,8 +279,8 @@ def test_two_threads_record_at_once():
 
 
 def test_windows_arrive_in_time():
-    from gpurnn.data import Windows
-    from gpurnn.prefetch import Prefetch
+    from gpurnn.app.data import Windows
+    from gpurnn.cuda.prefetch import Prefetch
 
     windows = Windows(np.random.default_rng(0).integers(0, 250, 200_000).astype(np.uint8), 64, 128)
     source, cupy, sums = Prefetch(windows), backend.xp, []

@@ -14,7 +14,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import gpurnn
 from gpurnn import backend
-from gpurnn.executors import threads
+from gpurnn.cpu import threads
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 

@@ -14,15 +14,16 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import backend, checkpoint, executors
+from gpurnn import backend, executors
+from gpurnn.app import checkpoint
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import load_corpus
+from gpurnn.app.training import Training
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, Cell, exp
-from gpurnn.config import TrainConfig
-from gpurnn.data import load_corpus
-from gpurnn.executors import on_chip
-from gpurnn.executors.on_chip import RESIDENT
+from gpurnn.cuda import on_chip
+from gpurnn.cuda.on_chip import RESIDENT
 from gpurnn.kernels import exchange, plan
 from gpurnn.kernels.tiles import Ffma, Mma
-from gpurnn.training import Training
 from tests import fake_cupy
 from tests.conftest import SOME, USER_CELLS
 from tests.interpreted import Interpreted, interpreted
@@ -248,7 +249,7 @@ def test_a_wait_in_vain_is_given_up_and_told(kind, monkeypatch):
 
 def test_inference_in_pieces(monkeypatch):
     """Long sequences are projected and run a few steps at a time; states go from piece to piece."""
-    monkeypatch.setattr("gpurnn.executors.sweeps.INFERENCE_BYTES", 2 * 3 * 4 * 5 * 4)
+    monkeypatch.setattr("gpurnn.cuda.sweeps.INFERENCE_BYTES", 2 * 3 * 4 * 5 * 4)
     for executor in EXECUTORS:
         compare(LSTM_CELL, (5, 3, 2, 5), executor, lengths=[5, 2, 3], bidirectional=True)
 

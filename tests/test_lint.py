@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 from gpurnn.cells import CELLS
-from gpurnn.executors.tuning import registers
+from gpurnn.cuda.tuning import registers
 from gpurnn.kernels import build, packing, persistent, plan, step, tiles
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
 from tests import sass

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.executors import memory
+from gpurnn.cpu import memory
 from gpurnn.parameters import ALIGNMENT
 from gpurnn.recurrent import LSTM
 

@@ -8,10 +8,10 @@ import pytest
 
 import gpurnn
 from gpurnn import GradientWarning, Monitor, diagnose
+from gpurnn.app.metrics import MetricsLog, read_metrics
+from gpurnn.diagnose.monitor import look_at as look_at_flows
 from gpurnn.initializers import orthogonal, scaled
 from gpurnn.lab.tasks import squared_error, with_head
-from gpurnn.metrics import MetricsLog, read_metrics
-from gpurnn.monitor import look_at as look_at_flows
 from tests import fake_cupy
 
 

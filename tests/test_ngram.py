@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gpurnn import ngram
-from gpurnn.data import load_corpus, split
-from gpurnn.ngram import witten_bell
+from gpurnn.app import ngram
+from gpurnn.app.data import load_corpus, split
+from gpurnn.app.ngram import witten_bell
 
 
 def by_the_book(train, validation, alphabet_size, order):

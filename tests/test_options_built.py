@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from gpurnn import character_model, checkpoint, clipping, data, diagnose, schedules, train_command, training
+from gpurnn import clipping, diagnose, schedules
+from gpurnn.app import character_model, checkpoint, data, train_command, training
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.metrics import read_metrics
 from gpurnn.cli import main
-from gpurnn.config import TrainConfig
-from gpurnn.metrics import read_metrics
 
 BASE = ["--hidden-size", "6", "--embedding-size", "3", "--batch", "2", "--k1", "4", "--steps", "8"]
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import arguments, backend, character_model, diagnose, initializers, schedules
-from gpurnn.config import TrainConfig
-from gpurnn.data import load_corpus
+from gpurnn import arguments, backend, diagnose, initializers, schedules
+from gpurnn.app import character_model
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import load_corpus
 
 LOSS = gpurnn.softmax_cross_entropy
 GENERATOR = np.random.default_rng(0)

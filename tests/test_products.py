@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.executors import crew
-from gpurnn.executors.combine import COLUMNS, combine
-from gpurnn.executors.dot import dot
-from gpurnn.executors.gemm import make_gemm, may_lie
-from gpurnn.executors.packing import make_pack_gates, make_pack_rows, packed_size, panel_columns
-from gpurnn.executors.reduction import FEW_ROWS, few_are_summed, reduction, reduction_size
-from gpurnn.executors.simd import address, host
+from gpurnn.cpu import crew
+from gpurnn.cpu.combine import COLUMNS, combine
+from gpurnn.cpu.dot import dot
+from gpurnn.cpu.gemm import make_gemm, may_lie
+from gpurnn.cpu.packing import make_pack_gates, make_pack_rows, packed_size, panel_columns
+from gpurnn.cpu.reduction import FEW_ROWS, few_are_summed, reduction, reduction_size
+from gpurnn.cpu.simd import address, host
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 

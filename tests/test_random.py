@@ -8,7 +8,7 @@ import pytest
 
 import gpurnn
 from gpurnn import backend, random
-from gpurnn.executors import threads
+from gpurnn.cpu import threads
 from gpurnn.random import Masks
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU test_training_kernels has the same words")
@@ -69,7 +69,7 @@ def test_calls_beyond_32_bits_and_any_layout():
 
 @pytest.mark.parametrize("count", ["1", "3"])
 def test_threads_share_the_values_out(monkeypatch, count):
-    from gpurnn.executors import dropout
+    from gpurnn.cpu import dropout
 
     monkeypatch.setenv("GPURNN_NUM_THREADS", count)
     monkeypatch.setattr(dropout, "ALONE", 8)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import checkpoint
-from gpurnn.checkpoint import Checkpoint
-from gpurnn.config import TrainConfig
-from gpurnn.data import load_corpus
-from gpurnn.training import Training
+from gpurnn.app import checkpoint
+from gpurnn.app.checkpoint import Checkpoint
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import load_corpus
+from gpurnn.app.training import Training
 
 
 @pytest.fixture(scope="module")

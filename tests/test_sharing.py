@@ -12,8 +12,8 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.executors import crew, products, sharing, threads
-from gpurnn.executors.simd import host
+from gpurnn.cpu import crew, products, sharing, threads
+from gpurnn.cpu.simd import host
 from gpurnn.initializers import normal
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 

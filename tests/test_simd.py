@@ -11,8 +11,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from gpurnn import backend
-from gpurnn.executors import simd
-from gpurnn.executors.simd import Emitter, address, vector_loop
+from gpurnn.cpu import simd
+from gpurnn.cpu.simd import Emitter, address, vector_loop
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
@@ -114,7 +114,7 @@ def test_maximum_minimum_and_clamp_let_nan_through_from_either_side(dtype):
 
 
 def test_the_width_asked_for_is_checked():
-    code = "from gpurnn.executors.simd import host; host()"
+    code = "from gpurnn.cpu.simd import host; host()"
     env = os.environ | {"GPURNN_VECTOR_BYTES": "24"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert "GPURNN_VECTOR_BYTES: expected 16, 32 or 64, got '24'" in done.stderr

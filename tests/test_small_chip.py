@@ -10,8 +10,8 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 import gpurnn
 from gpurnn import backend, executors
 from gpurnn.cells import CELLS
-from gpurnn.executors import device, on_chip, passes, tuning
-from gpurnn.executors.on_chip import PERSISTENT
+from gpurnn.cuda import device, on_chip, passes, tuning
+from gpurnn.cuda.on_chip import PERSISTENT
 from gpurnn.kernels.launch import DoesNotFit
 from tests.interpreted import Interpreted, interpreted
 

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import backend, faults
+from gpurnn import backend
+from gpurnn.cuda import faults
 from tests import fake_cupy
 from tests.fake_cupy.graphs import CaptureError
 from tests.interpreted import interpreted

@@ -11,11 +11,11 @@ from llvmlite import binding, ir
 import gpurnn
 from gpurnn import backend
 from gpurnn.cells import Cell, log
-from gpurnn.executors import cache, crew, subnormals
-from gpurnn.executors.barrier import make_meet
-from gpurnn.executors.instructions import put, word, words
-from gpurnn.executors.simd import I64, Target, address
-from gpurnn.executors.subnormals import flush, restore
+from gpurnn.cpu import cache, crew, subnormals
+from gpurnn.cpu.barrier import make_meet
+from gpurnn.cpu.instructions import put, word, words
+from gpurnn.cpu.simd import I64, Target, address
+from gpurnn.cpu.subnormals import flush, restore
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 

@@ -17,7 +17,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from gpurnn import backend
-from gpurnn.executors import crew, threads
+from gpurnn.cpu import crew, threads
 from gpurnn.layers import Dropout
 from gpurnn.recurrent import LSTM
 
@@ -171,7 +171,7 @@ AT_THE_END = """
     import time
     import weakref
     import numpy as np
-    from gpurnn.executors import threads
+    from gpurnn.cpu import threads
     from gpurnn.layers import Dropout
     from gpurnn.recurrent import LSTM
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import backend, checkpoint
-from gpurnn.config import TrainConfig
-from gpurnn.data import load_corpus
-from gpurnn.metrics import MetricsLog, read_metrics
-from gpurnn.training import Training, train
+from gpurnn import backend
+from gpurnn.app import checkpoint
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import load_corpus
+from gpurnn.app.metrics import MetricsLog, read_metrics
+from gpurnn.app.training import Training, train
 
 SMALL = TrainConfig(
     hidden_size=9, embedding_size=5, batch=3, k1=6, steps=8, validation=0.2, validate_every=4, save_every=3, log_every=2

@@ -11,8 +11,8 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 import gpurnn
 from gpurnn import backend
-from gpurnn.executors import device
-from gpurnn.executors.moves import Moves
+from gpurnn.cuda import device
+from gpurnn.cuda.moves import Moves
 from gpurnn.layers import add_rows
 from gpurnn.parameters import Parameters
 from tests import fake_cupy

@@ -1,6 +1,6 @@
 """Bugs planted in the kernels of a training step, each of which has to show: what says that their tests can fail.
 
-A mutant is an edit of a kernel's source; its module takes the library's place in `gpurnn.launches`.  The case must then be
+A mutant is an edit of a kernel's source; its module takes the library's place in `gpurnn.cuda.launches`.  The case must then be
 refused by the interpreter, or come out wrong.  The source as it is goes the same way and passes.
 """
 
@@ -15,9 +15,9 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 import gpurnn
 import gpurnn.kernels
-from gpurnn import backend, launches
-from gpurnn.executors import device
-from gpurnn.executors import moves as moving
+from gpurnn import backend
+from gpurnn.cuda import device, launches
+from gpurnn.cuda import moves as moving
 from gpurnn.layers import add_rows
 from tests.interpreted import interpreted
 from tests.ptx.errors import OutOfBounds, Race, Uninitialised
@@ -173,7 +173,7 @@ def check(case):
         expected = [np.asarray(value, float) for value in CASES[case]()]
     with interpreted("numpy"):
         found = [np.asarray(backend.to_numpy(value), float) for value in CASES[case]()]
-        if gpurnn.faults.take() is not None:
+        if gpurnn.cuda.faults.take() is not None:
             raise Wrong("a fault where none is")
     for k, (got, want) in enumerate(zip(found, expected, strict=True)):
         largest = np.abs(want[np.isfinite(want)]).max(initial=0) or 1.0

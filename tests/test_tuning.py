@@ -8,9 +8,9 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 from bench.__main__ import main
 from gpurnn.cells import GRU_CELL, LSTM_CELL
-from gpurnn.executors import device, tuning
-from gpurnn.executors.on_chip import PERSISTENT
-from gpurnn.executors.tuning import Question
+from gpurnn.cuda import device, tuning
+from gpurnn.cuda.on_chip import PERSISTENT
+from gpurnn.cuda.tuning import Question
 from tests.interpreted import Interpreted, interpreted
 
 
@@ -32,7 +32,7 @@ def on_a_gpu(tmp_path, monkeypatch):
 
 
 def tuning_cache_clear():
-    from gpurnn.executors import on_chip
+    from gpurnn.cuda import on_chip
 
     on_chip._choice.cache_clear()
 

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import faults
 from gpurnn.cells import CELLS
+from gpurnn.cuda import faults
 from gpurnn.kernels import exchange
 from gpurnn.kernels.faults import GAVE_UP, SITE
 from gpurnn.kernels.tiles import Ffma

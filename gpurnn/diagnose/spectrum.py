@@ -7,8 +7,8 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import RNN_CELLS
+from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.diagnose.subject import layer_index, recurrent_part
-from gpurnn.executors.threads import one_blas_thread
 
 STEEPEST = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0}  # max |f'|
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from gpurnn import backend, losses
 from gpurnn.arguments import loss_function, one_of
+from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import numpy_loop
 from gpurnn.executors.numpy_loop import Tape
-from gpurnn.executors.threads import one_blas_thread
 from gpurnn.layers import SequenceModel
 from gpurnn.recurrent import Recurrent
 from gpurnn.sequence import prepare_lengths

@@ -18,7 +18,7 @@ from gpurnn import backend, locks, variables
 from gpurnn.cells import Cell
 from gpurnn.environment import compiles
 
-MODULES = {"numpy": "numpy_loop", "compiled": "compiled", "step": "step"}
+MODULES = {"numpy": "executors.numpy_loop", "compiled": "cpu.compiled", "step": "cuda.step"}
 ON_CHIP = ("resident", "persistent")
 AVAILABLE = {"numpy": ("compiled", "numpy"), "cuda": (*ON_CHIP, "step", "numpy")}
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # of the products on CUDA; sums, states, parameters are float32
@@ -59,7 +59,7 @@ def choose(
         raise ValueError("executor: compiled needs Numba's compiler, which NUMBA_DISABLE_JIT turns off here")
     if name is not None or backend.name == "numpy":
         return executor(name or _usual())
-    on_chip = importlib.import_module("gpurnn.executors.on_chip")
+    on_chip = importlib.import_module("gpurnn.cuda.on_chip")
     while True:
         name = on_chip.fastest(cell, H, N, dtype, precision)
         engine = executor(name)
@@ -80,5 +80,5 @@ def _usual() -> str:
 def executor(name: str) -> Any:
     with locks.building:
         if name in ON_CHIP:
-            return getattr(importlib.import_module("gpurnn.executors.on_chip"), name.upper())
-        return importlib.import_module(f"gpurnn.executors.{MODULES[name]}")
+            return getattr(importlib.import_module("gpurnn.cuda.on_chip"), name.upper())
+        return importlib.import_module(f"gpurnn.{MODULES[name]}")

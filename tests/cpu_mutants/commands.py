@@ -1,8 +1,8 @@
 """Commands and their options, the environment, figures."""
 
 TRAIN, FLOW, CLI, SAMPLE = (
-    "gpurnn/train_command",
-    "gpurnn/flow_command",
+    "gpurnn/app/train_command",
+    "gpurnn/app/flow_command",
     "gpurnn/cli",
     "options_built::an_option_of_sample_is_used",
 )
@@ -16,9 +16,9 @@ MUTANTS = {
         "cli::sample"),
     "ignored: --temperature of sample": (CLI, "options.length, options.temperature, rng)",
         "options.length, 0.8, rng)", SAMPLE),
-    "ignored: --seed of lab": ("gpurnn/lab_command", 'seed=whole("--seed", options.seed, 0)', "seed=0",
+    "ignored: --seed of lab": ("gpurnn/app/lab_command", 'seed=whole("--seed", options.seed, 0)', "seed=0",
         "options_built::the_options_of_lab_reach_its_experiments"),
-    "ignored: --quick of lab": ("gpurnn/lab_command", "quick=options.quick", "quick=True",
+    "ignored: --quick of lab": ("gpurnn/app/lab_command", "quick=options.quick", "quick=True",
         "options_built::the_options_of_lab_reach_its_experiments"),
     "ignored: --batch of flow": (FLOW, "max(2 * reach, LEAST_STEPS), options.batch)",
         "max(2 * reach, LEAST_STEPS), 16)", "options_built::an_option_of_flow_is_used"),

@@ -1,7 +1,7 @@
 """The compiled executor and the NumPy one: loops, products, threads, memory."""
 
-COMPILED, LOOPS, ROWS = "gpurnn/executors/compiled", "gpurnn/executors/loops", "gpurnn/executors/rows"
-REDUCTION, NUMPY = "gpurnn/executors/reduction", "gpurnn/executors/numpy_loop"
+COMPILED, LOOPS, ROWS = "gpurnn/cpu/compiled", "gpurnn/cpu/loops", "gpurnn/cpu/rows"
+REDUCTION, NUMPY = "gpurnn/cpu/reduction", "gpurnn/executors/numpy_loop"
 LSTM, GRU = "executors::every_cell_agrees[lstm-float64]", "executors::every_cell_agrees[gru-float64]"
 PEEPHOLES = "executors::every_cell_agrees[peephole_lstm-float64]"
 THREADS = "threads::any_number_of_threads_gives_the_same[None]"
@@ -63,36 +63,36 @@ MUTANTS = {
         "count = least(most, least(last - column, H - unit))", "count = least(most, last - column)", GRU),
     "sum: the oracle's biases in float32": (NUMPY, 'flat.sum(0, dtype="float64").astype(x.dtype)', "flat.sum(0)",
         "long_sums::biases_of_the_shipped_cells"),
-    "tail: the last vector is written whole": ("gpurnn/executors/simd", "emit.first_lanes(builder.sub(count, whole))",
+    "tail: the last vector is written whole": ("gpurnn/cpu/simd", "emit.first_lanes(builder.sub(count, whole))",
         "None", LSTM),
-    "passed: NaN through a maximum": ("gpurnn/executors/simd",
+    "passed: NaN through a maximum": ("gpurnn/cpu/simd",
         'larger = self.where(self.builder.fcmp_unordered(">=", a, b), a, b)',
         'larger = self.where(self.builder.fcmp_ordered(">=", a, b), a, b)',
         "simd::maximum_minimum_and_clamp_let_nan_through_from_either_side"),
-    "order: subnormals stay flushed for others": ("gpurnn/executors/crew",
+    "order: subnormals stay flushed for others": ("gpurnn/cpu/crew",
         "        restore(before)\n\n    return cache.external(alone", "\n    return cache.external(alone",
         "subnormals::code_of_others_never_sees_it", "subnormals::every_thread_flushes_while_it_works_and_not_behind"),
-    "order: subnormals stay flushed behind shared work": ("gpurnn/executors/crew",
+    "order: subnormals stay flushed behind shared work": ("gpurnn/cpu/crew",
         "        restore(before)\n        for number", "        for number",
         "subnormals::code_of_others_never_sees_it", "subnormals::every_thread_flushes_while_it_works_and_not_behind"),
-    "threads: a worker is freed before it has done": ("gpurnn/executors/crew",
+    "threads: a worker is freed before it has done": ("gpurnn/cpu/crew",
         "            while seen(worker) == JOB:\n                pause(turn)\n                turn += 1\n", "",
         "crew::every_part_once_by_workers_asleep_and_awake", "crew::parts_meet"),
-    "threads: a forked child waits for its parent's": ("gpurnn/executors/crew",
+    "threads: a forked child waits for its parent's": ("gpurnn/cpu/crew",
         "os.register_at_fork(after_in_child=_office.reset)", "os.register_at_fork(after_in_child=lambda: None)",
         "sharing::a_forked_child_shares_units_too"),
-    "threads: an exception in one is lost": ("gpurnn/executors/threads", "    if errors:", "    if errors and False:",
+    "threads: an exception in one is lost": ("gpurnn/cpu/threads", "    if errors:", "    if errors and False:",
         "threads::an_exception_in_any_part_is_raised_when_all_parts_have_ended"),
-    "share: the last rows of a ragged batch": ("gpurnn/executors/sharing", "edges, place, before = {0, count}, 0, 0",
+    "share: the last rows of a ragged batch": ("gpurnn/cpu/sharing", "edges, place, before = {0, count}, 0, 0",
         "edges, place, before = {0, count - 1}, 0, 0", "sharing::a_loop_is_shared_without_gaps",
         "sharing::ragged_batches_are_cut_into_equal_work"),
-    "memory: a block that is in use is taken": ("gpurnn/executors/memory",
+    "memory: a block that is in use is taken": ("gpurnn/cpu/memory",
         "if _references(blocks, place) == _UNUSED]\n            fitting",
         "if _references(blocks, place) <= _UNUSED + 1]\n            fitting",
         "memory::arrays_in_use_at_one_time_are_apart"),
-    "stale: zeros where something was": ("gpurnn/executors/memory", "    array.fill(0)\n", "",
+    "stale: zeros where something was": ("gpurnn/cpu/memory", "    array.fill(0)\n", "",
         "memory::zeros_are_zeros_where_something_was"),
-    "random: a call's number beyond 32 bits": ("gpurnn/executors/dropout",
+    "random: a call's number beyond 32 bits": ("gpurnn/cpu/dropout",
         "u32(k), u32(k >> 32), u32(call), u32(call >> 32), u32(seed), u32(seed >> 32))\n            at",
         "u32(k), u32(k >> 32), u32(call), u32(0), u32(seed), u32(seed >> 32))\n            at",
         "random::calls_beyond_32_bits_and_any_layout"),

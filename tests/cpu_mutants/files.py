@@ -1,8 +1,8 @@
 """Checkpoints, run folders, configurations, logs, texts, and the cache of compiled code."""
 
-CHECKPOINT, METRICS, CONFIG = "gpurnn/checkpoint", "gpurnn/metrics", "gpurnn/config"
-ENTRIES, FOLDERS, CACHE = "kernels/entries", "gpurnn/folders", "gpurnn/executors/cache"
-DATA, TEXT = "gpurnn/data", "gpurnn/text"
+CHECKPOINT, METRICS, CONFIG = "gpurnn/app/checkpoint", "gpurnn/app/metrics", "gpurnn/app/config"
+ENTRIES, FOLDERS, CACHE = "kernels/entries", "gpurnn/folders", "gpurnn/cpu/cache"
+DATA, TEXT = "gpurnn/app/data", "gpurnn/app/text"
 
 # fmt: off
 MUTANTS = {

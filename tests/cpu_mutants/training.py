@@ -1,7 +1,7 @@
 """Backpropagation through time, full and truncated; a training run from step to step; the baseline it is held against."""
 
-BPTT, TRAINING, MODEL, DATA = "gpurnn/bptt", "gpurnn/training", "gpurnn/character_model", "gpurnn/data"
-NGRAM, MONITOR = "gpurnn/ngram", "gpurnn/monitor"
+BPTT, TRAINING, MODEL, DATA = "gpurnn/bptt", "gpurnn/app/training", "gpurnn/app/character_model", "gpurnn/app/data"
+NGRAM, MONITOR = "gpurnn/app/ngram", "gpurnn/diagnose/monitor"
 SUMS = "bptt::windows_that_reach_the_start_sum_to_full_bptt"
 WINDOW = "bptt::a_window_is_the_gradient_of_its_own_losses_over_k2_steps"
 RESUMED = "training::a_resumed_run_is_the_same_bit_for_bit"

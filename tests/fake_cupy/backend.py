@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 import gpurnn.backend
-import gpurnn.cublas
+import gpurnn.cuda.cublas
 from tests import fake_cupy
 
 
@@ -20,7 +20,7 @@ def as_backend(executor: str | None = "numpy") -> Iterator[None]:
         patch.setattr(gpurnn.backend, "name", "cuda")
         patch.setattr(gpurnn.backend, "xp", fake_cupy)
         patch.setattr(gpurnn.backend, "reason", "the tests' stand-in for CuPy")
-        patch.setattr(gpurnn.cublas, "library", fake_cupy.cuda.cublas.Library)
+        patch.setattr(gpurnn.cuda.cublas, "library", fake_cupy.cuda.cublas.Library)
         if executor is None:
             patch.delenv("GPURNN_EXECUTOR", raising=False)
         else:

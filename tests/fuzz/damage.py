@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpurnn import checkpoint
-from gpurnn.config import TrainConfig
+from gpurnn.app import checkpoint
+from gpurnn.app.config import TrainConfig
 
 DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
 # A whole number in a place for one, text in a place for text: what a damaged header may say.

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpurnn import checkpoint, metrics
-from gpurnn.config import TrainConfig
-from gpurnn.data import load_corpus
-from gpurnn.training import Training
+from gpurnn.app import checkpoint, metrics
+from gpurnn.app.config import TrainConfig
+from gpurnn.app.data import load_corpus
+from gpurnn.app.training import Training
 from tests.fuzz import damage
 from tests.fuzz.cases import each_case, not_on_purpose, seeds
 

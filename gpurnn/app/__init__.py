@@ -1,0 +1,1 @@
+"""The command line's character model: text in, checkpoints, logs and figures out."""

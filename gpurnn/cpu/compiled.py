@@ -1,0 +1,191 @@
+"""The CPU executor: the whole time loop in compiled code (`loops`), the sums over time and batch behind it.
+
+Forward, the loop walks through time in chunks of steps: one product projects a chunk's inputs into the slots, then come
+its steps.  Backward it turns the slots into gradients in place, and a chunk of them into dx.  Threads take shares of the
+batch, or of the units (`sharing`); the weights' gradients are shared out by their own rows.  All products run on our own
+micro-kernels: weights are packed for them once per pass, by the threads together, where a pass is long enough for that.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from gpurnn.cells import Cell
+from gpurnn.cpu import crew, memory, sharing
+from gpurnn.cpu.combine import combine
+from gpurnn.cpu.dot import dot
+from gpurnn.cpu.loops import backward_loop, forward_loop, orders
+from gpurnn.cpu.products import packed_backward, packed_forward, packing_pays, packing_pays_backwards
+from gpurnn.cpu.reduction import few_are_summed, reduction, reduction_size
+from gpurnn.cpu.rows import backward_rows, clamp, forward_rows, squares
+from gpurnn.cpu.simd import address
+from gpurnn.executors import layout
+from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
+from gpurnn.executors.numpy_loop import Backward, States, Weights
+
+BYTES = np.dtype(np.uint8)
+PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
+
+
+class Tape(NamedTuple):
+    """What backward needs.  `slots` is overwritten by the gradients, unless a backward is told to keep it."""
+
+    cell: Cell
+    x: np.ndarray
+    weights: Weights
+    reverse: bool
+    rows: np.ndarray
+    slots: np.ndarray
+    h: np.ndarray
+    rest: np.ndarray
+
+
+def forward(
+    cell: Cell,
+    x: np.ndarray,
+    weights: Weights,
+    state: tuple[np.ndarray, ...],
+    rows: np.ndarray,
+    reverse: bool,
+    training: bool,
+    precision: str = "float32",
+) -> tuple[States, Tape | None]:
+    """See `numpy_loop.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
+    T, N, I = x.shape
+    H, dtype, rows = weights.weight_hh.shape[1], x.dtype, np.ascontiguousarray(rows, np.int64)
+    ragged = is_ragged(rows, N)
+    allocate = memory.zeros if ragged else memory.empty  # nothing but zeros may stand where a row has ended
+    h = allocate((T + 1, N, H), dtype)
+    rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
+    ends = (lengths_of(rows, N), np.arange(N)) if ragged else T  # where states stand behind, or in reverse before, all
+    first, last = (ends, 0) if reverse else (0, ends)
+    h[first] = state[0]
+    for part, values in zip(rest, state[1:], strict=True):
+        part[first] = values
+    bias, params = layout.biases(cell, weights, H, np), layout.params(weights, H, np)
+    chunk = _chunk(T, N)
+    window = T if training else chunk
+    slots = allocate((window, N, cell.trace.slots * H), dtype)
+    plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
+    lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
+    dots = [dot(dtype).address if as_it_lies else 0 for as_it_lies in lies]
+    places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
+    given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh
+    crew.run(
+        forward_loop(dtype),
+        (
+            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
+            forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
+        ),
+        [
+            (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
+            for part, share in enumerate(plan.shares)
+        ],
+    )  # fmt: skip
+    final = tuple(part[last].copy() for part in (h, *rest))
+    visible = h
+    if ragged and reverse:  # initial states stand in h behind each row's end
+        visible = h.copy()
+        visible[first] = 0
+    return States(visible, final), Tape(cell, x, weights, reverse, rows, slots, h, rest) if training else None
+
+
+def backward(
+    tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """See `numpy_loop.backward`."""
+    cell, weights = tape.cell, tape.weights
+    T, N, I = tape.x.shape
+    H, dtype = weights.weight_hh.shape[1], tape.x.dtype
+    if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
+        dy = dy.copy()
+    slots = tape.slots.copy() if options.keep else tape.slots
+    passed = (memory.zeros if dstate is None else memory.empty)((cell.states, N, H), dtype)
+    if dstate is not None:
+        for own, value in zip(passed, dstate, strict=True):
+            own[...] = value
+    plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
+    dparams = np.zeros((len(plan.shares), len(cell.params), H))
+    flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
+    sums = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
+    clamp_at = clamp(dtype).address if options.clip is not None else 0
+    squares_at = squares(dtype).address if options.flow is not None else 0
+    limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
+    lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
+    apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
+    combine_one = combine(dtype).address if T * N == 1 else 0
+    places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
+    gradient_x = (memory.zeros if is_ragged(tape.rows, N) else memory.empty)((T, N, I), dtype)
+    given = (
+        tape.rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
+        weights.weight_hh,
+    )  # fmt: skip
+    crew.run(
+        backward_loop(dtype),
+        (
+            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, tape.reverse, _chunk(T, N),
+            backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
+            *dy.strides[:2], *map(address, given),
+        ),
+        [
+            (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
+            for part, share in enumerate(plan.shares)
+        ],
+    )  # fmt: skip
+    _add_weight_gradients(tape, slots, grads, sharing.plan_reduction(cell, T * N, I, H, plan))
+    if cell.params:
+        for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
+            gradient += value
+    if options.flow is not None:
+        options.flow[...] += flow.sum(0)
+    return gradient_x, tuple(passed)
+
+
+def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns: list[slice]) -> None:
+    """Adds the sums over time and batch, of the slots' `columns` in each of several threads."""
+    cell, trace, (T, N, I) = tape.cell, tape.cell.trace, tape.x.shape
+    H, dtype, split = tape.h.shape[2], tape.x.dtype, len(trace.split)
+    h_before = tape.h[1:] if tape.reverse else tape.h[:T]
+    sums = np.zeros((split + cell.gates) * H)
+    work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
+    combine_few = combine(dtype).address if few_are_summed(T * N) else 0
+    given = slots, orders(cell), h_before, tape.x, sums, grads.weight_hh, grads.weight_ih
+    crew.run(
+        reduction(dtype),
+        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given)),
+        [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
+    )
+    sums = sums.astype(dtype)
+    if grads.bias_hh is not None and grads.bias_ih is not None:
+        add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
+        add_ordered(grads.bias_ih, sums[split * H :], trace.x_order, H)
+
+
+def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]) -> tuple[list[list[int]], np.ndarray]:
+    """Where each thread's packed weights have room, so many bytes each, those of shares of rows in common; and the memory."""
+    wanted = [sizes(share) for share in (plan.shares if plan.by_units else plan.shares[:1])]
+    room = memory.empty((sum(map(sum, wanted)),), BYTES)
+    places, begin = [], address(room)
+    for own in wanted:
+        *starts, begin = itertools.accumulate(own, initial=begin)
+        places.append(starts)
+    return places if plan.by_units else places * len(plan.shares), room
+
+
+def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, training: bool) -> np.ndarray:
+    """The states beyond h, (S-1, T+1, N, H).  Without training their stride in time is 0: each step replaces the last."""
+    if training or count == 0:
+        return allocate((count, T + 1, N, H), dtype)
+    place = allocate((count, N, H), dtype)
+    return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))
+
+
+def _numbers(*cuts: slice) -> list[int]:
+    return [number for cut in cuts for number in (cut.start, cut.stop)]
+
+
+def _chunk(T: int, N: int) -> int:
+    """Steps whose inputs, or gradients of inputs, are one product."""
+    return max(1, min(T, PROJECTED_ROWS // max(1, N)))

@@ -1,0 +1,127 @@
+"""The gradients of a direction's weights and biases, summed over time and batch in blocks of rows.
+
+A block's gates' gradients are transposed, what they were multiplied by is packed, and both meet while they are in cache.
+"""
+
+import functools
+
+import numpy as np
+
+from gpurnn.cpu import cache
+from gpurnn.cpu.cache import Compiled, call
+from gpurnn.cpu.gemm import make_gemm
+from gpurnn.cpu.instructions import instruction, least, word, words
+from gpurnn.cpu.packing import make_pack_rows, make_transpose, packed_size
+from gpurnn.cpu.simd import add_wide, host, vector_loop
+
+ROWS, COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
+FEW_ROWS = 8  # a sum of so few takes as long as its gradients' memory, and goes along that
+FEW_COLUMNS = 16  # of a block then
+SIDE_BY_SIDE = 4  # rows that are added up in their own type; their sums are, in float64
+
+
+def few_are_summed(K: int) -> bool:
+    """Whether K rows are summed by `combine.combine`, from where they lie."""
+    return K <= FEW_ROWS
+
+
+def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
+    """Elements of a reduction's workspace: for a block of d transposed, of h and of x packed."""
+    rows = min(K, ROWS)
+    return COLUMNS * ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
+
+
+def _make_add_rows(dtype: np.dtype, count: int):
+    """target += the sum of `count` rows, `stride` bytes apart from source on: n elements, in float64 at the target."""
+
+    @instruction
+    def add_rows(builder, n, source, stride, target):
+        def body(emit, offset, mask):
+            total, place = None, builder.add(source, offset)
+            for _ in range(count):
+                row = emit.load(place, mask)
+                total, place = row if total is None else emit.add(total, row), builder.add(place, stride)
+            add_wide(emit, total, target, offset, mask)
+
+        vector_loop(builder, dtype, n, body)
+
+    return add_rows
+
+
+@functools.cache
+def _make_add(dtype: np.dtype):
+    """add(combine, d, d_stride, m, k, rows, packed, n, c): C (m, n) += D (m, k) times k rows, packed or, where `combine` is the
+    address of `combine.combine`, as they lie.
+    """
+    gemm, size = make_gemm(dtype), dtype.itemsize
+
+    def add(combine, d, d_stride, m, k, rows, packed, n, c):
+        if combine:
+            call(combine, d, d_stride, m, rows, n * size, k, n, c, n * size, 1)
+        else:
+            gemm(1, d, 0, d_stride, m, packed, 0, k, 1, n, c, 0, 0, n * size, 1)
+
+    return cache.external(add, dtype.str, host())
+
+
+@functools.cache
+def reduction(dtype: np.dtype) -> Compiled:
+    """reduce(values, part): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
+
+    See `crew.run`.  The numbers: K, time and batch; H, I; S, how many slots; G, the gates, and how many are split;
+    `combine`, the address of `combine.combine` if `few_are_summed`, else 0; addresses:
+
+    slots   (K, S*H)       gradients: of r in the first G slots, of x in G slots from `split` on
+    orders  (2, G)         whose gate they are, those of r and those of x
+    h (K, H), x (K, I)     what the weights were multiplied by
+    sums    ((split+G)*H,) float64: the column sums, gradients of the biases, are added to it
+    weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
+
+    A part's share: first, last, and the address of `work`, room of `reduction_size`.
+    """
+    add, transpose, pack, add_row = (
+        _make_add(dtype),
+        make_transpose(dtype),
+        make_pack_rows(dtype),
+        _make_add_rows(dtype, 1),
+    )
+    add_rows = _make_add_rows(dtype, SIDE_BY_SIDE)
+    size, width, read, read_share = dtype.itemsize, host().width(dtype), words(18), words(3)
+
+    def reduce(values, part):
+        (
+            _, _, _, shares, K, H, I, S, gates, split, combine, slots, orders, h, x, sums, weight_hh, weight_ih,
+        ) = read(values)  # fmt: skip
+        first, last, work = read_share(values + shares + part * 24)
+        stride, x_orders = S * H * size, orders + (gates - split) * 8
+        blocks = (K + ROWS - 1) // ROWS
+        packed_h = work + COLUMNS * ROWS * size
+        packed_x = packed_h + least(K, ROWS) * ((H + width - 1) // width) * width * size
+        for block in range(blocks):
+            begin, end = K * block // blocks, K * (block + 1) // blocks
+            k, h_rows, x_rows = end - begin, h + begin * H * size, x + begin * I * size
+            d_stride = (k + width - 1) // width * width * size
+            if not combine:
+                pack(h_rows, H * size, 0, 1, k, H, 0, 1, packed_h)
+                pack(x_rows, I * size, 0, 1, k, I, 0, 1, packed_x)
+            column, most = first, FEW_COLUMNS if combine else COLUMNS
+            while column < last:
+                slot = column // H
+                unit = column - slot * H
+                count = least(most, least(last - column, H - unit))
+                d = slots + begin * stride + column * size
+                grouped = k // SIDE_BY_SIDE * SIDE_BY_SIDE
+                for row in range(0, grouped, SIDE_BY_SIDE):
+                    add_rows(count, d + row * stride, stride, sums + column * 8)
+                for row in range(grouped, k):
+                    add_row(count, d + row * stride, stride, sums + column * 8)
+                transpose(d, stride, k, count, work, d_stride)
+                if slot < gates:
+                    to = weight_hh + (word(orders + slot * 8) * H + unit) * H * size
+                    add(combine, work, d_stride, count, k, h_rows, packed_h, H, to)
+                if slot >= split:
+                    to = weight_ih + (word(x_orders + slot * 8) * H + unit) * I * size
+                    add(combine, work, d_stride, count, k, x_rows, packed_x, I, to)
+                column += count
+
+    return cache.external(reduce, dtype.str, host())

@@ -1,0 +1,108 @@
+"""How the work on one layer is shared between threads: a time loop by rows of the batch or by units, a sum by columns.
+
+Rows are independent: each thread runs through time by itself, and reads all weights.  Units need every unit of the step
+before: the threads meet after each step, but each reads its own part of the weights alone.  So units are shared where
+rows are few.  The limits were measured, two threads against one, on layers of 32 to 1024 units and batches of 1 to 32.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from gpurnn.cells import Cell
+from gpurnn.cpu import crew
+from gpurnn.cpu.packing import panel_columns
+from gpurnn.cpu.products import packing_pays
+from gpurnn.cpu.simd import host
+from gpurnn.cpu.threads import shares
+from gpurnn.environment import cpu_threads
+from gpurnn.executors.layout import is_ragged, lengths_of
+
+PARALLEL_FLOPS = 12_000_000  # of a pass: a second thread pays from 5 million on if it is awake, asleep from 30
+PARALLEL_SUM_FLOPS = 30_000_000  # of a sum behind a loop that had one thread: the others sleep
+FEWEST_ROWS = 8  # to read a weight takes as long as to use it for so many
+PACKING_FLOPS = 25  # so many are done in the time in which one weight is packed
+UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more than a second thread gains
+ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
+ENOUGH_ROWS_CACHED = 3.0  # the same where the second-level cache of each thread has room for all of W_hh
+CACHED = 1 << 20  # bytes
+
+
+class Share(NamedTuple):
+    """One thread's part of the forward loop and of the backward loop, where it also has some columns of dx."""
+
+    rows: slice
+    units: slice
+    inputs: slice
+
+
+class Plan(NamedTuple):
+    """by_units: the shares are of units, and meet after each step."""
+
+    shares: list[Share]
+    by_units: bool = False
+
+    def packing(self, part: int) -> tuple[int, int]:
+        """Which part of its weights a thread has to pack, of how many: with rows of their own, all threads read the same."""
+        return (0, 1) if self.by_units else (part, len(self.shares))
+
+
+def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
+    """Who does what in a pass through time: as many threads as pay, and can be had."""
+    weights = cell.gates * H * (H + I)
+    flops = 2 * max(T * N, FEWEST_ROWS) * weights
+    with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
+    whole = Share(slice(0, N), slice(0, H), slice(0, I))
+    if with_packing < PARALLEL_FLOPS:
+        return Plan([whole])
+    plan = _shared(cell, rows, whole, flops, dtype, cpu_threads())
+    had = crew.hands(len(plan.shares))
+    return plan if had >= len(plan.shares) else _shared(cell, rows, whole, flops, dtype, had)
+
+
+def _shared(cell: Cell, rows: np.ndarray, whole: Share, flops: int, dtype: np.dtype, most: int) -> Plan:
+    """The whole, cut for at most so many threads."""
+    N, H, I = (cut.stop for cut in whole)
+    recurrent = cell.gates * H * H
+    enough = ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
+    by_rows = min(most, int(N / enough))
+    by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
+    if by_rows < most and by_units > 1:
+        columns = (_between_vectors(count, by_units, dtype) for count in (H, I))
+        return Plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
+    if by_rows < 2:  # slow products, but two threads for them
+        by_rows, flops = min(most, N // 2), flops // 2
+    if by_rows < 2 or flops < PARALLEL_FLOPS:
+        return Plan([whole])
+    cuts = _of_equal_work(lengths_of(rows, N).tolist(), 1, by_rows) if is_ragged(rows, N) else shares(N, by_rows)
+    return Plan([whole._replace(rows=cut) for cut in cuts])
+
+
+def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slice]:
+    """The columns, of those slots that hold gradients, for each thread that sums K rows: those awake from the loop, or more."""
+    slots, parts = cell.trace.x_start + cell.gates, len(after.shares)
+    work = [H * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
+    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= PARALLEL_SUM_FLOPS:
+        return crew.cut(lambda parts: _of_equal_work(work, H, parts))
+    return _of_equal_work(work, H, parts)
+
+
+def _of_equal_work(work: list[int], each: int, parts: int) -> list[slice]:
+    """Items, `each` of any amount of work, cut into at most `parts` slices of about equal work, none of them empty."""
+    total, count = each * sum(work), each * len(work)
+    edges, place, before = {0, count}, 0, 0
+    for part in range(1, parts if total else 1):
+        wanted = total * part / parts - before
+        while wanted > work[place] * each:
+            wanted, before, place = wanted - work[place] * each, before + work[place] * each, place + 1
+        edges.add(min(count, place * each + math.ceil(wanted / work[place])))
+    return [slice(a, b) for a, b in itertools.pairwise(sorted(edges))]
+
+
+def _between_vectors(count: int, parts: int, dtype: np.dtype) -> list[slice]:
+    """0..count cut into `parts` slices, between whole panels of columns where there are many, else between vectors."""
+    grain = panel_columns(dtype) if count >= 2 * parts * panel_columns(dtype) else host().width(dtype)
+    edges = [min(count, round(count * part / parts / grain) * grain) for part in range(parts)] + [count]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]

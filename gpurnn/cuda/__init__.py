@@ -1,0 +1,1 @@
+"""The executors on CUDA, and a training step's device side: launches, faults, captured graphs."""

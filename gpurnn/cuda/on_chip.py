@@ -1,0 +1,161 @@
+"""The CUDA executors that keep weight_hh on chip: one kernel runs all T steps (`kernels.persistent`).
+
+    resident     weight_hh fits one SM; each block has a few rows of the batch and waits for nobody
+    persistent   weight_hh is spread over a group of SMs, which exchange a step's vector; each group has some rows
+
+What fits, and which is faster, is `kernels.plan`'s to say, or that of `tuning`, where somebody has measured it.  Where
+the chip knows better, as a slice of one does that has no room for a cluster, the next choice is taken.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpurnn import backend
+from gpurnn.cells import Cell
+from gpurnn.cuda import device, step, sweeps, tuning
+from gpurnn.cuda.passes import Pass, fitted
+from gpurnn.cuda.sweeps import Tape
+from gpurnn.executors.layout import is_ragged
+from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
+from gpurnn.kernels import persistent, plan
+from gpurnn.kernels.launch import DoesNotFit
+from gpurnn.kernels.plan import Chip, Choice
+
+
+class OnChip(NamedTuple):
+    """An executor.  alone: one block to a group."""
+
+    name: str
+    alone: bool
+
+    def choice(self, cell: Cell, H: int, N: int, precision: str, transposed: bool) -> Choice | None:
+        """How one direction runs; None where it does not fit.  A group of one block where units are too few to share."""
+        chip = device.chip()
+        shared = None if self.alone else _choice(cell, H, N, precision, transposed, False, chip)
+        return shared or _choice(cell, H, N, precision, transposed, True, chip)
+
+    def cycles(self, cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> float | None:
+        """Of a step forward and back, by the plan's model; None where either does not fit: they are chosen together."""
+        if dtype != np.float32:
+            return None
+        both = [self.choice(cell, H, N, precision, transposed) for transposed in (False, True)]
+        return sum(choice.cost.cycles for choice in both if choice) if all(both) else None
+
+    def forward(
+        self,
+        cell: Cell,
+        x: Array,
+        weights: Weights,
+        state: tuple[Array, ...],
+        rows: np.ndarray,
+        reverse: bool,
+        training: bool,
+        precision: str = "float32",
+    ) -> tuple[States, Tape | None]:
+        """See `numpy_loop.forward`.  Raises ValueError where the dtype is not float32, or weight_hh does not fit."""
+        if x.dtype != np.float32:
+            raise ValueError(
+                f"executor {self.name!r} computes in float32, got {x.dtype}: 'step' computes in float64 as well"
+            )
+        sweep = sweeps.begin(cell, x, weights, state, rows, reverse, training, precision)
+        tape, carried = sweep.tape, sweep.initial
+        run = self._pass(FORWARD, tape, sweep.weight_hh, training=training)
+        rest_state = tape.rest.strides[0] // x.itemsize
+        for t0, t1, slots in sweeps.pieces(sweep):
+            rest = tape.rest[:, t0:] if training else tape.rest
+            whole = training and not is_ragged(rows, x.shape[1])  # else rows that have ended keep their states
+            final = backend.xp.empty_like(carried) if whole else carried.copy()
+            arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths)
+            run(arrays, (t1 - t0, t0), (tape.h.shape[1], int(reverse), rest_state))
+            carried = final  # blocks may still read the initial states when others have come to their end
+        return sweeps.finish(sweep, tuple(carried))
+
+    def backward(
+        self, tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """See `numpy_loop.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
+        if options.flow is not None:
+            return step.backward(tape, dy, dstate, grads, options)
+        cell, dtype = tape.cell, tape.x.dtype
+        dy = sweeps.with_unit_stride(dy)
+        slots = tape.slots.copy() if options.keep else tape.slots
+        passed = sweeps.passed_back(dstate, tape)
+        params, dparams = sweeps.parameters(tape)
+        weight_hh = sweeps.ordered_weight_hh(cell, tape.weights)
+        run = self._pass(BACKWARD, tape, weight_hh, clip=options.clip is not None)
+        arrays = (slots, tape.h, tape.rest, dy, passed, params, dparams, tape.lengths)
+        strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
+        run(arrays, (), (tape.h.shape[1], int(tape.reverse), *strides, dtype.type(options.clip or 0.0)))
+        dx = sweeps.weight_gradients(tape, slots, grads)
+        for gradient, value in zip(grads.params, dparams, strict=True):
+            gradient += value.sum(0)
+        return dx, tuple(passed)
+
+    def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool) -> bool:
+        """Whether the chip runs what is chosen for the passes to come; if not, it is not chosen again."""
+        try:
+            _load(self, cell, H, N, precision, training, clip, device.chip())
+        except DoesNotFit:
+            return False
+        return True
+
+    def _pass(self, way: "Way", tape: Tape, weight_hh: Array, **constants: bool) -> Pass:
+        """The cheapest that the chip runs."""
+        cell, (N, H) = tape.cell, tape.h.shape[1:]
+        while (choice := self.choice(cell, H, N, tape.precision, way.transposed)) is not None:
+            try:
+                return Pass.prepare(choice, way.factory, tape, weight_hh, way.transposed, **constants)
+            except DoesNotFit as error:
+                _rule_out(cell, H, N, tape.precision, way.transposed, choice, error)
+        where = "one SM" if self.alone else "this GPU"
+        raise ValueError(
+            f"executor {self.name!r}: weight_hh of {cell.name} with {H} units does not fit {where} in "
+            f"{tape.precision}; 'step' runs every size"
+        )
+
+
+class Way(NamedTuple):
+    """Through time: the kernel's factory, and whether it multiplies by the transposed weight_hh."""
+
+    factory: Any
+    transposed: bool
+
+
+FORWARD, BACKWARD = Way(persistent.forward, False), Way(persistent.backward, True)
+RESIDENT, PERSISTENT = OnChip("resident", True), OnChip("persistent", False)
+
+
+def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> str:
+    """The name of the executor that the plan's model thinks is fastest, forward and back together."""
+    costs = {engine.name: engine.cycles(cell, H, N, dtype, precision) for engine in (RESIDENT, PERSISTENT)}
+    costs["step"] = 2 * plan.step_cycles(H, cell.gates, N, precision, device.chip())
+    return min((cycles, name) for name, cycles in costs.items() if cycles is not None)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _load(engine: OnChip, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, chip: Chip) -> None:
+    """Builds and loads the kernels of the passes to come.  Raises DoesNotFit where one is ruled out."""
+    for way, constant in ((FORWARD, ("training", training)), *([(BACKWARD, ("clip", clip))] if training else [])):
+        choice = engine.choice(cell, H, N, precision, way.transposed)
+        if choice is None:
+            raise DoesNotFit(f"{engine.name}: nothing is left for {cell.name} with {H} units")
+        try:
+            fitted(way.factory, cell, H, choice, way.transposed, chip, (constant,))
+        except DoesNotFit as error:
+            _rule_out(cell, H, N, precision, way.transposed, choice, error)
+            raise
+
+
+def _rule_out(cell: Cell, H: int, N: int, precision: str, transposed: bool, choice: Choice, error: DoesNotFit) -> None:
+    question = tuning.Question(cell, H, N, precision, transposed, choice.exchange == "alone")
+    tuning.rule_out(question, device.chip(), choice, error)
+    _choice.cache_clear()
+    _load.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _choice(cell: Cell, H: int, N: int, precision: str, transposed: bool, alone: bool, chip: Chip) -> Choice | None:
+    """The fastest that was measured on this GPU, or the cheapest by the plan's model."""
+    return tuning.choice(tuning.Question(cell, H, N, precision, transposed, alone), chip)

@@ -1,0 +1,192 @@
+"""The buffers of a pass through time on CUDA, the same for all executors there, and what is done before and behind it.
+
+Forward: one product projects all inputs into the slots, then an executor goes through time.  Backward: it goes back and
+turns the slots into gradients in place, then one product each gives dW_ih, dW_hh and dx.  Nothing waits for the device.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpurnn import backend
+from gpurnn.cells import Cell
+from gpurnn.cuda.device import add_columns, product
+from gpurnn.cuda.moves import Moves
+from gpurnn.executors import layout
+from gpurnn.executors.layout import is_ragged, lengths_of, ordered
+from gpurnn.executors.numpy_loop import States, Weights
+
+Array = Any
+
+INFERENCE_BYTES = 256 << 20  # of slots; longer sequences are projected and run a piece at a time
+
+
+class Tape(NamedTuple):
+    """What backward needs, the same of every CUDA executor: either may go back over what the other wrote.
+
+    `slots` is overwritten by the gradients, unless a backward is told to keep it.  lengths: (N,) int64 on the device.
+    """
+
+    cell: Cell
+    x: Array
+    weights: Weights
+    reverse: bool
+    rows: np.ndarray
+    lengths: Array
+    slots: Array
+    h: Array
+    rest: Array
+    precision: str
+
+
+class Sweep(NamedTuple):
+    """One pass forward: `tape` (slots of `steps` time steps only without training), and what is not kept for backward."""
+
+    tape: Tape
+    training: bool
+    bias: Array
+    params: Array
+    weight_hh: Array  # its gates in the order of the slots
+    steps: int
+    initial: Array  # (S, N, H)
+
+
+def begin(
+    cell: Cell,
+    x: Array,
+    weights: Weights,
+    state: tuple[Array, ...],
+    rows: np.ndarray,
+    reverse: bool,
+    training: bool,
+    precision: str,
+) -> Sweep:
+    """Buffers, with the initial states in their places."""
+    xp = backend.xp
+    T, N, _ = x.shape
+    H, S, trace, dtype = weights.weight_hh.shape[1], cell.states, cell.trace, x.dtype
+    allocate = xp.zeros if is_ragged(rows, N) else xp.empty  # nothing but zeros may stand where a row has ended
+    h = allocate((T + 1, N, H), dtype)
+    rest = allocate((S - 1, T + 1 if training else 1, N, H), dtype)
+    lengths = xp.asarray(lengths_of(rows, N)) if is_ragged(rows, N) else xp.empty(N, np.int64)
+    initial, moves = xp.empty((S, N, H), dtype), Moves()
+    for own, given in zip(initial, state, strict=True):
+        moves.copy(own, given)
+    if is_ragged(rows, N):
+        for part, given in zip((h, *rest), state, strict=True):
+            _place(part, given, lengths, reverse, part is h or training)
+    else:
+        moves.fill(lengths, T)
+        for part, given in zip((h, *rest), state, strict=True):
+            moves.copy(part[-1 if reverse else 0], given)
+    bias = _bias(cell, weights, H, moves)
+    moves.run()
+    steps = T if training else max(1, min(T, INFERENCE_BYTES // max(1, N * trace.slots * H * dtype.itemsize)))
+    slots = allocate((steps, N, trace.slots * H), dtype)
+    tape = Tape(cell, x, weights, reverse, rows, lengths, slots, h, rest, precision)
+    params = layout.params(weights, H, xp)
+    return Sweep(tape, training, bias, params, ordered_weight_hh(cell, weights), steps, initial)
+
+
+def _bias(cell: Cell, weights: Weights, H: int, moves: Moves) -> Array:
+    """(slots, H), as `layout.biases`; there when the moves are done."""
+    together = cell.trace.r_order == cell.trace.x_order == tuple(range(cell.trace.slots))
+    if weights.bias_ih is None or weights.bias_hh is None or not together:
+        return layout.biases(cell, weights, H, backend.xp)
+    bias = backend.xp.empty((cell.gates, H), weights.bias_ih.dtype)
+    moves.add(bias, weights.bias_ih, weights.bias_hh)
+    return bias
+
+
+def _place(states: Array, initial: Array, lengths: Array, reverse: bool, every: bool) -> None:
+    """Where rows end at different steps.  every: whether `states` has a place for each step."""
+    if every and reverse:
+        states[lengths, backend.xp.arange(len(lengths))] = initial
+    else:
+        states[-1 if reverse else 0] = initial
+
+
+def pieces(sweep: Sweep) -> Iterator[tuple[int, int, Array]]:
+    """(t0, t1, slots of these steps with x projected into them), in the order in which time runs."""
+    tape = sweep.tape
+    weight_x = ordered(tape.weights.weight_ih, tape.cell.trace.x_order, tape.h.shape[2])
+    starts = range(0, len(tape.x), max(1, sweep.steps))
+    for t0 in reversed(starts) if tape.reverse else starts:
+        t1 = min(len(tape.x), t0 + sweep.steps)
+        slots = tape.slots[: t1 - t0]
+        product(_flat(tape.x[t0:t1]), weight_x.T, x_slots(tape, slots), tape.precision)
+        yield t0, t1, slots
+
+
+def x_slots(tape: Tape, slots: Array) -> Array:
+    """The slots of x, or of dL/dx projected, as a matrix (T*N, G*H)."""
+    H, start = tape.h.shape[2], tape.cell.trace.x_start
+    return _flat(slots)[:, start * H : (start + tape.cell.gates) * H]
+
+
+def r_slots(tape: Tape, slots: Array) -> Array:
+    return _flat(slots)[:, : tape.cell.gates * tape.h.shape[2]]
+
+
+def finish(sweep: Sweep, final: tuple[Array, ...]) -> tuple[States, Tape | None]:
+    tape = sweep.tape
+    N = tape.x.shape[1]
+    visible = tape.h
+    if is_ragged(tape.rows, N) and tape.reverse:  # initial states stand in h behind each row's end
+        visible = tape.h.copy()
+        visible[tape.lengths, backend.xp.arange(N)] = 0
+    return States(visible, final), tape if sweep.training else None
+
+
+def parameters(tape: Tape) -> tuple[Array, Array]:
+    """The cell's own parameters (P, H), and zeros (P, N, H) in float64 for their gradients, row by row: sums over T."""
+    N, H = tape.h.shape[1:]
+    params = layout.params(tape.weights, H, backend.xp)
+    return params, backend.xp.zeros((len(params), N, H))
+
+
+def ordered_weight_hh(cell: Cell, weights: Weights) -> Array:
+    """weight_hh (G*H, H), its gates in the order of the slots."""
+    return backend.xp.ascontiguousarray(ordered(weights.weight_hh, cell.trace.r_order, weights.weight_hh.shape[1]))
+
+
+def passed_back(dstate: tuple[Array, ...] | None, tape: Tape) -> Array:
+    """(S, N, H), to be overwritten: dL/d(final state), zeros for None."""
+    dtype = tape.x.dtype
+    if dstate is None:
+        return backend.xp.zeros((tape.cell.states, *tape.h.shape[1:]), dtype)
+    return backend.stacked(dstate).astype(dtype, copy=False)
+
+
+def with_unit_stride(dy: Array) -> Array:
+    """dy as kernels read it, unit by unit; steps and rows may stand anywhere, a step's rows within 2^31 values."""
+    near = dy.shape[1] * dy.strides[1] < dy.itemsize << 31
+    return dy if dy.strides[-1] == dy.itemsize and near else backend.xp.ascontiguousarray(dy)
+
+
+def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
+    """Adds dW_ih, dW_hh and the biases' gradients, from the gradients in the slots; returns dx (T, N, I)."""
+    xp, cell, trace = backend.xp, tape.cell, tape.cell.trace
+    T, N, I = tape.x.shape
+    H, dtype = tape.h.shape[2], tape.x.dtype
+    dr, dx = r_slots(tape, slots), x_slots(tape, slots)
+    before = _flat(tape.h[1:] if tape.reverse else tape.h[:T])
+    for gradient, order, factor, other in (
+        (grads.weight_hh, trace.r_order, dr, before),
+        (grads.weight_ih, trace.x_order, dx, _flat(tape.x)),
+    ):
+        if order == tuple(range(cell.gates)):
+            product(factor.T, other, gradient, tape.precision, add=True)
+        else:
+            value = product(factor.T, other, xp.empty(gradient.shape, dtype), tape.precision)
+            layout.add_ordered(gradient, value, order, H)
+    if grads.bias_hh is not None and grads.bias_ih is not None:
+        orders = {"first": trace.r_order, "second": trace.x_order, "start": trace.x_start}
+        add_columns(_flat(slots), H, grads.bias_hh, grads.bias_ih, **orders)
+    weight_x = xp.ascontiguousarray(ordered(tape.weights.weight_ih, trace.x_order, H))
+    return product(dx, weight_x, xp.empty((T * N, I), dtype), tape.precision).reshape(T, N, I)
+
+
+def _flat(array: Array) -> Array:
+    return array.reshape(-1, array.shape[-1])
