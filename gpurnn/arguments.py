@@ -242,3 +242,29 @@ def uncopied(layer: Any) -> dict[str, bool]:
     """What to call a layer with where x lives, unchanged, until backward: {"copy": False} if it has such an option."""
     kind: Any = type(layer)
     return {"copy": False} if _takes_copy(kind) else {}
+
+
+# Errors that both backends raise, one of them late
+
+
+def wrong_target(shape: tuple[int, ...], classes: int, position: int, value: int) -> ValueError:
+    """For a target outside [0, C), the `position`-th of `shape`, counted flat."""
+    at = place_of(position, shape)
+    return ValueError(f"targets: expected values in [0, C) = [0, {classes}), got {value} at {at}")
+
+
+def place_of(position: int, shape: tuple[int, ...]) -> str:
+    where = tuple(int(i) for i in np.unravel_index(position, shape))
+    return f"(t, n) = {where}" if len(where) == 2 else f"position {where}"
+
+
+def wrong_update(parts: tuple, position: int) -> FloatingPointError:
+    """For a parameter that would not be finite, at `position` of the flat buffer with these `places`."""
+    return FloatingPointError(f"the update of {part_at(parts, position)} is not finite")
+
+
+def part_at(parts: tuple, position: int) -> str:
+    """The name of the part of a flat buffer that a position lies in, and where in it."""
+    name, start, shape = next(part for part in reversed(parts) if part[1] <= position)
+    where = tuple(int(i) for i in np.unravel_index(position - start, shape))
+    return f"{name} at {where}" if where else name

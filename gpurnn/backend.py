@@ -9,6 +9,7 @@ for importing a CUDA package.  CuPy is imported only where there is a device, an
 """
 
 import ctypes
+import functools
 import importlib.util
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy
 
-from gpurnn import variables
+from gpurnn import locks, variables
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Version = tuple[int, int]
@@ -313,6 +314,20 @@ def _described(array: Any) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+class _Operations:
+    """A training step's operations, `gpurnn.cpu.ops` or `gpurnn.cuda.ops`: imported when first used, as CUDA's needs Numba."""
+
+    def __getattr__(self, operation: str) -> Any:
+        return getattr(_module_of(name), operation)
+
+
+@functools.cache
+def _module_of(backend: str) -> Any:
+    with locks.building:
+        return importlib.import_module("gpurnn.cuda.ops" if backend == "cuda" else "gpurnn.cpu.ops")
+
+
+ops: Any = _Operations()
 name: str
 xp: Any
 reason: str

@@ -76,7 +76,7 @@ class TruncatedBPTT:
         if getattr(getattr(model, "recurrent", model), "directions", 1) != 1:
             raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
-        self._own: dict[tuple, Array] = {}
+        self._own: dict[str, Array] = {}
         self.reset()
 
     def reset(self, state: Any = None) -> None:
@@ -120,7 +120,7 @@ class TruncatedBPTT:
         out = outputs[0] if len(outputs) == 1 else backend.xp.concatenate(outputs)
         value, dout = evaluate(self.loss, out, targets, own)
         self._back(parts, before, backwards, dout, flow)
-        self._keep(stretch.copy() if stretch is x and backend.name == "numpy" else stretch, begin, carried)
+        self._keep(stretch, begin, carried, borrowed=("stretch",) if stretch is x else ())
         self.lengths = valid
         return value
 
@@ -133,30 +133,10 @@ class TruncatedBPTT:
         known = not any(part is None for part in (self.stretch, self.begin, self.carried))
         return known and self.lengths is None and len(self.stretch) == self.k2  # type: ignore[arg-type]
 
-    def _keep(self, stretch: Array | None, begin: Any, carried: Any) -> None:
-        """For the next window.  `begin` first: what was carried becomes it."""
-        values, moves = {"begin": begin, "carried": carried, "stretch": stretch}, None
-        if backend.name == "cuda":
-            from gpurnn.cuda.moves import Moves
-
-            moves = Moves()
-            values = {name: self._kept(name, value, moves) for name, value in values.items()}
-            moves.run()
-        self.begin, self.carried, self.stretch = values.values()
-
-    def _kept(self, name: str, value: Any, moves: Any) -> Any:
-        """A copy in memory of our own, always the same, where a captured step finds it."""
-        if value is None:
-            return value
-        if isinstance(value, tuple):
-            return tuple(self._kept(f"{name}{s}", part, moves) for s, part in enumerate(value))
-        kind = (name, value.shape, value.dtype)
-        if kind not in self._own:
-            self._own[kind] = backend.xp.empty(value.shape, value.dtype)
-        own = self._own[kind]
-        if own is not value:
-            moves.copy(own, value)
-        return own
+    def _keep(self, stretch: Array | None, begin: Any, carried: Any, borrowed: tuple[str, ...] = ()) -> None:
+        """For the next window.  `begin` first: what was carried becomes it.  borrowed: what is the caller's."""
+        values = {"begin": begin, "carried": carried, "stretch": stretch}
+        self.begin, self.carried, self.stretch = backend.ops.kept(self._own, values, borrowed).values()
 
     def before(self, steps: int) -> tuple[Any, Array | None]:
         """The state and the inputs from which a window of `steps` steps starts its k2 steps; None: no inputs."""

@@ -4,16 +4,11 @@ On CUDA nothing here waits: a norm is a float64 scalar of the device, and a grad
 `gpurnn.synchronize`.
 """
 
-import math
 from typing import Any
-
-import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import positive, trained
-from gpurnn.parameters import Array, Model, Parameters
-
-SUM_BLOCK = 1 << 13  # values: OpenBLAS starts its threads for longer dot products, which costs more than it gains
+from gpurnn.parameters import Model
 
 
 def grad_norm(model: Model) -> Any:
@@ -22,19 +17,7 @@ def grad_norm(model: Model) -> Any:
     A float; on CUDA a CuPy array of shape ().  Raises FloatingPointError with the name of the first gradient that is not
     finite, on CUDA by `gpurnn.synchronize`.
     """
-    trained(model)
-    if backend.name == "cuda":
-        from gpurnn.cuda import launches
-
-        return launches.norm(model.grads)[0]
-    squares = _sum_of_squares(model.grads.flat)
-    if 1e-200 < squares < math.inf:
-        return math.sqrt(squares)
-    raise_where_not_finite(model.grads)
-    peak = max((float(abs(grad).max()) for grad in model.grads.values() if grad.size), default=0.0)
-    if peak == 0:
-        return 0.0
-    return peak * math.sqrt(_sum_of_squares(model.grads.flat, peak))
+    return backend.ops.norm(trained(model).grads)
 
 
 def clip_grad_norm(model: Model, max_norm: float) -> Any:
@@ -43,20 +26,7 @@ def clip_grad_norm(model: Model, max_norm: float) -> Any:
     (Pascanu, Mikolov and Bengio 2013.)  Norm and errors are those of `grad_norm`; where a gradient is not finite nothing
     changes.
     """
-    max_norm = positive("max_norm", max_norm)
-    trained(model)
-    if backend.name == "cuda":
-        from gpurnn.cuda import launches
-
-        found = launches.norm(model.grads, max_norm)
-        launches.scale(model.grads, found)
-        return found[0]
-    norm = grad_norm(model)
-    if norm > max_norm:
-        flat = model.grads.flat
-        with np.errstate(all="ignore"):  # what underflows is 0, whatever the caller wants to hear of
-            flat *= max_norm / norm
-    return norm
+    return backend.ops.clip_norm(trained(model).grads, positive("max_norm", max_norm))
 
 
 def clip_grad_value(model: Model, limit: float) -> None:
@@ -66,39 +36,6 @@ def clip_grad_value(model: Model, limit: float) -> None:
     the optimiser to find.
     """
     positive("limit", limit)
-    trained(model)
+    backend.ops.check_finite(trained(model).grads, allow_inf=True)
     flat = model.grads.flat
-    if backend.name == "numpy" and not all_finite(flat):
-        raise_where_not_finite(model.grads, allow_inf=True)
     backend.xp.clip(flat, -float(limit), float(limit), out=flat)
-
-
-def _sum_of_squares(flat: Array, unit: float = 1.0) -> float:
-    """Sum of (flat / unit)^2 in float64: not finite where a value is not, or where float64's squares overflow."""
-    total = 0.0
-    work: Array = np.empty(min(flat.size, SUM_BLOCK))
-    with np.errstate(all="ignore"):
-        for start in range(0, flat.size, SUM_BLOCK):
-            block = flat[start : start + SUM_BLOCK]
-            wide = work[: block.size]
-            wide[...] = block
-            if unit != 1.0:
-                wide /= unit
-            total += float(wide.dot(wide))
-    return total
-
-
-def all_finite(flat: Array) -> bool:
-    """Whether all values are; without a temporary, for minimum and maximum hand NaN on."""
-    return not flat.size or (math.isfinite(flat.max()) and math.isfinite(flat.min()))
-
-
-def raise_where_not_finite(grads: Parameters, allow_inf: bool = False) -> None:
-    for name, grad in grads.items():
-        bad = np.isnan(grad) if allow_inf else ~np.isfinite(grad)
-        count = int(bad.sum())
-        if count:
-            first = float(grad[bad][0])
-            raise FloatingPointError(
-                f"gradient of {name}: expected finite values, got {first} ({count} of {grad.size})"
-            )

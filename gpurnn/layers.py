@@ -13,7 +13,6 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import Turn, checked, generator, probability, supported, switch, uncopied, whole
-from gpurnn.cpu.threads import clear, product
 from gpurnn.cuda import faults
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
@@ -21,7 +20,6 @@ from gpurnn.random import Masks
 from gpurnn.sequence import prepare_lengths
 
 Array = Any
-CHUNK = 16  # rows whose float32 sum is as good as one of a few
 
 
 class Layer:
@@ -34,7 +32,7 @@ class Layer:
 
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""
-        clear(self.grads.flat)
+        backend.ops.clear(self.grads.flat)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The parameters by name, as NumPy arrays of their own.  Raises what `gpurnn.synchronize` raises."""
@@ -82,7 +80,7 @@ class Linear(Layer):
             raise ValueError(f"x: expected (..., in_features) = (..., {self.in_features}), got {x.shape}")
         x = x.copy() if training and copy else x
         flat = x.reshape(-1, self.in_features)
-        y = _product(flat, self.params["weight"].T)
+        y = backend.ops.product(flat, self.params["weight"].T)
         if "bias" in self.params:
             y += self.params["bias"]
         turn = Turn()
@@ -90,10 +88,10 @@ class Linear(Layer):
         def backward(dy: Array) -> Array:
             with turn:
                 dy = checked(dy, self.dtype, "dy", (*x.shape[:-1], self.out_features)).reshape(-1, self.out_features)
-                _add_product(self.grads["weight"], dy.T, flat)
+                backend.ops.add_product(self.grads["weight"], dy.T, flat)
                 if "bias" in self.params:
-                    _add_columns(self.grads["bias"], dy)
-                return _product(dy, self.params["weight"]).reshape(x.shape)
+                    backend.ops.add_columns(self.grads["bias"], dy)
+                return backend.ops.product(dy, self.params["weight"]).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], self.out_features), backward if training else None
 
@@ -119,25 +117,14 @@ class Embedding(Layer):
         if tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers, got {tokens.dtype}")
         tokens = tokens.copy() if training and copy else tokens
-        y, turn = self._rows(tokens), Turn()
+        y, turn = backend.ops.gather(self.params["weight"], tokens), Turn()
 
         def backward(dy: Array) -> None:
             with turn:
                 dy = checked(dy, self.dtype, "dy", (*tokens.shape, self.embedding_dim))
-                add_rows(self.grads["weight"], tokens.reshape(-1), dy.reshape(-1, self.embedding_dim))
+                backend.ops.add_rows(self.grads["weight"], tokens.reshape(-1), dy.reshape(-1, self.embedding_dim))
 
         return y, backward if training else None
-
-    def _rows(self, tokens: Array) -> Array:
-        if backend.name == "cuda":
-            from gpurnn.cuda import launches
-
-            return launches.gather(self.params["weight"], tokens)
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.num_embeddings):
-            raise ValueError(
-                f"tokens: expected values from 0 to {self.num_embeddings - 1}, got {tokens.min()} to {tokens.max()}"
-            )
-        return self.params["weight"][tokens]
 
 
 class Dropout(Layer):
@@ -253,69 +240,3 @@ class SequenceModel(Layer):
     def _blank(self, value: Array, padding: Array | None) -> Array:
         """value (T, N, C) with 0 behind each row's end."""
         return value if padding is None else backend.xp.where(padding, backend.xp.zeros((), self.dtype), value)
-
-
-def add_rows(target: Array, rows: Array, values: Array) -> None:
-    """target[rows[k]] += values[k], rows repeated as they may be, always in the same order of additions."""
-    if not rows.size:
-        return
-    if backend.name == "cuda":
-        from gpurnn.cuda import launches
-
-        launches.add_rows(target, rows, values)
-        return
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    target[ordered[starts]] += _segment_sums(values[order], starts)
-
-
-def _segment_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sums of the rows from each start to the next, of CHUNK rows in their own type, and of those in float64."""
-    lengths = np.diff(starts, append=len(values))
-    if lengths.max() <= CHUNK:
-        return np.add.reduceat(values, starts, axis=0)
-    begins = (np.arange(len(values)) - np.repeat(starts, lengths)) % CHUNK == 0
-    partial = np.add.reduceat(values, np.flatnonzero(begins), axis=0)
-    return np.add.reduceat(partial, np.cumsum(begins)[starts] - 1, axis=0, dtype=np.float64)
-
-
-def _column_sums(values: np.ndarray) -> np.ndarray:
-    """Of (R, C), in float64: of CHUNK rows in their own type, and of those in float64."""
-    whole = len(values) // CHUNK * CHUNK
-    partial = values[:whole].reshape(-1, CHUNK, values.shape[1]).sum(1)
-    return partial.sum(0, dtype=np.float64) + values[whole:].sum(0, dtype=np.float64)
-
-
-def _add_product(target: Array, a: Array, b: Array) -> None:
-    """target += a b, as in `_product`."""
-    if backend.name == "numpy":
-        target += product(a, b)
-    else:
-        from gpurnn.cuda import device
-
-        device.product(a, b, target, _exact(a), add=True)
-
-
-def _add_columns(target: Array, values: Array) -> None:
-    """target (C,) += the sums of the columns of values (R, C)."""
-    if backend.name == "numpy":
-        target += _column_sums(values)
-    else:
-        from gpurnn.cuda import device
-
-        contiguous = backend.xp.ascontiguousarray(values)
-        device.add_columns(contiguous, values.shape[1], target, first=(0,), second=(), start=0)
-
-
-def _exact(a: Array) -> str:
-    return "float64" if a.dtype == np.float64 else "float32"
-
-
-def _product(a: Array, b: Array) -> Array:
-    """a b for matrices, each with unit stride along one axis."""
-    if backend.name == "numpy":
-        return product(a, b)
-    from gpurnn.cuda import device
-
-    return device.product(a, b, backend.xp.empty((a.shape[0], b.shape[1]), a.dtype), _exact(a))

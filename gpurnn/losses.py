@@ -20,7 +20,6 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import one_of, returned
-from gpurnn.cuda import faults
 from gpurnn.sequence import checked_lengths
 
 Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
@@ -28,9 +27,6 @@ Loss = Callable[..., tuple[Any, Array]]
 
 REDUCTIONS = ("mean", "sum", "none")
 OUTPUTS = ("linear", "softmax")
-
-# exp of anything within +-SAFE, and the sum of a whole vocabulary of it, is far from float32's limits.
-SAFE = 30.0
 
 
 def softmax(logits: Array, axis: int = -1) -> Array:
@@ -44,7 +40,7 @@ def softmax(logits: Array, axis: int = -1) -> Array:
         raise ValueError(f"axis: expected a whole number, got {axis!r:.80}")
     if not -logits.ndim <= axis < logits.ndim or logits.shape[axis] < 1:
         raise ValueError(f"logits: expected at least 1 class along axis {axis}, got the shape {logits.shape}")
-    exps, _ = _exp(logits, axis)
+    exps, _ = backend.ops.exponentials(logits, axis)
     exps /= exps.sum(axis=axis, keepdims=True)
     return exps.astype(logits.dtype, copy=False)
 
@@ -80,47 +76,8 @@ def softmax_cross_entropy(
         raise ValueError(f"expected {expected}; got {logits.shape} and {targets.shape}")
     if logits.shape[-1] < 1:
         raise ValueError(f"logits: expected at least 1 class along the last axis, got the shape {logits.shape}")
-    ignore_index = None if ignore_index is None else _whole(ignore_index)
-    kept = targets != ignore_index if ignore_index is not None else None
-    mean = reduction == "mean"
-    count = _count(targets, kept) if mean else 1
-    if backend.name == "cuda":
-        from gpurnn.cuda import launches
-
-        return launches.cross_entropy(logits, targets, ignore_index, count, reduction != "none")
-    _check_range(targets, kept, logits.shape[-1])
-    losses, dlogits = _cross_entropy(logits, targets, kept, count)
-    if reduction == "none":
-        return losses, dlogits
-    total = losses.sum()
-    return (total / count if mean else total), dlogits
-
-
-def _cross_entropy(logits: Array, targets: Array, kept: Array | None, count: int) -> tuple[Array, Array]:
-    """E_t in float64, and dlogits = softmax(logits) - onehot(target), divided by `count`.
-
-    One array of the size of logits is made: it holds exp(logits) first, then the gradient; no one-hot array.
-    """
-    classes = logits.shape[-1]
-    rows = logits.reshape(-1, classes)
-    target = targets.reshape(-1).astype(np.int64, copy=False)
-    if kept is not None:
-        kept = kept.reshape(-1)
-        target = np.where(kept, target, 0)
-    position = np.arange(len(rows))
-
-    work, shift = _exp(rows, -1)
-    sums = work.sum(axis=-1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):  # rows without a softmax become NaN, quietly
-        # In float64, and this side of the logarithm first: shift and logit may be large and close to one another.
-        losses = (shift - rows[position, target].astype(np.float64)[:, None] + np.log(sums.astype(np.float64)))[:, 0]
-        scale = 1.0 / count
-        work *= (scale / sums).astype(work.dtype)
-    work[position, target] -= scale
-    if kept is not None:
-        losses[~kept] = 0.0
-        work[~kept] = 0.0
-    return losses.reshape(targets.shape), work.reshape(logits.shape).astype(logits.dtype, copy=False)
+    ignore = None if ignore_index is None else _whole(ignore_index)
+    return backend.ops.cross_entropy(logits, targets, ignore, reduction)
 
 
 def mean_squared_error(
@@ -227,28 +184,6 @@ def _takes_lengths(loss: Loss) -> bool:
         return False
 
 
-def _exp(logits: Array, axis: int) -> tuple[Array, Array | float]:
-    """exp(logits - shift) in a new array, and shift in float64: a number, or one for each row along `axis`.
-
-    Usually shift is the row's maximum.  On the host, rows of one vocabulary are so short that finding and subtracting
-    it costs more than the exponentials; logits that all lie within +-SAFE, as they nearly always do, need no shift (and
-    are more accurate without).  On a device, looking would mean waiting.  float16 is computed in float32.
-    """
-    xp = backend.xp
-    dtype = xp.promote_types(logits.dtype, xp.float32)
-    if backend.name == "numpy" and logits.size and logits.max() <= SAFE and logits.min() >= -SAFE:
-        return xp.exp(logits, dtype=dtype), 0.0
-    shift = logits.max(axis=axis, keepdims=True)
-    with np.errstate(invalid="ignore"):  # inf - inf
-        work = xp.subtract(logits, shift, dtype=dtype)
-    return xp.exp(work, out=work), shift.astype(xp.float64)
-
-
-def _count(targets: Array, kept: Array | None) -> Any:
-    """How many positions are not ignored, at least 1; on the device where it has to be counted there."""
-    return max(targets.size, 1) if kept is None else backend.xp.maximum(kept.sum(), 1)
-
-
 def _floats(array: Any, name: str) -> Array:
     array = backend.asarray(array, None, name)
     if array.dtype.kind != "f":
@@ -262,14 +197,3 @@ def _whole(ignore_index: Any) -> int:
     if not proper or not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index: expected a whole number of 64 bits, got {ignore_index!r}")
     return int(ignore_index)
-
-
-def _check_range(targets: Array, kept: Array | None, classes: int) -> None:
-    """Raises ValueError for a target outside [0, C) that is not ignored."""
-    wrong = (targets < 0) | (targets >= classes)
-    if kept is not None:
-        wrong &= kept
-    if not bool(wrong.any()):
-        return
-    first = int(wrong.reshape(-1).argmax())
-    raise faults.wrong_target(targets.shape, classes, first, int(targets.reshape(-1)[first]))

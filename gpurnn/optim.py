@@ -3,17 +3,11 @@
 They work on any object with `.params` and `.grads`, two `Parameters` of the same shapes, and on the two flat
 buffers behind them, in place.  They are looked up anew at every call: a layer's are re-bound when it joins a model.
 
-An update is bound by memory: NumPy passes over the data once for every operation.  So a buffer is taken in blocks that
-stay in cache between the passes, and the only temporaries are two arrays of one block.  Passes per block, with weight
-decay in brackets: SGD 2 (+2), RMSprop 9 (+2), centered 15 (+2), Adam 12 (+2), AdamW 13; momentum takes 2 more, Nesterov
-another 2; the gradient check is 2 passes that only read.  One more copies what is finite into the parameters.
-
 No finite gradient and no setting brings a value that is not finite into a parameter.  A gradient whose square would
 overflow counts, for Adam and RMSprop, as the largest whose square does not.  A parameter whose update is not finite keeps
 its value, and FloatingPointError names it.  What NumPy does about underflow, `np.errstate`, has no say in an update.
 
-On CUDA one kernel reads and writes each buffer once, and nothing waits: the count of updates and the learning rate lie on
-the device, and a gradient that is not finite lets nothing change and is raised by `gpurnn.synchronize`.
+On CUDA nothing waits: a gradient that is not finite lets nothing change and is raised by `gpurnn.synchronize`.
 """
 
 import math
@@ -24,31 +18,25 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import at_least_0, mapping, positive, probability, switch, trained
-from gpurnn.clipping import all_finite, grad_norm, raise_where_not_finite
 from gpurnn.cuda import faults
 from gpurnn.parameters import Array, Model, Parameters
 
-BLOCK = 1 << 16  # values: some of the L2 cache
 SQUARES = ("exp_avg_sq", "square_avg")  # moments that are means of squares
 MOST_STEPS = 1 << 62
 
 
 class Optimizer:
-    """What the optimisers share.  `lr` is a plain attribute, free to be set: `opt.lr = base * schedule(step)`."""
+    """What the optimisers share.  `lr` is a plain attribute, free to be set: `opt.lr = base * schedule(step)`.
+
+    rule: its name in `cpu.updates` and `kernels.optim`, which take the settings from here.
+    """
+
+    rule: str
 
     def __init__(self, model: Model, lr: float, weight_decay: float, moments: tuple[str, ...]):
         self.model = model
         params = model.params
-        self._most = float(np.finfo(params.dtype).max)  # of settings beyond it, 0 times one is 0 and not NaN
-        self._limit = math.sqrt(self._most) / 2  # of a gradient whose square is to be finite
-        if backend.name == "cuda":
-            from gpurnn.cuda.launches import Clock
-
-            self._clock = Clock(params.dtype)
-        else:
-            self._steps = 0
-            self._flagged = False
-            self._work = np.empty((2, min(params.flat.size, BLOCK)), params.dtype)
+        self._updates = backend.ops.Updates(params)
         self.lr = lr
         self.weight_decay = at_least_0("weight_decay", weight_decay)
         self.moments = {name: Parameters(params.shapes, params.dtype) for name in moments}
@@ -59,14 +47,12 @@ class Optimizer:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._lr = at_least_0("lr", value)
-        if backend.name == "cuda":
-            self._clock.lr.fill(self._lr)
+        self._lr = self._updates.lr = at_least_0("lr", value)
 
     @property
     def steps(self) -> int:
         """The updates done; on CUDA the device has to be asked, which waits."""
-        return int(self._clock.steps[0]) if backend.name == "cuda" else self._steps
+        return self._updates.steps
 
     def step(self) -> None:
         """Updates `model.params` from `model.grads`, which it leaves as they are.
@@ -74,10 +60,7 @@ class Optimizer:
         A gradient that is not finite raises FloatingPointError with its name, and nothing has changed then; on CUDA
         `gpurnn.synchronize` raises it.  A parameter whose update is not finite raises it as well, and keeps its value.
         """
-        if backend.name == "cuda":
-            grad_norm(self.model)
-        elif not all_finite(self.model.grads.flat):
-            raise_where_not_finite(self.model.grads)
+        backend.ops.check_finite(self.model.grads)
         self.update()
 
     def update(self, loss: Any = None) -> None:
@@ -86,69 +69,15 @@ class Optimizer:
         loss: a float64 scalar; where it is not finite, FloatingPointError says so and nothing has changed (on CUDA
         `gpurnn.synchronize` raises it).
         """
-        params, grads = self.model.params, self.model.grads
-        if backend.name == "cuda":
-            self._on_device(params, grads, [moment.flat for moment in self.moments.values()], loss)
-            return
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {float(loss)}")
-        self._steps += 1
-        moments = [moment.flat for moment in self.moments.values()]
-        block = max(self._work.shape[1], 1)
-        lost = None  # the first place whose update is not finite
-        with np.errstate(under="ignore", over="call", invalid="call", divide="call", call=self._flag):
-            for start in range(0, params.flat.size, block):
-                cut = slice(start, start + block)
-                param = params.flat[cut]
-                work, spare = self._work[:, : param.size]
-                self._update(param, grads.flat[cut], work, spare, *(moment[cut] for moment in moments))
-                at = self._move(param, work)
-                lost = start + at if lost is None and at is not None else lost
-        if lost is not None:
-            raise faults.wrong_update(params.places, lost)
+        self._updates.run(self.rule, self, self.model, self.moments, loss)
 
-    def _flag(self, kind: str, flags: int) -> None:
-        """NumPy's call where an operation overflowed or had no number for an answer: from then on updates look closely."""
-        self._flagged = True
-
-    def _move(self, param: Array, step: Array) -> int | None:
-        """param -= step, but where that is not finite, whose first place it returns.  Overwrites step."""
-        moved = np.subtract(param, step, out=step)
-        if not self._flagged:
-            param[...] = moved
-            return None
-        good = np.isfinite(moved)
-        np.copyto(param, moved, where=good)
-        return None if good.all() else int(np.argmin(good))
-
-    def _average_square(self, mean: Array, grad: Array, keep: float, work: Array, spare: Array) -> Array:
-        """mean = keep mean + (1 - keep) grad^2; returns grad, in `spare` where it had to be limited."""
-        np.multiply(grad, grad, out=work)
-        if self._flagged:
-            grad = np.clip(grad, -self._limit, self._limit, out=spare)
-            np.multiply(grad, grad, out=work)
-        work *= 1 - keep
-        mean *= keep
-        mean += work
-        if self._flagged:
-            np.minimum(mean, self._most, out=mean)
-        return grad
-
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
-        """The same by one kernel: `self._clock.update`."""
+    def numbers(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """As `kernels.optim` takes them: the rule's a, b and decay; beta1 and beta2 (0: none), and eps."""
         raise NotImplementedError
 
-    def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
-        """Updates one block of the moments; leaves in `work` what the parameters lose.  Overwrites spare, never grad."""
+    def options(self) -> dict[str, bool]:
+        """The constants of the rule's kernel."""
         raise NotImplementedError
-
-    def _decayed(self, param: Array, grad: Array, spare: Array) -> Array:
-        """grad + weight_decay param, in `spare`; grad itself where there is no decay."""
-        if self.weight_decay == 0:
-            return grad
-        np.multiply(param, min(self.weight_decay, self._most), out=spare)
-        spare += grad
-        return spare
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Moments by parameter, such as "exp_avg.head.weight", and "step" (int64, shape ()); copies on the host.
@@ -188,10 +117,7 @@ class Optimizer:
                 raise ValueError(f"{name}: expected values from 0, means of squares, got {array.min()}")
         for name, array in arrays.items():
             views[name][...] = array
-        if backend.name == "cuda":
-            self._clock.steps.fill(int(steps))
-        else:
-            self._steps = int(steps)
+        self._updates.steps = int(steps)
 
     def _named(self) -> dict[str, Array]:
         """Views of all moments, under the names the parameters have now."""
@@ -206,6 +132,8 @@ class SGD(Optimizer):
     Raises ValueError for negative settings and for nesterov without momentum.
     """
 
+    rule = "sgd"
+
     def __init__(
         self, model: Model, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
     ):
@@ -216,25 +144,11 @@ class SGD(Optimizer):
             raise ValueError("nesterov: expected momentum > 0 with it, got momentum 0")
         super().__init__(model, lr, weight_decay, ("momentum_buffer",) if momentum else ())
 
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
-        numbers, options = (
-            (self.momentum, 0.0, self.weight_decay),
-            {"momentum": bool(moments), "nesterov": self.nesterov},
-        )
-        self._clock.update("sgd", params, grads, moments, numbers, (0.0, 0.0, 0.0), loss, **options)
+    def numbers(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        return (self.momentum, 0.0, self.weight_decay), (0.0, 0.0, 0.0)
 
-    def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
-        direction = self._decayed(param, grad, spare)
-        for buffer in moments:  # one, or none without momentum
-            buffer *= self.momentum
-            buffer += direction
-            if self.nesterov:
-                np.multiply(buffer, self.momentum, out=work)
-                work += direction
-                direction = work
-            else:
-                direction = buffer
-        np.multiply(direction, min(self.lr, self._most), out=work)
+    def options(self) -> dict[str, bool]:
+        return {"momentum": bool(self.moments), "nesterov": self.nesterov}
 
 
 class RMSprop(Optimizer):
@@ -244,6 +158,8 @@ class RMSprop(Optimizer):
     Raises ValueError for settings out of range; eps must be > 0, for a gradient that is always 0 would give 0/0, and
     counts as the least number that the parameters' type does not lose, where it is smaller.
     """
+
+    rule = "rmsprop"
 
     def __init__(
         self,
@@ -262,32 +178,11 @@ class RMSprop(Optimizer):
         moments = ["square_avg"] + ["grad_avg"] * bool(centered) + ["momentum_buffer"] * bool(momentum)
         super().__init__(model, lr, weight_decay, tuple(moments))
 
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
-        numbers, corrections = (self.alpha, self.momentum, self.weight_decay), (0.0, 0.0, self.eps)
-        options = {"centered": bool(self.centered), "momentum": bool(self.momentum)}
-        self._clock.update("rmsprop", params, grads, moments, numbers, corrections, loss, **options)
+    def numbers(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        return (self.alpha, self.momentum, self.weight_decay), (0.0, 0.0, self.eps)
 
-    def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
-        named = dict(zip(self.moments, moments, strict=True))
-        square_avg = named["square_avg"]
-        grad = self._average_square(square_avg, self._decayed(param, grad, spare), self.alpha, work, spare)
-        if self.centered:
-            _average(named["grad_avg"], grad, self.alpha, work)
-            np.multiply(named["grad_avg"], named["grad_avg"], out=work)
-            np.subtract(square_avg, work, out=work)
-            np.maximum(work, 0, out=work)  # a variance, but rounding can take that of a steady gradient below 0
-            np.sqrt(work, out=work)
-        else:
-            np.sqrt(square_avg, out=work)
-        work += self.eps
-        np.divide(grad, work, out=work)
-        if self.momentum:
-            buffer = named["momentum_buffer"]
-            buffer *= self.momentum
-            buffer += work
-            np.multiply(buffer, min(self.lr, self._most), out=work)
-        else:
-            work *= min(self.lr, self._most)
+    def options(self) -> dict[str, bool]:
+        return {"centered": self.centered, "momentum": bool(self.momentum)}
 
 
 class Adam(Optimizer):
@@ -297,6 +192,8 @@ class Adam(Optimizer):
     Raises ValueError for settings out of range; eps must be > 0, for a gradient that is always 0 would give 0/0, and
     counts as the least number that the parameters' type does not lose, where it is smaller.
     """
+
+    rule = "adam"
 
     decoupled = False
 
@@ -315,31 +212,11 @@ class Adam(Optimizer):
         self.eps = _eps(eps, self.betas[1], model.params.dtype)
         super().__init__(model, lr, weight_decay, ("exp_avg", "exp_avg_sq"))
 
-    def _on_device(self, params: Parameters, grads: Parameters, moments: list[Array], loss: Any) -> None:
-        numbers = (*self.betas, self.weight_decay)
-        self._clock.update(
-            "adam", params, grads, moments, numbers, (*self.betas, self.eps), loss, decoupled=self.decoupled
-        )
+    def numbers(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        return (*self.betas, self.weight_decay), (*self.betas, self.eps)
 
-    def _update(self, param: Array, grad: Array, work: Array, spare: Array, *moments: Array) -> None:
-        exp_avg, exp_avg_sq = moments
-        beta1, beta2 = self.betas
-        lost = self.lr * self.weight_decay if self.decoupled else 0.0
-        if self.decoupled and lost <= 2:
-            param *= 1 - lost
-        elif not self.decoupled:
-            grad = self._decayed(param, grad, spare)
-        grad = self._average_square(exp_avg_sq, grad, beta2, work, spare)
-        _average(exp_avg, grad, beta1, work)
-        # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the division by sqrt(c) goes into the step size.
-        root = math.sqrt(1 - beta2**self._steps)
-        np.sqrt(exp_avg_sq, out=work)
-        work += self.eps * root
-        np.divide(exp_avg, work, out=work)
-        work *= min(self.lr * root / (1 - beta1**self._steps), self._most)
-        if lost > 2:  # it may overflow
-            np.multiply(param, min(lost, self._most), out=spare)
-            work += spare
+    def options(self) -> dict[str, bool]:
+        return {"decoupled": self.decoupled}
 
 
 class AdamW(Adam):
@@ -361,10 +238,3 @@ class AdamW(Adam):
 def _eps(eps: Any, beta: float, dtype: np.dtype) -> float:
     """`eps`, or the least that does not vanish in `dtype`, where it is multiplied by sqrt(1 - beta) or more."""
     return max(positive("eps", eps), float(np.finfo(dtype).tiny) / math.sqrt(1 - beta))
-
-
-def _average(mean: Array, value: Array, keep: float, work: Array) -> None:
-    """mean += (1 - keep) (value - mean)."""
-    np.subtract(value, mean, out=work)
-    work *= 1 - keep
-    mean += work

@@ -6,7 +6,7 @@ buffers, so that whole-buffer operations need no mask.
 """
 
 import copy
-import os
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class Parameters(Mapping[str, Array]):
         self._joined = False
         self._parts: list[Parameters] = []
         check_memory(self.count, self.dtype)
-        self._bind(_zeros(_extent(self.shapes, self.dtype), self.dtype))
+        self._bind(backend.ops.zeros(_extent(self.shapes, self.dtype), self.dtype))
 
     def _bind(self, flat: Array) -> None:
         """Makes `flat` the buffer behind every name, here and in the parts; the values become those of `flat`."""
@@ -60,7 +60,7 @@ class Parameters(Mapping[str, Array]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        flat = _zeros(self.flat.size, self.dtype)
+        flat = backend.ops.zeros(self.flat.size, self.dtype)
         flat[...] = self.flat
         self._bind(flat)
 
@@ -164,20 +164,9 @@ def _padded(size: int, dtype: Any) -> int:
     return -(-size // step) * step
 
 
-def _zeros(size: int, dtype: Any) -> Array:
-    """Zeros that begin on a multiple of ALIGNMENT: NumPy promises 16 bytes, CuPy 512."""
-    if backend.name == "cuda":
-        return backend.xp.zeros(size, dtype)
-    memory = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size * dtype.itemsize].view(dtype)
-
-
 def check_memory(count: int, dtype: Any, what: str = "parameters") -> None:
     """MemoryError for what no memory holds: an allocation may seem to succeed, and its use then ends the process."""
-    memory = 1 << 62
-    if backend.name == "numpy" and hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = backend.ops.memory_bytes()
     if count * dtype.itemsize > memory:
         needed, there = (f"{size / 2**30:,.0f} GiB" for size in (count * dtype.itemsize, memory))
         raise MemoryError(f"{count:,} {what} in {dtype} need {needed}, and there are {there} of memory")
@@ -185,3 +174,20 @@ def check_memory(count: int, dtype: Any, what: str = "parameters") -> None:
 
 def _extent(shapes: Shapes, dtype: Any) -> int:
     return sum(_padded(_size(shape), dtype) for shape in shapes.values())
+
+
+def all_finite(flat: Array) -> bool:
+    """Whether all values are; without a temporary, for minimum and maximum hand NaN on."""
+    return not flat.size or (math.isfinite(flat.max()) and math.isfinite(flat.min()))
+
+
+def raise_where_not_finite(grads: Parameters, allow_inf: bool = False) -> None:
+    """FloatingPointError with the name of the first gradient that has such a value."""
+    for name, grad in grads.items():
+        bad = np.isnan(grad) if allow_inf else ~np.isfinite(grad)
+        count = int(bad.sum())
+        if count:
+            first = float(grad[bad][0])
+            raise FloatingPointError(
+                f"gradient of {name}: expected finite values, got {first} ({count} of {grad.size})"
+            )

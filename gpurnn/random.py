@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, locks
+from gpurnn import backend
 from gpurnn.kernels import philox
 
 Array = Any
@@ -53,33 +53,9 @@ class Masks:
         for a gradient of that shape."""
         threshold = min(round(p * 2**32), 2**32 - 1)
         scale = x.dtype.type(1) / x.dtype.type(1 - p)
-        if backend.name == "cuda":
-            from gpurnn.cuda import launches
-
-            drop, number = launches.drop, launches.advance(self._calls)
-        else:
-            drop, number = _drop_on_host(), self.calls
-            self._calls += 1
-        masked = functools.partial(drop, seed=self.seed, number=number, threshold=threshold, scale=scale)
+        number = backend.ops.advance(self._calls)
+        masked = functools.partial(backend.ops.drop, seed=self.seed, number=number, threshold=threshold, scale=scale)
         return masked(x), masked
-
-
-@functools.cache
-def _drop_on_host() -> Callable[..., np.ndarray]:
-    from gpurnn.environment import compiles
-
-    if not compiles():
-        return _drop
-    with locks.building:
-        from gpurnn.cpu import dropout
-
-    return dropout.drop
-
-
-def _drop(x: np.ndarray, seed: int, number: int, threshold: int, scale: np.floating) -> np.ndarray:
-    """What `executors.dropout.drop` does, by NumPy alone."""
-    kept = words(seed, number, x.size).reshape(x.shape) >= threshold
-    return x * np.where(kept, scale, x.dtype.type(0))
 
 
 def words(seed: int, call: int, count: int) -> np.ndarray:

@@ -204,10 +204,7 @@ class Recurrent(Layer):
         out = self._packed(tuple(_stacked(parts) for parts in zip(*finals, strict=True)))
         if not training:
             return x, out, None
-        if backend.name == "numpy":  # y shares memory with what backward reads: a change to it must not go unseen
-            x = x.view()
-            x.flags.writeable = False
-        return x, out, self._backward(levels, T, N, self._given(state))
+        return backend.ops.protected(x), out, self._backward(levels, T, N, self._given(state))
 
     def _backward(self, levels: list, T: int, N: int, given: tuple[bool, ...]) -> Callable:
         turn = Turn()

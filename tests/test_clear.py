@@ -22,7 +22,7 @@ def test_everything_and_nothing_beside_it(monkeypatch, count, dtype, streamed):
         whole = Parameters.join(dict(zip("xyz", parts, strict=True)))
         for round in range(20):
             whole.flat[...] = round + 1
-            threads.clear(parts[1].flat)
+            backend.ops.clear(parts[1].flat)
             assert not parts[1].flat.any()
             assert (parts[0].flat == round + 1).all() and (parts[2].flat == round + 1).all()
 
@@ -32,8 +32,8 @@ def test_small_buffers_wake_no_thread_and_nan_goes(monkeypatch):
     monkeypatch.setattr(crew, "run", lambda *call: calls.append(call))
     small = Parameters({"a": (100,)}, "float32")
     small.flat[...] = np.nan
-    threads.clear(small.flat)
+    backend.ops.clear(small.flat)
     assert not calls and not small.flat.any()
     large = Parameters({"a": (threads.PARALLEL_BYTES // 4,)}, "float32")
-    threads.clear(large.flat)
+    backend.ops.clear(large.flat)
     assert len(calls) == 1

@@ -33,6 +33,7 @@ from gpurnn.diagnose.monitor import Alarm, look_at
 from gpurnn.diagnose.non_finite import raise_where_it_began
 from gpurnn.diagnose.subject import layer_names
 from gpurnn.losses import softmax_cross_entropy
+from gpurnn.parameters import all_finite
 
 Array = Any
 
@@ -63,14 +64,14 @@ class Training:
         self.seconds = 0.0
         self.alarm = Alarm()
         self.flow = backend.xp.zeros((config.num_layers, self.model.recurrent.cell.states, config.k1))
-        self._source = Prefetch(self.windows) if backend.name == "cuda" else self.windows
+        self._source = Prefetch(self.windows) if backend.ops.GRAPHS else self.windows
         self._captured = Captured(self._on_device, when=lambda: self.bptt.steady, quiet=True)
-        faults.restart(0)
+        backend.ops.restart(0)
 
     @property
     def one_by_one(self) -> str | None:
         """On CUDA, why the kernels of a step are launched one by one; None where they are one graph, or will be."""
-        return self._captured.reason if backend.name == "cuda" else None
+        return self._captured.reason if backend.ops.GRAPHS else None
 
     @property
     def symbols_done(self) -> int:
@@ -95,13 +96,13 @@ class Training:
         until the next step, and `fault` tells what went wrong.
         """
         began = time.perf_counter()
-        if flow and backend.name == "cuda":
+        if flow and backend.ops.GRAPHS:
             self.flow[...] = self._look(self.config.k1)[..., -self.config.k1 :]
         x, targets, first = self._source.at(self.steps_done)
         if first:
             self.bptt.reset()
         self.optimizer.lr = self.config.lr * self.schedule(int(self.progress * SCHEDULE_STEPS))
-        loss, norm = self._captured(x, targets) if backend.name == "cuda" else self._on_host(x, targets, flow)
+        loss, norm = self._captured(x, targets) if backend.ops.GRAPHS else self._on_host(x, targets, flow)
         self.steps_done += 1
         self.seconds += time.perf_counter() - began
         return loss / math.log(2), norm
@@ -117,7 +118,7 @@ class Training:
             self._raise_where_it_began(targets)
             raise
         self.optimizer.update()
-        if not clipping.all_finite(self.model.params.flat):
+        if not all_finite(self.model.params.flat):
             raise FloatingPointError("the update left parameters that are not finite")
         return loss, norm
 
@@ -227,7 +228,7 @@ class Training:
         for name, masks in self._masks.items():
             masks.calls = calls[name]
         self.steps_done, self.seconds = step, float(seconds)
-        faults.restart(step)
+        backend.ops.restart(step)
         return environment.differences(recorded)
 
     def _check_position(self, saved: Checkpoint, step: int) -> None:
@@ -335,7 +336,7 @@ def _with_step(step: int, error: Exception) -> Exception:
 
 
 def _mean(losses: list[Any]) -> float:
-    return float(np.mean(losses if backend.name == "numpy" else backend.to_numpy(backend.xp.stack(losses))))
+    return float(np.mean(backend.to_numpy(backend.xp.stack(losses))))
 
 
 def _rounded(norms: np.ndarray) -> list[list[float]]:

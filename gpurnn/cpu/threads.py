@@ -7,7 +7,6 @@ threads: slower, and right all the same.
 """
 
 import functools
-import importlib
 import itertools
 import os
 import threading
@@ -16,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, locks
-from gpurnn.environment import compiles, cpu_threads
+from gpurnn import locks
+from gpurnn.environment import cpu_threads
 
 PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
 PARALLEL_BYTES = 1 << 22  # nor fewer zeros; the forward pass behind them has use for a thread that is awake
@@ -178,25 +177,3 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     run(multiply, shares(a.shape[0], cpu_threads()))
     return out
-
-
-def product(a: Any, b: Any) -> Any:
-    """a @ b for matrices on either backend, for callers that hold no `one_blas_thread`."""
-    if backend.name == "cuda":
-        return a @ b
-    with one_blas_thread:
-        return matmul(a, b)
-
-
-def clear(buffer: Any) -> None:
-    """buffer[...] = 0 on either backend, for a buffer of `Parameters`."""
-    if backend.name == "cuda" or buffer.nbytes < PARALLEL_BYTES or not compiles():
-        buffer[...] = 0
-    else:
-        _shared_clear()(buffer)
-
-
-@functools.cache
-def _shared_clear() -> Callable[[np.ndarray], None]:
-    with locks.building:
-        return importlib.import_module("gpurnn.cpu.clear").clear

@@ -41,7 +41,7 @@ class Captured:
         self._function, self._when, self._quiet = arguments.function("function", function), when, quiet
         if when is not None:
             arguments.function("when", when)
-        self.reason: str | None = "NumPy has no graphs" if backend.name == "numpy" else None
+        self.reason: str | None = None if backend.ops.GRAPHS else "NumPy has no graphs"
         self._warm: dict[tuple, tuple[int, Any]] = {}  # calls so far, and the pool that they have filled
         self._recorded: dict[tuple, _Recorded] = {}
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.arguments import part_at, place_of, wrong_target, wrong_update
 
 Array = Any
 
@@ -88,19 +89,19 @@ def restart(step: int) -> None:
     """Makes `step` the number of updates that the current stream has done so far, for the messages; forgets a fault of
     it that nobody has read.
     """
-    if backend.name == "cuda":
-        from gpurnn.kernels.faults import FIRST, NOW, NOWHERE, SITE
+    from gpurnn.kernels.faults import FIRST, NOW, NOWHERE, SITE
 
-        for word, value in ((NOW, step), (SITE, 0), (FIRST, NOWHERE)):
-            record()[word] = value
+    for word, value in ((NOW, step), (SITE, 0), (FIRST, NOWHERE)):
+        record()[word] = value
 
 
 def take() -> Fault | None:
     """The first fault since the last time, or None; of several streams' one of them.  Waits for the device."""
-    if backend.name == "numpy":
+    ours = [(number, found) for (xp, number, _), found in list(_records.items()) if xp is backend.xp]
+    if not ours:  # as always on NumPy
         return None
     device = backend.xp.cuda.Device().id
-    records = [found for (xp, number, _), found in list(_records.items()) if (xp, number) == (backend.xp, device)]
+    records = [found for number, found in ours if number == device]
     if len(records) > 1:
         backend.synchronize()
     faults = [fault for found in records if (fault := _taken(found)) is not None]
@@ -138,44 +139,21 @@ def synchronize() -> None:
     check()
 
 
-def wrong_target(shape: tuple[int, ...], classes: int, position: int, value: int) -> ValueError:
-    """For a target outside [0, C), the `position`-th of `shape`, counted flat."""
-    at = _place(position, shape)
-    return ValueError(f"targets: expected values in [0, C) = [0, {classes}), got {value} at {at}")
-
-
-def _place(position: int, shape: tuple[int, ...]) -> str:
-    where = tuple(int(i) for i in np.unravel_index(position, shape))
-    return f"(t, n) = {where}" if len(where) == 2 else f"position {where}"
-
-
 def _targets(site: Site, position: int, value: float) -> Exception:
     return wrong_target(site.shape, site.bound, position, int(value))
 
 
 def _tokens(site: Site, position: int, value: float) -> Exception:
-    at = _place(position, site.shape)
+    at = place_of(position, site.shape)
     return ValueError(f"tokens: expected values from 0 to {site.bound - 1}, got {value:.0f} at {at}")
 
 
-def _part(parts: tuple, position: int) -> str:
-    """The name of the part of a flat buffer that a position lies in, and where in it."""
-    name, start, shape = next(part for part in reversed(parts) if part[1] <= position)
-    where = tuple(int(i) for i in np.unravel_index(position - start, shape))
-    return f"{name} at {where}" if where else name
-
-
 def _gradient(site: Site, position: int, value: float) -> Exception:
-    return FloatingPointError(f"gradient of {_part(site.parts, position)}: expected finite values, got {value}")
+    return FloatingPointError(f"gradient of {part_at(site.parts, position)}: expected finite values, got {value}")
 
 
 def _parameter(site: Site, position: int, value: float) -> Exception:
     return wrong_update(site.parts, position)
-
-
-def wrong_update(parts: tuple, position: int) -> FloatingPointError:
-    """For a parameter that would not be finite, at `position` of the flat buffer with these `places`."""
-    return FloatingPointError(f"the update of {_part(parts, position)} is not finite")
 
 
 def _scalar(site: Site, position: int, value: float) -> Exception:

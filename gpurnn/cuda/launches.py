@@ -12,17 +12,14 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.cuda import device, faults
 from gpurnn.cuda.faults import Site
-from gpurnn.kernels import dropout, embedding, losses, norms, optim
-from gpurnn.kernels import faults as record
+from gpurnn.kernels import dropout, embedding, losses, norms
 from gpurnn.kernels.vectors import WIDTH
 from gpurnn.parameters import Parameters
 
 Array = Any
 
-LOSS = ("the loss", 0, ())  # as errors call it
 
-
-def _done() -> int:
+def done() -> int:
     """The address of a count of blocks, 0 between launches, that no other stream's kernels count in."""
     return _counter(*faults.place()).data.ptr
 
@@ -59,7 +56,7 @@ def cross_entropy(
     divisor = np.float64(count if isinstance(count, int) else 1)
     site = faults.number(Site("targets", targets.shape, C))
     kernel(
-        max(1, blocks), *faults.pointers(), site, *pointers, len(rows), C, ignore or 0, 1 / divisor, _done(), divisor,
+        max(1, blocks), *faults.pointers(), site, *pointers, len(rows), C, ignore or 0, 1 / divisor, done(), divisor,
         value.data.ptr,
     )  # fmt: skip
     return value if total else errors.reshape(targets.shape), dlogits.reshape(logits.shape)
@@ -111,7 +108,7 @@ def norm(grads: Parameters, max_norm: float = np.inf) -> Array:
     blocks = max(1, min(norms.BLOCKS, device.grid(flat.size, norms.THREADS * WIDTH[dtype])))
     partial, out = backend.xp.empty((norms.KINDS, norms.BLOCKS)), backend.xp.empty(2)
     site = faults.number(Site("gradient", parts=grads.places))
-    arguments = (site, flat.data.ptr, partial.data.ptr, flat.size, np.float64(max_norm), out.data.ptr, _done())
+    arguments = (site, flat.data.ptr, partial.data.ptr, flat.size, np.float64(max_norm), out.data.ptr, done())
     device.kernel(norms.norm, dtype=dtype)(blocks, *faults.pointers(), *arguments)
     return out
 
@@ -122,47 +119,3 @@ def scale(grads: Parameters, found: Array) -> None:
     if flat.size:
         blocks = device.grid(flat.size, norms.THREADS * WIDTH[dtype])
         device.kernel(norms.scale, dtype=dtype)(blocks, flat.data.ptr, found.data.ptr, flat.size)
-
-
-class Clock:
-    """What an update needs that changes from one to the next, on the device: a captured update finds it there.
-
-    steps: (1,) int64, the updates done.  lr: (1,) float64.
-    """
-
-    def __init__(self, dtype: np.dtype):
-        xp = backend.xp
-        self.steps, self.lr, self._scalars = xp.zeros(1, np.int64), xp.zeros(1), xp.zeros(3, dtype)
-
-    def update(
-        self,
-        rule: str,
-        params: Parameters,
-        grads: Parameters,
-        moments: list[Array],
-        numbers: tuple[float, float, float],
-        corrections: tuple[float, float, float],
-        loss: Array | None,
-        **options: bool,
-    ) -> None:
-        """One update of the buffers by `rule` of `kernels.optim`, unless the record holds a fault.
-
-        moments: flat buffers in the rule's order.  numbers: its a, b and decay.  corrections: beta1 and beta2 (0: none),
-        and eps.  loss: None, or a float64 scalar that is a fault where it is not finite.
-        """
-        flat, dtype = params.flat, params.dtype.name
-        at, real = faults.pointers(), params.dtype.type
-        pointers = [array.data.ptr for array in (self.steps, self.lr, self._scalars)]
-        looked_at = (0, at[1]) if loss is None else (faults.number(Site("scalar", parts=(LOSS,))), loss.data.ptr)
-        begin = device.kernel(record.begin_update, dtype=dtype)
-        begin(1, *at, *looked_at, *pointers, *map(np.float64, corrections), np.float64(numbers[2]))
-        kernel = device.kernel(getattr(optim, rule), dtype=dtype, **options)
-        buffers = [buffer.data.ptr for buffer in (params.flat, grads.flat, *moments)]
-        buffers += [0] * (5 - len(buffers))
-        blocks = max(1, device.grid(flat.size, optim.THREADS * WIDTH[dtype]))
-        site = faults.number(Site("parameter", parts=params.places))
-        a, b, decay = numbers
-        kernel(
-            blocks, *at, site, self._scalars.data.ptr, *buffers, flat.size, *map(real, (a, b, 1 - a, 1 - b, decay)),
-            self.steps.data.ptr, _done(),
-        )  # fmt: skip

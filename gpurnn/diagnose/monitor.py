@@ -10,11 +10,11 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import checked, function, uncopied, whole
-from gpurnn.clipping import all_finite
 from gpurnn.diagnose.flow import Flow
 from gpurnn.diagnose.non_finite import raise_where_it_began
 from gpurnn.diagnose.subject import layer_names, recurrent_part
 from gpurnn.diagnose.verdict import judge
+from gpurnn.parameters import all_finite
 
 Array = Any
 
@@ -159,7 +159,7 @@ class Monitor:
                 if looks:
                     self._look(backward, checked(dout, None, "dout", out.shape))
                 result = backward(dout, dstate, keep=keep, flow=flow)
-                if (looks or backend.name == "numpy") and not all_finite(self.model.grads.flat):
+                if (looks or not backend.ops.LOOKING_WAITS) and not all_finite(self.model.grads.flat):
                     raise_where_it_began(self.model, x, state, lengths, dout, dstate)
             except FloatingPointError as error:
                 raise FloatingPointError(f"update {self.update}: {error}") from None

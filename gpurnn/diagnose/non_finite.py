@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.clipping import raise_where_not_finite
 from gpurnn.diagnose.flow import Flow, raise_where_flow_is_not_finite
 from gpurnn.diagnose.subject import layer_names, recurrent_part, run_steps, undisturbed
 from gpurnn.diagnose.subject import raise_where_not_finite as raise_at_step
+from gpurnn.parameters import raise_where_not_finite
 from gpurnn.sequence import prepare_lengths
 
 Array = Any

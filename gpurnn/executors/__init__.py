@@ -9,7 +9,6 @@ it is first chosen, so that a program pays only for the executor it uses.
 
 import functools
 import importlib
-import warnings
 from typing import Any
 
 import numpy as np
@@ -57,23 +56,9 @@ def choose(
     name = check(asked)
     if name == "compiled" and not compiles():
         raise ValueError("executor: compiled needs Numba's compiler, which NUMBA_DISABLE_JIT turns off here")
-    if name is not None or backend.name == "numpy":
-        return executor(name or _usual())
-    on_chip = importlib.import_module("gpurnn.cuda.on_chip")
-    while True:
-        name = on_chip.fastest(cell, H, N, dtype, precision)
-        engine = executor(name)
-        if training is None or name == "step" or engine.runs(cell, H, N, precision, training, clip):
-            return engine
-
-
-@functools.cache
-def _usual() -> str:
-    """What runs on a CPU where nothing is forced.  Warns, once, where that is the slow one."""
-    if compiles():
-        return "compiled"
-    warnings.warn("NUMBA_DISABLE_JIT is set: layers run on NumPy alone, many times slower", stacklevel=2)
-    return "numpy"
+    if name is not None:
+        return executor(name)
+    return backend.ops.fastest(cell, H, N, dtype, precision, training, clip)
 
 
 @functools.cache

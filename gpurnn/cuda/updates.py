@@ -1,0 +1,72 @@
+"""Optimisers' updates on a device: one kernel reads and writes each buffer once, and nothing waits.
+
+The count of updates and the learning rate lie on the device, where a captured update finds them.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from gpurnn import backend
+from gpurnn.cuda import device, faults
+from gpurnn.cuda.faults import Site
+from gpurnn.cuda.launches import done
+from gpurnn.kernels import faults as record
+from gpurnn.kernels import optim
+from gpurnn.kernels.vectors import WIDTH
+from gpurnn.parameters import Parameters
+
+Array = Any
+
+LOSS = ("the loss", 0, ())  # as errors call it
+
+
+class Updates:
+    """The updates of one optimiser: how many there were, and the learning rate, both on the device.
+
+    steps: the updates done; the device has to be asked, which waits.  lr: a float.
+    """
+
+    def __init__(self, params: Parameters):
+        xp = backend.xp
+        self._steps, self._lr, self._scalars = xp.zeros(1, np.int64), xp.zeros(1), xp.zeros(3, params.dtype)
+
+    @property
+    def steps(self) -> int:
+        return int(self._steps[0])
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._steps.fill(value)
+
+    @property
+    def lr(self) -> float:
+        return float(self._lr[0])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr.fill(value)
+
+    def run(self, rule: str, settings: Any, model: Any, moments: dict[str, Parameters], loss: Array | None) -> None:
+        """One update of model.params from model.grads by `rule` of `kernels.optim`, unless the record holds a fault.
+
+        settings.numbers() and settings.options(): see `optim.Optimizer`.  loss: None, or a float64 scalar that is a fault
+        where it is not finite.
+        """
+        params = model.params
+        (a, b, decay), corrections = settings.numbers()
+        flat, dtype, real = params.flat, params.dtype.name, params.dtype.type
+        at = faults.pointers()
+        pointers = [array.data.ptr for array in (self._steps, self._lr, self._scalars)]
+        looked_at = (0, at[1]) if loss is None else (faults.number(Site("scalar", parts=(LOSS,))), loss.data.ptr)
+        begin = device.kernel(record.begin_update, dtype=dtype)
+        begin(1, *at, *looked_at, *pointers, *map(np.float64, corrections), np.float64(decay))
+        kernel = device.kernel(getattr(optim, rule), dtype=dtype, **settings.options())
+        buffers = [buffer.flat.data.ptr for buffer in (params, model.grads, *moments.values())]
+        buffers += [0] * (5 - len(buffers))
+        blocks = max(1, device.grid(flat.size, optim.THREADS * WIDTH[dtype]))
+        site = faults.number(Site("parameter", parts=params.places))
+        kernel(
+            blocks, *at, site, self._scalars.data.ptr, *buffers, flat.size, *map(real, (a, b, 1 - a, 1 - b, decay)),
+            self._steps.data.ptr, done(),
+        )  # fmt: skip
