@@ -2,6 +2,7 @@
 
 RECURRENT, LAYERS, SEQUENCE = "gpurnn/recurrent", "gpurnn/layers", "gpurnn/sequence"
 PARAMETERS, CHECK, RANDOM = "gpurnn/parameters", "gpurnn/check", "gpurnn/random"
+OPS = "gpurnn/cpu/ops"
 BATCH = "sequence::a_batch_is_its_rows_each_at_its_own_length"
 
 # fmt: off
@@ -68,19 +69,20 @@ MUTANTS = {
     "mask: a head's bias shows behind a row's end": (LAYERS, "            y = self._blank(y, padding)\n", "",
         "layers::model_reads_nothing_behind_a_rows_end"),
 
-    "gradient: a token that comes twice counts once": (LAYERS,
-        "target[ordered[starts]] += _segment_sums(values[order], starts)", "target[rows] += values",
+    "gradient: a token that comes twice counts once": (OPS,
+        "target[ordered[starts]] += segment_sums(values[order], starts)", "target[rows] += values",
         "layers::embedding"),
-    "order: a sum over tokens in the order of their places": (LAYERS, "_segment_sums(values[order], starts)",
-        "_segment_sums(values, starts)", "layers::embedding"),
-    "passed: a negative token": (LAYERS, "(tokens.min() < 0 or tokens.max()", "(tokens.max()",
+    "order: a sum over tokens in the order of their places": (OPS, "segment_sums(values[order], starts)",
+        "segment_sums(values, starts)", "layers::embedding"),
+    "passed: a negative token": (OPS, "(tokens.min() < 0 or tokens.max()", "(tokens.max()",
         "layers::bad_arguments"),
-    "sum: many rows in float32": (LAYERS, "partial.sum(0, dtype=np.float64)", "partial.sum(0)", "long_sums::linear"),
+    "sum: many rows in float32": ("gpurnn/cpu/sums", "partial.sum(0, dtype=np.float64)", "partial.sum(0)",
+        "long_sums::linear"),
     "kept: zero_grad forgets the gradients' end": (LAYERS, "clear(self.grads.flat)", "clear(self.grads.flat[:-16])",
         "layers::gradients_add_up_until_zero_grad", "recurrent::gradients_add_up_until_zero_grad"),
     "scale: dropout leaves the mean lower": (RANDOM, "scale = x.dtype.type(1) / x.dtype.type(1 - p)",
         "scale = x.dtype.type(1)", "random::rate_and_mean"),
-    "random: every call has the same mask": (RANDOM, "            self._calls += 1\n", "",
+    "random: every call has the same mask": (OPS, "    calls += 1\n", "",
         "random::copies_go_on_alike_and_apart", "layers::dropout"),
     "random: masks depend on who drew before": (RANDOM, "rng.spawn(1)[0].integers(1 << 63)", "rng.integers(1 << 63)",
         "random::layers_have_masks_of_their_own_and_leave_what_else_is_drawn_as_it_was"),

@@ -9,8 +9,8 @@ BUILT = "options_built::an_option_of_train_is_built"
 
 # fmt: off
 MUTANTS = {
-    "state: not carried from window to window": (BPTT, '"carried": carried, "stretch": stretch}, None',
-        '"carried": begin, "stretch": stretch}, None', WINDOW),
+    "state: not carried from window to window": (BPTT, '"carried": carried, "stretch": stretch}',
+        '"carried": begin, "stretch": stretch}', WINDOW),
     "state: not left behind by reset": (BPTT, "self.begin = self.carried = state", "self.begin = state",
         "bptt::reset_forgets"),
     "state: reset keeps the caller's": (BPTT, "state = _copied(state)", "pass",
@@ -22,8 +22,8 @@ MUTANTS = {
         "                continue\n", "", WINDOW),
     "gradient: cut between the two parts of a stretch": (BPTT, "                _, dstate = backward(own, dstate)\n",
         "                _, dstate = backward(own, None)\n", WINDOW, SUMS),
-    "buffer: the window's inputs are the caller's": (BPTT, "stretch.copy() if stretch is x and",
-        "stretch if stretch is x and", "buffers::truncated_bptt_keeps_nothing_of_the_callers"),
+    "buffer: the window's inputs are the caller's": (BPTT, 'borrowed=("stretch",) if stretch is x else ()',
+        "borrowed=()", "buffers::truncated_bptt_keeps_nothing_of_the_callers"),
     "mask: a window's lengths do not reach the model": (BPTT, "own_part = _within(valid, part.start, part.stop)",
         "own_part = None", "valid_steps::truncated_windows_are_means_over_their_valid_steps"),
     "mask: full BPTT's lengths do not reach the loss": (BPTT, "value, dout = evaluate(loss, out, targets, lengths)",
@@ -116,7 +116,7 @@ MUTANTS = {
     "index: the first step of a loss is followed": (MONITOR, "sources = (int(steps[-1]), int(steps[0]))",
         "sources = (int(steps[0]), int(steps[-1]))", "monitor::it_sees_what_the_laboratory_sees",
         "monitor::each_direction_is_followed_from_its_own_end"),
-    "passed: NaN between looks": (MONITOR, "if (looks or backend.name == \"numpy\") and", "if looks and",
+    "passed: NaN between looks": (MONITOR, "if (looks or not backend.ops.LOOKING_WAITS) and", "if looks and",
         "monitor::the_first_value_that_is_not_finite_is_named"),
 }
 # fmt: on
