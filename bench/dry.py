@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from gpurnn import backend
 from gpurnn.cuda import cublas, device, faults, tuning
-from gpurnn.folders import code_folder
+from gpurnn.files import code_folder
 from gpurnn.kernels import build
 from gpurnn.kernels.plan import Chip
 

@@ -24,7 +24,7 @@ from bench.cases import Case
 from bench.plot_style import BLUE, COLOURS, DPI, INK, VERMILLION
 from bench.standings import CELLS, PHASES, Row, Section, Standing, sections
 from bench.tables import shown
-from gpurnn.app.checkpoint import write_atomically
+from gpurnn.files import write_atomically
 from gpurnn.plot.style import own
 
 CLIP = 2.0  # ratios beyond take the last colour: what is near 1 must be told apart, a large win needs no shade

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import plots, results, tables
 from bench.standings import Section, sections
-from gpurnn.app.checkpoint import write_atomically
+from gpurnn.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("bench", "results")

@@ -12,8 +12,9 @@ from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from gpurnn.cuda.capture import captured
 from gpurnn.cuda.faults import synchronize
 from gpurnn.diagnose.monitor import GradientWarning, Monitor
-from gpurnn.layers import Dropout, Embedding, Linear, SequenceModel
+from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
+from gpurnn.model import SequenceModel
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 

@@ -1,4 +1,4 @@
-"""Layers without memory, the base of all layers, and SequenceModel, which joins them.
+"""Layers without memory, and the base of all layers.
 
 A layer is called forward and answers with its output and a closure: `y, backward = layer(x)`.  `backward(dy)` adds to
 `layer.grads` and returns dx.  What backward needs lives in the closure and goes when it goes: x is copied for it, so that
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import Turn, checked, generator, probability, supported, switch, uncopied, whole
+from gpurnn.arguments import Turn, checked, generator, probability, supported, switch, whole
 from gpurnn.cuda import faults
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
 from gpurnn.random import Masks
-from gpurnn.sequence import prepare_lengths
 
 Array = Any
 
@@ -147,96 +146,3 @@ class Dropout(Layer):
             return x, (lambda dy: checked(dy, self.dtype, "dy", x.shape)) if training else None
         y, masked = self.masks(x, self.p)
         return y, lambda dy: masked(checked(dy, self.dtype, "dy", x.shape))
-
-
-class SequenceModel(Layer):
-    """embedding (or None) -> recurrent -> dropout (or None) -> head (or None), with all parameters in one buffer.
-
-    Names are prefixed: `embedding.weight`, `recurrent.weight_ih_l0`, `head.bias`.  The parts become views of the model's
-    buffers and can be used as before.
-    """
-
-    def __init__(self, embedding: Any, recurrent: Any, head: Any, *, dropout: Dropout | None = None):
-        self.embedding, self.recurrent, self.dropout, self.head = embedding, recurrent, dropout, head
-        named = {"embedding": embedding, "recurrent": recurrent, "head": head}
-        parts = {name: part for name, part in named.items() if part is not None}
-        self._check_parts(parts)
-        self.params = Parameters.join({name: part.params for name, part in parts.items()})
-        self.grads = Parameters.join({name: part.grads for name, part in parts.items()})
-        self.dtype = self.params.dtype
-
-    def __call__(
-        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
-    ) -> tuple[Array, Any, Callable | None]:
-        """x: tokens (T, N), or (T, N, I) without an embedding -> out (T, N, C), state, backward.
-
-        `dx, dstate0 = backward(dout, dstate=None, keep=False, flow=None)`; dx is None behind an embedding.  The other
-        arguments are those of `Recurrent`: behind a row's length x and dout are not read, and out is 0.
-        """
-        training, copy = switch("training", training), switch("copy", copy)
-        padding = None
-        if lengths is not None:
-            x, padding = self._without_padding(x, lengths)
-        embed_backward = drop_backward = head_backward = None
-        copy = copy and padding is None
-        if self.embedding is not None:
-            x, embed_backward = self.embedding(x, training=training, **({} if copy else uncopied(self.embedding)))
-            copy = copy and type(self.embedding) not in (Embedding, Linear)  # whose y is in memory of its own
-        options = {} if copy else uncopied(self.recurrent)
-        y, state, recurrent_backward = self.recurrent(x, state, lengths=lengths, training=training, **options)
-        if self.dropout is not None:
-            y, drop_backward = self.dropout(y, training=training)
-        if self.head is not None:
-            y, head_backward = self.head(y, training=training, **uncopied(self.head))
-            y = self._blank(y, padding)
-        turn = Turn()
-
-        def backward(
-            dout: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None
-        ) -> tuple[Array, Any]:
-            with turn:
-                keep = switch("keep", keep)
-                # The head's gradients are added before the recurrent layer looks at its arguments: look now.
-                self.recurrent.check_backward(dstate, flow, *y.shape[:2])
-                dy = None if dout is None else self._blank(checked(dout, self.dtype, "dout", y.shape), padding)
-                turn.gone = not keep
-                for back in (head_backward, drop_backward):
-                    dy = back(dy) if back is not None and dy is not None else dy
-                dx, dstate0 = recurrent_backward(dy, dstate, keep=keep, flow=flow)
-                return (embed_backward(dx) if embed_backward else dx), dstate0
-
-        return y, state, backward if training else None
-
-    def _check_parts(self, parts: Mapping[str, Any]) -> None:
-        """Raises TypeError for what is not a layer, ValueError where neighbours differ in size."""
-        for name, part in {"recurrent": self.recurrent, **parts}.items():
-            if not isinstance(part, Layer):
-                raise TypeError(f"{name}: expected a layer, got {type(part).__name__}")
-        for name in ("embedding", "head"):
-            if isinstance(parts.get(name), SequenceModel) or hasattr(parts.get(name), "check_backward"):
-                kind = type(parts[name]).__name__
-                raise TypeError(f"{name}: expected a layer without memory, such as Embedding or Linear, got {kind}")
-        if not hasattr(self.recurrent, "check_backward"):
-            raise TypeError(f"recurrent: expected a recurrent layer, got {type(self.recurrent).__name__}")
-        if self.dropout is not None and not isinstance(self.dropout, Dropout):
-            raise TypeError(f"dropout: expected a Dropout layer or None, got {self.dropout!r}")
-        inputs, outputs = self.recurrent.input_size, self.recurrent.directions * self.recurrent.hidden_size
-        if isinstance(self.embedding, Embedding) and self.embedding.embedding_dim != inputs:
-            came = self.embedding.embedding_dim
-            raise ValueError(f"embedding: expected embedding_dim = recurrent.input_size = {inputs}, got {came}")
-        if isinstance(self.head, Linear) and self.head.in_features != outputs:
-            raise ValueError(f"head: expected in_features = D*H of recurrent = {outputs}, got {self.head.in_features}")
-
-    def _without_padding(self, x: Array, lengths: Any) -> tuple[Array, Array | None]:
-        """x with 0 behind each row's end, and where that is, (T, N, 1); None where every row is full."""
-        x = backend.asarray(x, None, "x")
-        prepared = prepare_lengths(lengths, *x.shape[:2]) if x.ndim > 1 else None
-        if prepared is None:
-            return x, None
-        x = x.copy()
-        x[prepared.padding[..., 0]] = 0
-        return x, prepared.padding
-
-    def _blank(self, value: Array, padding: Array | None) -> Array:
-        """value (T, N, C) with 0 behind each row's end."""
-        return value if padding is None else backend.xp.where(padding, backend.xp.zeros((), self.dtype), value)

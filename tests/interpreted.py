@@ -22,7 +22,7 @@ import pytest
 
 import gpurnn.kernels
 from gpurnn.cuda import device, faults, launches
-from gpurnn.folders import code_folder
+from gpurnn.files import code_folder
 from gpurnn.kernels import build
 from gpurnn.kernels.launch import check
 from tests import fake_cupy

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from gpurnn import files
 from gpurnn.app import checkpoint
 from gpurnn.app.checkpoint import Checkpoint
 from gpurnn.app.metrics import MetricsLog, read_metrics
@@ -182,13 +183,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
         raise OSError(errno.ENOSPC, "no space left on device")
 
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
     if failing == "write":
-        monkeypatch.setattr(checkpoint, "open", FullDisk, raising=False)
+        monkeypatch.setattr(files, "open", FullDisk, raising=False)
     else:
         monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.write_atomically(path, b"new, and longer")
+        files.write_atomically(path, b"new, and longer")
     assert path.read_bytes() == b"old"
     assert not leftovers(tmp_path)
 
@@ -198,19 +199,19 @@ def test_data_reaches_the_disk_before_the_name_and_the_name_before_the_return(tm
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor)))
     monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
-    checkpoint.write_atomically(tmp_path / "file", b"data")
+    files.write_atomically(tmp_path / "file", b"data")
     assert calls == ["fsync", "replace", "fsync"][: 2 if os.name == "nt" else 3]
 
 
 def test_clean_removes_leftovers_only(tmp_path):
     kept = [tmp_path / ".tmp-of-somebody-else", tmp_path / "model.safetensors"]
-    gone = [tmp_path / checkpoint.TEMPORARY / "config.toml", tmp_path / f"{checkpoint.TEMPORARY}1"]
+    gone = [tmp_path / files.TEMPORARY / "config.toml", tmp_path / f"{files.TEMPORARY}1"]
     gone[0].parent.mkdir()
     for path in kept + gone:
         path.touch()
-    checkpoint.clean(tmp_path, older_than=60)
+    files.clean(tmp_path, older_than=60)
     assert all(path.exists() for path in kept + gone)
-    checkpoint.clean(tmp_path)
+    files.clean(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
@@ -223,7 +224,7 @@ sys.path.insert(0, {tests!r})
 from test_checkpoint import assert_filled, filled
 
 run = Path({folder!r})
-checkpoint.clean(run)
+files.clean(run)
 step = assert_filled(run / checkpoint.MODEL)
 with MetricsLog.resume(run / checkpoint.METRICS, step) as log:
     while True:
@@ -266,7 +267,7 @@ def test_a_training_killed_at_any_moment_resumes(tmp_path):
         step = assert_filled(run / checkpoint.MODEL)
         assert step > before
         before = step
-    checkpoint.clean(run)
+    files.clean(run)
     assert not leftovers(run)
     MetricsLog.resume(run / checkpoint.METRICS, step).close()
     assert [line["step"] for line in read_metrics(run / checkpoint.METRICS)] == list(range(1, step + 1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import executors
+from gpurnn import executors, files
 from gpurnn import random as gpurnn_random
 from gpurnn.app import checkpoint, data, metrics
 from gpurnn.cli import main
@@ -64,7 +64,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'model'}'"):
-        checkpoint.write_atomically(tmp_path / "model", b"x")
+        files.write_atomically(tmp_path / "model", b"x")
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     (tmp_path / "text").write_text("abc" * 9)
     with pytest.raises(OSError, match=r"No space left on device: '.*\.tokens'"):

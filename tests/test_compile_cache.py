@@ -16,7 +16,7 @@ import pytest
 from gpurnn import backend, folders
 from gpurnn.app import data
 from gpurnn.cpu import cache
-from gpurnn.folders import code_folder
+from gpurnn.files import code_folder
 from gpurnn.kernels import entries
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")

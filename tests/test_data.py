@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpurnn import files
 from gpurnn.app import data, text
 from gpurnn.app.data import Alphabet, Windows, load_corpus, split, standard_library
 
@@ -29,9 +30,7 @@ def storage(request, monkeypatch, tmp_path_factory):
     if request.param == "no cache folder":
         home = home / "file"
         home.write_text("in the way of a folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setenv("LOCALAPPDATA", str(home))
-    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("GPURNN_CACHE_DIR", str(home))
     return request.param
 
 
@@ -152,12 +151,12 @@ def test_unfinished_token_files_are_removed(tmp_path, monkeypatch):
     cache.mkdir()
     (tmp_path / "a.txt").write_text("some text")
     for name, age in (("killed", 2 * 24 * 3600), ("running", 60)):
-        (cache / f"{name}.partial").write_bytes(b"x")
-        os.utime(cache / f"{name}.partial", (time.time() - age,) * 2)
+        (cache / f"{files.TEMPORARY}{name}").write_bytes(b"x")
+        os.utime(cache / f"{files.TEMPORARY}{name}", (time.time() - age,) * 2)
     monkeypatch.setattr(os, "fsync", lambda handle: 1 / 0)  # the disk fails
     with pytest.raises(ZeroDivisionError):
         load_corpus(tmp_path / "a.txt", cache_dir=cache)
-    assert [path.name for path in cache.iterdir()] == ["running.partial"]
+    assert [path.name for path in cache.iterdir()] == [f"{files.TEMPORARY}running"]
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, storage, monkeypatch):

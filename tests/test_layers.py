@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from gpurnn.backend import to_numpy
-from gpurnn.layers import Dropout, Embedding, Linear, SequenceModel
+from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import softmax_cross_entropy
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import GRU, LSTM
 
 T, N, I, H, C = 5, 3, 4, 6, 7

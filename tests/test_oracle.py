@@ -11,8 +11,9 @@ import pytest
 from gpurnn import backend
 from gpurnn.backend import to_numpy
 from gpurnn.cells import CELLS
-from gpurnn.layers import Embedding, Linear, SequenceModel
+from gpurnn.layers import Embedding, Linear
 from gpurnn.losses import softmax_cross_entropy
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 EXECUTORS = ["numpy"] if backend.name == "cuda" else ["numpy", "compiled"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gpurnn
+from gpurnn import files
 from gpurnn.app import checkpoint
 from gpurnn.app.checkpoint import Checkpoint
 from gpurnn.app.config import TrainConfig
@@ -121,7 +122,7 @@ def test_a_checkpoint_without_a_digest_is_refused(run, tmp_path):
 
 
 def test_a_run_in_the_making_is_left_to_its_process(run, tmp_path):
-    others, left = (tmp_path / f"{checkpoint.TEMPORARY}{name}" for name in ("making", "killed"))
+    others, left = (tmp_path / f"{files.TEMPORARY}{name}" for name in ("making", "killed"))
     others.mkdir()
     left.mkdir()
     os.utime(left, (0, 0))

@@ -12,8 +12,9 @@ from gpurnn import backend
 from gpurnn.app import checkpoint
 from gpurnn.app.config import TrainConfig
 from gpurnn.app.data import Alphabet
-from gpurnn.layers import Dropout, Embedding, Linear, SequenceModel
+from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import softmax_cross_entropy
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 STREAMS, WINDOW = 64, 128  # of a measurement: the text is read at 64 places side by side, 128 symbols at a time

@@ -8,21 +8,20 @@ as JSON in the file's metadata.  Nothing read here is ever unpickled or executed
 are read or written: who keeps none does without.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from gpurnn.files import StrPath, clean, make_folders, parse_json, sync_folder, temporary_name, write_atomically
 
 fcntl: Any
 try:
@@ -31,7 +30,6 @@ except ImportError:  # Windows
     fcntl = None
 
 CONFIG, MODEL, METRICS = "config.toml", "model.safetensors", "metrics.jsonl"
-TEMPORARY = ".tmp-gpurnn-"  # clean() removes whatever starts with it, so it must be nobody else's
 
 FORMAT = 1
 OPTIMIZER, STATE = "optimizer/", "state/"
@@ -41,7 +39,6 @@ DTYPES = {
 }  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
-StrPath = str | os.PathLike[str]
 
 
 class Checkpoint(NamedTuple):
@@ -91,9 +88,9 @@ def create_run(folder: StrPath, config: Mapping[str, Any], checkpoint: Checkpoin
     folder = Path(folder)
     check_free(folder)
     files = {CONFIG: config_bytes(config), MODEL: _checkpoint_bytes(checkpoint)}
-    _make_folders(folder.parent)
+    make_folders(folder.parent)
     clean(folder.parent, older_than=3600.0)  # seconds; a younger one may be another process's run in the making
-    temporary = folder.parent / _temporary_name()
+    temporary = folder.parent / temporary_name()
     try:
         temporary.mkdir()
         for name, data in files.items():
@@ -106,7 +103,7 @@ def create_run(folder: StrPath, config: Mapping[str, Any], checkpoint: Checkpoin
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def check_free(folder: StrPath) -> None:
@@ -136,52 +133,6 @@ def locked(folder: StrPath) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def write_atomically(path: StrPath, data: bytes) -> None:
-    """Writes `data` to `path` so that a reader, or the next boot, finds the old file or the new one, whole.
-
-    Where anything fails, the temporary file goes, the old file stands, and the error is passed on.
-    """
-    path = Path(path)
-    temporary = path.parent / _temporary_name()
-    try:
-        with named(path), open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: else the new name may outlive a power loss, and its data not
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-@contextmanager
-def named(path: StrPath) -> Iterator[None]:
-    """Within it an OSError that names no file, as a full disk's, names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise
-
-
-def clean(folder: StrPath, older_than: float = 0.0) -> None:
-    """Removes the temporary files and folders that killed processes left in `folder`.
-
-    older_than: seconds; younger ones stay.  Leave it at 0 only where no other process is writing.
-    """
-    for leftover in Path(folder).glob(TEMPORARY + "*"):
-        with suppress(OSError):  # its owner was faster after all, or it is another user's
-            if time.time() - leftover.stat().st_mtime < older_than:
-                continue
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
@@ -282,55 +233,12 @@ def _array(name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
 
 
-def parse_json(text: str | bytes) -> dict[str, Any]:
-    """A JSON object without duplicate names, or ValueError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(names := {name for name, _ in pairs}) < len(pairs):
-            raise ValueError(f"duplicate names among {sorted(names)}")
-        return dict(pairs)
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("too deeply nested") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _model_part(tensors: Tensors) -> Tensors:
     return {name: array for name, array in tensors.items() if not name.startswith((OPTIMIZER, STATE))}
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-
-
-def _temporary_name() -> str:
-    return TEMPORARY + secrets.token_hex(8)
-
-
-def _make_folders(folder: Path) -> None:
-    """Makes `folder` and its parents, and forces them to the disk."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    for parent in reversed(missing):
-        parent.mkdir(exist_ok=True)
-        _sync_folder(parent.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces a folder's entries to the disk, where the platform can."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _toml_line(name: str, value: Any) -> str:

@@ -7,12 +7,10 @@
 Tokens stay on the host, in memory or mapped from a file; a window is what moves to the device.
 """
 
-import contextlib
 import hashlib
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gpurnn import folders
-from gpurnn.app.checkpoint import named
+from gpurnn import files
 from gpurnn.app.text import (
     Alphabet,
     BinaryFileError,
@@ -34,6 +31,7 @@ from gpurnn.app.text import (
     read_text,
     standard_library,
 )
+from gpurnn.files import named
 
 __all__ = ["Alphabet", "Corpus", "Windows", "load_corpus", "split", "standard_library"]
 
@@ -250,9 +248,9 @@ def _tokens(survey: _Survey, alphabet: Alphabet, encoding: str | None, cache_dir
 
 
 def _cache_folder() -> Path | None:
-    """`gpurnn` in the user's cache folder; None where there is none that can be written."""
-    place = folders.user_folder()
-    return None if place is None or folders.make(place) else place
+    """None where there is none that can be written."""
+    place = files.cache_folder()
+    return None if place is None or files.make(place) else place
 
 
 def _write(file: BinaryIO, blocks: Iterator[np.ndarray]) -> None:
@@ -266,18 +264,9 @@ def _write(file: BinaryIO, blocks: Iterator[np.ndarray]) -> None:
 def _write_safely(path: Path, blocks: Iterator[np.ndarray]) -> None:
     """Writes a token file that is either whole or absent, however many processes write it and whenever they die."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in path.parent.glob("*.partial"):
-        with contextlib.suppress(OSError):  # another process may have removed it first
-            if time.time() - abandoned.stat().st_mtime > _ABANDONED:
-                abandoned.unlink()
-    handle, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
-    try:
-        with named(path), open(handle, "wb") as file:
-            _write(file, blocks)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    files.clean(path.parent, older_than=_ABANDONED)
+    with files.replacing(path) as file:
+        _write(file, blocks)
 
 
 def _is_valid(path: Path, length: int, alphabet: Alphabet) -> bool:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints verdicts, a table and biases; leaves flow.json and flow_*.png, .svg in the run folder."""
-    from gpurnn import diagnose, losses, plot
+    from gpurnn import diagnose, files, losses, plot
     from gpurnn.app import character_model, checkpoint
     from gpurnn.app.metrics import plain, read_metrics
     from gpurnn.backend import one_line
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         "step": step, "steps": T, "batch": N, "verdicts": [verdict.to_mapping() for verdict in found],
         "norms_by_lag": curves, "terms_by_lag": terms, "biases": biases,
     }  # fmt: skip
-    checkpoint.write_atomically(folder / "flow.json", json.dumps(plain(result), indent=1).encode() + b"\n")
+    files.write_atomically(folder / "flow.json", json.dumps(plain(result), indent=1).encode() + b"\n")
     figures = f"{folder}/flow_*.png and .svg"
     if reason := plot.why_not():
         figures = f"none: {reason}"

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpurnn.app.checkpoint import StrPath, named, parse_json, write_atomically
+from gpurnn.files import StrPath, named, parse_json, write_atomically
 
 
 class MetricsLog:

@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from gpurnn import files
 from gpurnn.app.config import TrainConfig, value_type
 
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes as a shell gives them
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     if not (folder / checkpoint.CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no run to resume, {checkpoint.CONFIG} is not there")
     with checkpoint.locked(folder):
-        checkpoint.clean(folder)
+        files.clean(folder)
         config = _resumed_config(options, folder / checkpoint.CONFIG)
         training = _prepared(config)
         _restore(training, folder)
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         if training.progress >= 1 and (folder / "gradient_flow.png").exists():
             print(f"nothing left to do: {training.steps_done} steps are done; more with a larger --steps or --minutes")
             return 0
-        checkpoint.write_atomically(folder / checkpoint.CONFIG, checkpoint.config_bytes(config.to_mapping()))
+        files.write_atomically(folder / checkpoint.CONFIG, checkpoint.config_bytes(config.to_mapping()))
         return _trained(training, folder)
 
 

@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 from gpurnn import locks
 from gpurnn._version import __version__
-from gpurnn.folders import code_folder
+from gpurnn.files import code_folder
 from gpurnn.kernels import entries
 
 _called_by_name: list[Any] = []  # Numba frees code with its dispatcher, and would free it under its callers
@@ -114,7 +114,7 @@ def _environment_key() -> str:
 class _File(_Cache):
     """One compiled function in one entry, in Numba's own serialised form.
 
-    It is unpickled, and so executed: see `folders.code_folder` and `entries`.
+    It is unpickled, and so executed: see `files.code_folder` and `entries`.
     """
 
     def __init__(self, path: Path):

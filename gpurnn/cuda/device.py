@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.folders import code_folder
+from gpurnn.files import code_folder
 from gpurnn.kernels import build, columns
 from gpurnn.kernels.launch import Launcher
 from gpurnn.kernels.plan import Chip

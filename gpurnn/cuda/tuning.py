@@ -18,7 +18,7 @@ from gpurnn.cells import Cell
 from gpurnn.cuda import sweeps
 from gpurnn.cuda.passes import Pass
 from gpurnn.executors.numpy_loop import Weights
-from gpurnn.folders import code_folder
+from gpurnn.files import code_folder
 from gpurnn.kernels import build, entries, persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice

@@ -16,7 +16,7 @@ from gpurnn.arguments import loss_function, one_of
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import numpy_loop
 from gpurnn.executors.numpy_loop import Tape
-from gpurnn.layers import SequenceModel
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import Recurrent
 from gpurnn.sequence import prepare_lengths
 

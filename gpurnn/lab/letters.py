@@ -8,7 +8,7 @@ from gpurnn import backend, clipping, diagnose, losses, optim, plot
 from gpurnn.bptt import full_bptt
 from gpurnn.lab.page import Page
 from gpurnn.lab.tasks import with_head
-from gpurnn.layers import SequenceModel
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import RNN
 
 WORD = "neuron"

@@ -11,7 +11,7 @@ import numpy as np
 from gpurnn import diagnose, plot
 from gpurnn.lab.page import Page
 from gpurnn.lab.tasks import ALWAYS_ONE, Draw, adding_problem, copy_task, cross_entropy, fit, squared_error, with_head
-from gpurnn.layers import SequenceModel
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 HIDDEN = 32

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpurnn.app.checkpoint import write_atomically
+from gpurnn.files import write_atomically
 
 SUMMARY = "summary.md"
 WIDTH = 110

@@ -11,8 +11,9 @@ import numpy as np
 from gpurnn import backend, clipping, losses, optim
 from gpurnn.arguments import whole
 from gpurnn.bptt import full_bptt
-from gpurnn.layers import Linear, SequenceModel
+from gpurnn.layers import Linear
 from gpurnn.losses import Loss
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import Recurrent
 from gpurnn.sequence import checked_lengths
 

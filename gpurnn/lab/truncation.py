@@ -8,7 +8,7 @@ from gpurnn import clipping, diagnose, losses, optim, plot
 from gpurnn.bptt import TruncatedBPTT
 from gpurnn.lab.page import Page
 from gpurnn.lab.tasks import echo, with_head
-from gpurnn.layers import SequenceModel
+from gpurnn.model import SequenceModel
 from gpurnn.recurrent import GRU
 
 LAG, K1, STREAMS = 8, 5, 32

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.app.checkpoint import StrPath
+from gpurnn.files import StrPath
 from gpurnn.plot import style
 
 DEEPEST = 1e-12  # of the lowest curve's peak: what is below is out of view

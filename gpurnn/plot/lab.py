@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn.app.checkpoint import StrPath
+from gpurnn.files import StrPath
 from gpurnn.plot import style
 
 REPEATS = (1, 2, 4, 8, 16)

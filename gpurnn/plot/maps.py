@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.app.checkpoint import StrPath
+from gpurnn.files import StrPath
 from gpurnn.plot import style
 
 DECADES = 6  # beyond 10^-6 and 10^6 a colour says no more

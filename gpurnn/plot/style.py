@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.app.checkpoint import StrPath, write_atomically
+from gpurnn.files import StrPath, write_atomically
 
 # Okabe and Ito's blue and vermillion, and a darker green: they stay apart for colour-blind eyes.
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#00735C"

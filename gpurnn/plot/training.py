@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn.app.checkpoint import StrPath
+from gpurnn.files import StrPath
 from gpurnn.plot import style
 
 LARGEST = float(np.finfo(np.float32).max)  # what is beyond has diverged, and would flatten the rest

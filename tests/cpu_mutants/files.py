@@ -1,7 +1,7 @@
 """Checkpoints, run folders, configurations, logs, texts, and the cache of compiled code."""
 
 CHECKPOINT, METRICS, CONFIG = "gpurnn/app/checkpoint", "gpurnn/app/metrics", "gpurnn/app/config"
-ENTRIES, FOLDERS, CACHE = "kernels/entries", "gpurnn/folders", "gpurnn/cpu/cache"
+ENTRIES, FOLDERS, CACHE = "kernels/entries", "gpurnn/files", "gpurnn/cpu/cache"
 DATA, TEXT = "gpurnn/app/data", "gpurnn/app/text"
 
 # fmt: off
@@ -17,19 +17,19 @@ MUTANTS = {
         "restore::a_flipped_bit_anywhere_is_seen"),
     "passed: a newer format": (CHECKPOINT, '(version := meta.pop("format", None)) != FORMAT',
         '(version := meta.pop("format", None)) is None', "checkpoint::foreign_files_are_refused"),
-    "order: data reaches the disk behind its name": (CHECKPOINT, "            os.fsync(file.fileno())  # before",
+    "order: data reaches the disk behind its name": (FOLDERS, "            os.fsync(file.fileno())  # before",
         "            pass  # before",
         "checkpoint::data_reaches_the_disk_before_the_name_and_the_name_before_the_return"),
-    "order: a name does not reach the disk": (CHECKPOINT, "        raise\n    _sync_folder(path.parent)\n",
+    "order: a name does not reach the disk": (FOLDERS, "        raise\n    sync_folder(path.parent)\n",
         "        raise\n", "checkpoint::data_reaches_the_disk_before_the_name_and_the_name_before_the_return"),
-    "stale: a failed write leaves its temporary file": (CHECKPOINT, "            temporary.unlink()\n        raise",
+    "stale: a failed write leaves its temporary file": (FOLDERS, "            temporary.unlink()\n        raise",
         "            pass\n        raise", "checkpoint::a_failed_write_leaves_the_old_file"),
-    "stale: leftovers of a killed process stay": (CHECKPOINT, "                leftover.unlink()\n",
+    "stale: leftovers of a killed process stay": (FOLDERS, "                leftover.unlink()\n",
         "                pass\n", "checkpoint::clean_removes_leftovers_only"),
     "age: another's run in the making is removed": (CHECKPOINT, "clean(folder.parent, older_than=3600.0)",
         "clean(folder.parent)", "restore::a_run_in_the_making_is_left_to_its_process"),
     "order: a run folder appears before its files": (CHECKPOINT,
-        "temporary = folder.parent / _temporary_name()\n    try:\n        temporary.mkdir()",
+        "temporary = folder.parent / temporary_name()\n    try:\n        temporary.mkdir()",
         "temporary = folder\n    try:\n        temporary.mkdir()",
         "checkpoint::a_run_killed_while_it_is_made_is_whole_or_absent"),
     "passed: a run that another process trains": (CHECKPOINT,
@@ -90,7 +90,7 @@ MUTANTS = {
         "    if False:\n", "data::a_text_that_changes_while_it_is_read_is_refused"),
     "passed: a token file of the right size": (DATA, 'np.memmap(path, dtype, "r").max()) < len(alphabet)',
         'np.memmap(path, dtype, "r").max()) >= 0', "data::token_file_is_reused_and_a_damaged_one_replaced"),
-    "stale: unfinished token files stay": (DATA, "                abandoned.unlink()\n", "                pass\n",
+    "stale: unfinished token files stay": (DATA, "    files.clean(path.parent, older_than=_ABANDONED)\n", "",
         "data::unfinished_token_files_are_removed"),
     "order: the rarest characters stay": (TEXT, "np.argsort(-counts[points], kind", "np.argsort(counts[points], kind",
         "data::rare_characters_become_the_replacement"),
