@@ -14,9 +14,9 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import Turn, checked, generator, probability, supported, switch, whole
 from gpurnn.cuda import faults
+from gpurnn.executors.random import Masks
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
-from gpurnn.random import Masks
 
 Array = Any
 

@@ -11,9 +11,9 @@ import pytest
 
 import gpurnn
 from gpurnn import executors, files
-from gpurnn import random as gpurnn_random
 from gpurnn.app import checkpoint, data, metrics
 from gpurnn.cli import main
+from gpurnn.executors import random as gpurnn_random
 
 ROOT = Path(__file__).parents[1]
 TINY = [

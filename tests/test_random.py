@@ -9,7 +9,7 @@ import pytest
 import gpurnn
 from gpurnn import backend, random
 from gpurnn.cpu import threads
-from gpurnn.random import Masks
+from gpurnn.executors.random import Masks
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU test_training_kernels has the same words")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import executors, locks, random
+from gpurnn import executors, locks
 from gpurnn.cells import Cell
 from gpurnn.cpu import threads
 from gpurnn.cpu.cross_entropy import cross_entropy as cross_entropy
@@ -21,6 +21,7 @@ from gpurnn.cpu.cross_entropy import exponentials as exponentials
 from gpurnn.cpu.sums import column_sums, segment_sums
 from gpurnn.cpu.updates import Updates as Updates
 from gpurnn.environment import compiles
+from gpurnn.executors import random
 from gpurnn.parameters import ALIGNMENT, Parameters, all_finite, raise_where_not_finite
 
 LOOKING_WAITS = False  # whether the host, to look at a value, waits for work that was given away

@@ -1,7 +1,7 @@
 """Cells and their trace, layers, parameters, initialisers, lengths, dropout, `check_gradients`."""
 
 RECURRENT, LAYERS, SEQUENCE = "gpurnn/recurrent", "gpurnn/layers", "gpurnn/sequence"
-PARAMETERS, CHECK, RANDOM = "gpurnn/parameters", "gpurnn/check", "gpurnn/random"
+PARAMETERS, CHECK, RANDOM = "gpurnn/parameters", "gpurnn/check", "gpurnn/executors/random"
 OPS = "gpurnn/cpu/ops"
 BATCH = "sequence::a_batch_is_its_rows_each_at_its_own_length"
 
@@ -66,7 +66,7 @@ MUTANTS = {
     "index: a row's last step is padding": (SEQUENCE, "steps[:, None] >= given[None, :]",
         "steps[:, None] + 1 >= given[None, :]", BATCH, "sequence::prepared"),
     "passed: lengths beyond T": (SEQUENCE, "given.max() > T", "given.max() > T + 1", "sequence::bad_lengths"),
-    "mask: a head's bias shows behind a row's end": (LAYERS, "            y = self._blank(y, padding)\n", "",
+    "mask: a head's bias shows behind a row's end": ("gpurnn/model", "            y = self._blank(y, padding)\n", "",
         "layers::model_reads_nothing_behind_a_rows_end"),
 
     "gradient: a token that comes twice counts once": (OPS,
