@@ -1,13 +1,21 @@
 """Training windows on the device, each copied while the step before it runs."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.app.data import Windows
 
 Array = Any
+
+
+class Windows(Protocol):
+    """Tokens (steps, batch) and their targets, by number; and whether the stream begins anew with them: `app.data.Windows`."""
+
+    steps: int
+    batch: int
+
+    def at(self, index: int) -> tuple[np.ndarray, np.ndarray, bool]: ...
 
 
 class _Slot(NamedTuple):
