@@ -7,10 +7,10 @@ from gpurnn import backend, initializers, schedules
 from gpurnn._version import __version__
 from gpurnn.bptt import TruncatedBPTT, full_bptt
 from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
-from gpurnn.check import GradientError, check_gradients
 from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from gpurnn.cuda.capture import captured
 from gpurnn.cuda.faults import synchronize
+from gpurnn.diagnose.check import GradientError, check_gradients
 from gpurnn.diagnose.monitor import GradientWarning, Monitor
 from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
+from gpurnn.types import Array
 
-Array = Any
 DTYPES = ("float32", "float64")
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy
 
 from gpurnn import locks, variables
+from gpurnn.types import Array
 
-Array = Any  # numpy.ndarray or cupy.ndarray
 Version = tuple[int, int]
 
 

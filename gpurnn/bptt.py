@@ -15,8 +15,8 @@ from gpurnn import backend
 from gpurnn.arguments import flow_array, length, loss_function, mapping, returned, sequence_model, uncopied, whole
 from gpurnn.losses import Loss, evaluate
 from gpurnn.sequence import checked_lengths
+from gpurnn.types import Array
 
-Array = Any
 STATES = ("begin", "carried")
 
 

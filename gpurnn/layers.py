@@ -17,8 +17,7 @@ from gpurnn.cuda import faults
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
-
-Array = Any
+from gpurnn.types import Array
 
 
 class Layer:

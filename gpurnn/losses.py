@@ -21,8 +21,8 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import one_of, returned
 from gpurnn.sequence import checked_lengths
+from gpurnn.types import Array
 
-Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
 Loss = Callable[..., tuple[Any, Array]]
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -8,8 +8,7 @@ from gpurnn.arguments import Turn, checked, switch, uncopied
 from gpurnn.layers import Dropout, Embedding, Layer, Linear
 from gpurnn.parameters import Parameters
 from gpurnn.sequence import prepare_lengths
-
-Array = Any
+from gpurnn.types import Array
 
 
 class SequenceModel(Layer):

@@ -19,7 +19,8 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import at_least_0, mapping, positive, probability, switch, trained
 from gpurnn.cuda import faults
-from gpurnn.parameters import Array, Model, Parameters
+from gpurnn.parameters import Model, Parameters
+from gpurnn.types import Array
 
 SQUARES = ("exp_avg_sq", "square_avg")  # moments that are means of squares
 MOST_STEPS = 1 << 62

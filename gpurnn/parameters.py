@@ -14,8 +14,8 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import mapping
+from gpurnn.types import Array
 
-Array = Any  # numpy.ndarray or cupy.ndarray, the backend's
 Shapes = Mapping[str, tuple[int, ...]]
 
 ALIGNMENT = 64  # bytes: one cache line, one AVX-512 vector

@@ -31,8 +31,7 @@ from gpurnn.executors.random import Masks
 from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
 from gpurnn.sequence import prepare_lengths, run
-
-Array = Any
+from gpurnn.types import Array
 
 
 class Recurrent(Layer):

@@ -14,8 +14,8 @@ from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.executors import choose
 from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.types import Array
 
-Array = Any
 State = tuple[Array, ...]
 
 

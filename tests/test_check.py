@@ -7,7 +7,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, Cell, sigmoid, tanh
-from gpurnn.check import GradientError, check_gradients
+from gpurnn.diagnose.check import GradientError, check_gradients
 from gpurnn.recurrent import GRU, LSTM, Recurrent
 
 EXECUTORS = ["numpy"] if backend.name == "cuda" else ["numpy", "compiled"]

@@ -399,7 +399,7 @@ def test_installed_without_files_of_source(filled, tmp_path, form):
     assert answer(start(folder, PYTHONPATH=str(place), cwd=tmp_path)) == (LOADED, filled[1])
 
 
-@pytest.mark.parametrize("module", ["gpurnn", "gpurnn.recurrent", "gpurnn.executors", "gpurnn.check"])
+@pytest.mark.parametrize("module", ["gpurnn", "gpurnn.recurrent", "gpurnn.executors", "gpurnn.diagnose.check"])
 def test_importing_leaves_numba_alone(module):
     code = f"import sys, {module}; print([name for name in ('numba', 'llvmlite', 'cupy', 'matplotlib') if name in sys.modules])"
     done = subprocess.run(

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from gpurnn import arguments, backend
 from gpurnn.cuda import cublas, faults
-
-Array = Any
+from gpurnn.types import Array
 
 WARM_UPS = 2  # calls that run as they are: they compile, load and allocate what cannot be while a stream is captured
 

@@ -15,8 +15,7 @@ from gpurnn.files import code_folder
 from gpurnn.kernels import build, columns
 from gpurnn.kernels.launch import Launcher
 from gpurnn.kernels.plan import Chip
-
-Array = Any
+from gpurnn.types import Array
 
 
 def product(a: Array, b: Array, out: Array, precision: str, add: bool = False) -> Array:

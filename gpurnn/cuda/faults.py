@@ -15,8 +15,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import part_at, place_of, wrong_target, wrong_update
-
-Array = Any
+from gpurnn.types import Array
 
 
 class Site(NamedTuple):

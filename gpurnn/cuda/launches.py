@@ -15,8 +15,7 @@ from gpurnn.cuda.faults import Site
 from gpurnn.kernels import dropout, embedding, losses, norms
 from gpurnn.kernels.vectors import WIDTH
 from gpurnn.parameters import Parameters
-
-Array = Any
+from gpurnn.types import Array
 
 
 def done() -> int:

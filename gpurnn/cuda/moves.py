@@ -1,14 +1,11 @@
 """Small copies and fills on a device, gathered and done by one launch."""
 
-from typing import Any
-
 import numpy as np
 
 from gpurnn import backend
 from gpurnn.cuda.device import grid, kernel
 from gpurnn.kernels import moves
-
-Array = Any
+from gpurnn.types import Array
 
 _NONE = (0, 0, 0, 0)
 

@@ -18,10 +18,11 @@ from gpurnn.cuda import device, step, sweeps, tuning
 from gpurnn.cuda.passes import Pass, fitted
 from gpurnn.cuda.sweeps import Tape
 from gpurnn.executors.layout import is_ragged
-from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
+from gpurnn.executors.numpy_loop import Backward, States, Weights
 from gpurnn.kernels import persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
+from gpurnn.types import Array
 
 
 class OnChip(NamedTuple):

@@ -18,8 +18,7 @@ from gpurnn.cuda.launches import gather as gather
 from gpurnn.cuda.moves import Moves
 from gpurnn.cuda.updates import Updates as Updates
 from gpurnn.parameters import Parameters
-
-Array = Any
+from gpurnn.types import Array
 
 LOOKING_WAITS = True
 GRAPHS = True

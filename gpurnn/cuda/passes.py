@@ -8,11 +8,12 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.cuda import device, faults
-from gpurnn.cuda.sweeps import Array, Tape
+from gpurnn.cuda.sweeps import Tape
 from gpurnn.kernels import exchange, packing, plan, tiles
 from gpurnn.kernels.launch import DoesNotFit, Launcher
 from gpurnn.kernels.plan import Chip, Choice
 from gpurnn.kernels.tiles import Mma, Shape
+from gpurnn.types import Array
 
 
 class Pass(NamedTuple):

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpurnn import backend
-
-Array = Any
+from gpurnn.types import Array
 
 
 class Windows(Protocol):

@@ -14,8 +14,9 @@ from gpurnn.cuda import device, sweeps
 from gpurnn.cuda.moves import Moves
 from gpurnn.cuda.sweeps import Tape
 from gpurnn.executors.layout import is_ragged
-from gpurnn.executors.numpy_loop import Array, Backward, States, Weights
+from gpurnn.executors.numpy_loop import Backward, States, Weights
 from gpurnn.kernels import step
+from gpurnn.types import Array
 
 
 def forward(

@@ -5,7 +5,7 @@ turns the slots into gradients in place, then one product each gives dW_ih, dW_h
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from gpurnn.cuda.moves import Moves
 from gpurnn.executors import layout
 from gpurnn.executors.layout import is_ragged, lengths_of, ordered
 from gpurnn.executors.numpy_loop import States, Weights
-
-Array = Any
+from gpurnn.types import Array
 
 INFERENCE_BYTES = 256 << 20  # of slots; longer sequences are projected and run a piece at a time
 

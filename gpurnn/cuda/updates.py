@@ -15,8 +15,7 @@ from gpurnn.kernels import faults as record
 from gpurnn.kernels import optim
 from gpurnn.kernels.vectors import WIDTH
 from gpurnn.parameters import Parameters
-
-Array = Any
+from gpurnn.types import Array
 
 LOSS = ("the loss", 0, ())  # as errors call it
 

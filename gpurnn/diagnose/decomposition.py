@@ -13,7 +13,6 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import listed
 from gpurnn.diagnose.subject import (
-    Array,
     Loss,
     back_through,
     blocks,
@@ -26,6 +25,7 @@ from gpurnn.diagnose.subject import (
 )
 from gpurnn.executors.numpy_loop import Tape
 from gpurnn.recurrent import Recurrent
+from gpurnn.types import Array
 
 
 @dataclass(frozen=True, eq=False)

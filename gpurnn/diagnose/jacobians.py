@@ -17,8 +17,9 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import listed, whole
 from gpurnn.cpu.threads import one_blas_thread
-from gpurnn.diagnose.subject import Array, checked_input, recurrent_part, step_number, steps_of
+from gpurnn.diagnose.subject import checked_input, recurrent_part, step_number, steps_of
 from gpurnn.executors.numpy_loop import Tape, step_backward
+from gpurnn.types import Array
 
 LARGEST = 2 << 30  # bytes that `jacobians` returns without being asked twice
 SAFE_EXPONENT = 40  # a product's largest entry stays within 2**+-40

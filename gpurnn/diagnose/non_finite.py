@@ -10,8 +10,7 @@ from gpurnn.diagnose.subject import layer_names, recurrent_part, run_steps, undi
 from gpurnn.diagnose.subject import raise_where_not_finite as raise_at_step
 from gpurnn.parameters import raise_where_not_finite
 from gpurnn.sequence import prepare_lengths
-
-Array = Any
+from gpurnn.types import Array
 
 
 def raise_where_it_began(

@@ -19,8 +19,8 @@ from gpurnn.executors.numpy_loop import Tape
 from gpurnn.model import SequenceModel
 from gpurnn.recurrent import Recurrent
 from gpurnn.sequence import prepare_lengths
+from gpurnn.types import Array
 
-Array = Any
 Loss = Callable[[Array, Any], tuple[Any, Array]]
 BLOCK_BYTES = 64 << 20  # losses, or rows of a Jacobian, that travel back together
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.executors.numpy_loop import Array, Weights
+from gpurnn.executors.numpy_loop import Weights
+from gpurnn.types import Array
 
 
 def lengths_of(rows: np.ndarray, N: int) -> np.ndarray:

@@ -4,12 +4,11 @@ It shares no layout, no graph and no compiled code with the other executors: wha
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-
-Array = Any
+from gpurnn.types import Array
 
 
 class Weights(NamedTuple):

@@ -13,8 +13,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.kernels import philox
-
-Array = Any
+from gpurnn.types import Array
 
 _words = philox.generator(np.uint32, np.uint64)
 

@@ -16,8 +16,8 @@ from gpurnn.losses import Loss
 from gpurnn.model import SequenceModel
 from gpurnn.recurrent import Recurrent
 from gpurnn.sequence import checked_lengths
+from gpurnn.types import Array
 
-Array = Any
 Draw = Callable[[np.random.Generator, int], tuple[Array, Array]]
 
 ALWAYS_ONE = (

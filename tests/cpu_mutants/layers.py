@@ -1,7 +1,7 @@
 """Cells and their trace, layers, parameters, initialisers, lengths, dropout, `check_gradients`."""
 
 RECURRENT, LAYERS, SEQUENCE = "gpurnn/recurrent", "gpurnn/layers", "gpurnn/sequence"
-PARAMETERS, CHECK, RANDOM = "gpurnn/parameters", "gpurnn/check", "gpurnn/executors/random"
+PARAMETERS, CHECK, RANDOM = "gpurnn/parameters", "gpurnn/diagnose/check", "gpurnn/executors/random"
 OPS = "gpurnn/cpu/ops"
 BATCH = "sequence::a_batch_is_its_rows_each_at_its_own_length"
 
