@@ -16,6 +16,7 @@ DTYPES = ("float32", "float64")
 
 
 GENERATORS = np.random.Generator | np.random.BitGenerator | np.random.RandomState | np.random.SeedSequence
+MOST_SEEDS = 1 << 16
 LARGEST = (1 << 63) - 1  # what 64 bits hold
 
 
@@ -155,8 +156,10 @@ def generator(rng: Any) -> np.random.Generator:
 
     A seed is a whole number, or a row or array of them: NumPy walks into whatever else is given until its stack is full.
     """
-    seed = np.asarray(rng).ravel().tolist() if isinstance(rng, np.ndarray) else rng
     try:
+        if isinstance(rng, np.ndarray) and rng.size > MOST_SEEDS:
+            raise ValueError(f"an array of {rng.size:,} numbers")
+        seed = np.asarray(rng).ravel().tolist() if isinstance(rng, np.ndarray) else rng
         if isinstance(seed, Sequence) and not all(isinstance(part, int | np.integer) for part in seed):
             raise TypeError("some of it are no whole numbers")
         if not isinstance(seed, int | np.integer | Sequence | GENERATORS | None):

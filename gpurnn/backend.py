@@ -268,7 +268,7 @@ def asarray(array: Any, dtype: Any, name: str) -> Array:
 
 def _there(array: Array, name: str) -> Array:
     """`array`; MemoryError where one value was broadcast to more than memory holds, since its copies would not be."""
-    if array.nbytes > _MEMORY and isinstance(array, numpy.ndarray) and 0 in array.strides:
+    if isinstance(array, numpy.ndarray) and array.nbytes > _MEMORY and 0 in array.strides:
         raise MemoryError(f"{name}: expected an array that memory can hold, got one of {array.nbytes >> 30:,} GiB")
     return array
 

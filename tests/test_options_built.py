@@ -133,10 +133,9 @@ TABLE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def texts(tmp_path) -> dict[str, Path]:
-    folder = tmp_path / "texts"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("texts")
     (folder / "text.txt").write_text("the quick brown fox, die schnelle Füchsin.\n" * 20, "utf-8")
     (folder / "other.txt").write_text("another" * 25 + "texts")
     return {"text": folder / "text.txt", "other": folder / "other.txt", "folder": folder}
@@ -176,13 +175,20 @@ def test_an_option_of_train_is_built(name, built):
         assert row.look(run) == expected, row.arguments
 
 
-@pytest.fixture
-def run(texts, tmp_path, monkeypatch, capsys) -> Path:
-    monkeypatch.setenv("GPURNN_EXECUTOR", "numpy")
-    folder = tmp_path / "run"
-    assert main(["train", "--data", str(texts["text"]), *BASE, "--steps", "2", "--run", str(folder)]) == 0
-    capsys.readouterr()
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPURNN_EXECUTOR", "numpy")
+        assert main(["train", "--data", str(texts["text"]), *BASE, "--steps", "2", "--run", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def run(trained, monkeypatch, capsys) -> Path:
+    monkeypatch.setenv("GPURNN_EXECUTOR", "numpy")
+    capsys.readouterr()
+    return trained
 
 
 @pytest.mark.parametrize(

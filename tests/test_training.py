@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import backend
+from gpurnn import backend, cli
 from gpurnn.app import checkpoint
 from gpurnn.app.config import TrainConfig
 from gpurnn.app.data import load_corpus
@@ -243,9 +243,16 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def test_kill_9_at_any_moment(text, tmp_path):
-    moments = kill_at_random(4, 1500, text, tmp_path)
-    assert "had ended" not in moments and "creating the run folder" in moments
+def test_kill_9_while_the_folder_is_made_and_while_a_step_is_saved(text, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begin = ["train", "--data", str(text), *OPTIONS, "--steps", "60"]
+    assert cli.main([*begin, "--run", str(whole)]) == 0
+    for calls, expected in ((2, "creating the run folder"), (63, "saving")):
+        process = start([sys.executable, "-c", STRUCK, str(calls), *begin, "--run", str(killed)], tmp_path)
+        output, _ = process.communicate(timeout=60)
+        assert moment_of(killed, output, process.returncode) == expected, output
+    assert cli.main(["train", "--resume", str(killed)]) == 0
+    assert tensors_of(killed) == tensors_of(whole) and not list(killed.glob(".tmp-*"))
 
 
 @pytest.mark.slow
@@ -276,6 +283,13 @@ main(sys.argv[1:])
 """
 
 
+def start(arguments: list[str], folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(gpurnn.__file__).parent.parent)}
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=folder, text=True
+    )
+
+
 def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[str, int]:
     """Kills one run again and again; then lets it end, and compares it with one that was never killed.
 
@@ -285,28 +299,20 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
     rng = random.Random(1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     begin = [*COMMAND, "--data", str(text), *OPTIONS, "--steps", str(steps)]
-    root = Path(gpurnn.__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-
-    def start(arguments):
-        return subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path, text=True
-        )
-
-    process = start([*begin, "--run", str(whole)])
+    process = start([*begin, "--run", str(whole)], tmp_path)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     began = time.monotonic()
-    assert start([*COMMAND, "--resume", str(whole)]).communicate(timeout=600) and process.returncode == 0
+    assert start([*COMMAND, "--resume", str(whole)], tmp_path).communicate(timeout=600) and process.returncode == 0
     start_up = time.monotonic() - began
     moments: dict[str, int] = {}
     for kill in range(kills):
         arguments = [*COMMAND, "--resume", str(killed)] if killed.exists() else [*begin, "--run", str(killed)]
         if kill % 2 == 0:
             calls = rng.randint(1, 200) if killed.exists() else 2 + kill // 2  # making a run folder takes 8
-            process = start([sys.executable, "-c", STRUCK, str(calls), *arguments[len(COMMAND) - 1 :]])
+            process = start([sys.executable, "-c", STRUCK, str(calls), *arguments[len(COMMAND) - 1 :]], tmp_path)
         else:
-            process = start(arguments)
+            process = start(arguments, tmp_path)
             early = killed.exists() and rng.random() < 0.3
             time.sleep(rng.uniform(0, start_up) if early else start_up + rng.uniform(0, 0.6))
             process.send_signal(signal.SIGKILL)
@@ -319,7 +325,7 @@ def kill_at_random(kills: int, steps: int, text: Path, tmp_path: Path) -> dict[s
             checkpoint.load(killed / checkpoint.MODEL)
             TrainConfig.from_mapping(checkpoint.read_config(killed / checkpoint.CONFIG), "config")
     arguments = [*COMMAND, "--resume", str(killed)] if killed.exists() else [*begin, "--run", str(killed)]
-    process = start(arguments)
+    process = start(arguments, tmp_path)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert tensors_of(killed) == tensors_of(whole)

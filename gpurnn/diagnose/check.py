@@ -8,6 +8,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import at_least_0, generator, whole
 from gpurnn.cells import Cell
+from gpurnn.parameters import check_memory
 from gpurnn.recurrent import Recurrent
 
 EPSILON = 1e-5  # central differences err by about eps^2 and 1e-16/eps: both near 1e-10 here
@@ -40,6 +41,7 @@ def check_gradients(
     layer = subject if isinstance(subject, Recurrent) else _layer_around(subject, rng)
     if layer.dtype != np.float64:
         raise ValueError(f"layer: expected dtype float64, which central differences need, got {layer.dtype}")
+    check_memory(T * N * (layer.input_size + layer.hidden_size), layer.dtype, "values")
     before, layer.executor = layer.executor, layer.executor if executor is None else executor
     try:
         with layer.masks.held():

@@ -99,6 +99,7 @@ def _log(path: Path, data: bytes, step: int) -> str | None:
         named = isinstance(error, ValueError) and path.name in str(error)
         return not_on_purpose(error) or (None if named else f"{data[:60]!r}: {type(error).__name__}: {error}")
     good = [number for line in data.split(b"\n") if (number := _step(line)) is not None and number <= step]
+    kept, good = (list(dict.fromkeys(steps)) for steps in (kept, good))  # one that is written twice counts once
     return None if kept == good else f"{data[:60]!r}: of the steps {good}, {kept} were kept"
 
 
