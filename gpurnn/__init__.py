@@ -1,5 +1,8 @@
 """Recurrent networks trained by backpropagation through time, from one cell definition, on NVIDIA GPUs and CPUs."""
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from gpurnn import startup  # noqa: F401 (first: it says what is wrong with the environment)
 
 # isort: split
@@ -61,3 +64,15 @@ __all__ = [
     "tanh",
     "where",
 ]
+
+_LATER = {"checkpoint": "gpurnn.app.checkpoint", "lab": "gpurnn.lab", "plot": "gpurnn.plot"}  # imported when asked for
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:
+        return _importlib.import_module(_LATER[name])
+    raise AttributeError(f"module 'gpurnn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_LATER})

@@ -6,8 +6,8 @@ a caller may fill his buffer anew, unless copy=False promises that x stays as it
 One thread at a time calls a closure; a second one gets RuntimeError.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from gpurnn.cuda import faults
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters, load
-from gpurnn.types import Array
+from gpurnn.types import Array, LayerBackward
 
 
 class Layer:
@@ -67,7 +67,13 @@ class Linear(Layer):
         super().__init__(shapes, dtype, {"weight": "(out_features, in_features)", "bias": "(out_features,)"})
         self._set("weight", glorot_uniform(generator(rng), out_features, in_features))
 
-    def __call__(self, x: Array, *, training: bool = True, copy: bool = True) -> tuple[Array, Callable | None]:
+    @overload
+    def __call__(self, x: Array, *, training: Literal[True] = ..., copy: bool = ...) -> tuple[Array, LayerBackward]: ...
+    @overload
+    def __call__(self, x: Array, *, training: Literal[False], copy: bool = ...) -> tuple[Array, None]: ...
+    @overload
+    def __call__(self, x: Array, *, training: bool, copy: bool = ...) -> tuple[Array, LayerBackward | None]: ...
+    def __call__(self, x: Array, *, training: bool = True, copy: bool = True) -> tuple[Array, LayerBackward | None]:
         """x (..., in) -> y (..., out), backward.  `backward(dy)` adds to grads and returns dx (..., in).
 
         copy: x is copied for backward; with False it must not change before.
@@ -104,7 +110,17 @@ class Embedding(Layer):
         super().__init__({"weight": (num_embeddings, embedding_dim)}, dtype, symbols)
         self._set("weight", normal(1.0)(generator(rng), num_embeddings, embedding_dim))
 
-    def __call__(self, tokens: Array, *, training: bool = True, copy: bool = True) -> tuple[Array, Callable | None]:
+    @overload
+    def __call__(
+        self, tokens: Array, *, training: Literal[True] = ..., copy: bool = ...
+    ) -> tuple[Array, LayerBackward]: ...
+    @overload
+    def __call__(self, tokens: Array, *, training: Literal[False], copy: bool = ...) -> tuple[Array, None]: ...
+    @overload
+    def __call__(self, tokens: Array, *, training: bool, copy: bool = ...) -> tuple[Array, LayerBackward | None]: ...
+    def __call__(
+        self, tokens: Array, *, training: bool = True, copy: bool = True
+    ) -> tuple[Array, LayerBackward | None]:
         """tokens: integers in [0, num), any shape -> y (*tokens.shape, dim), backward (which returns None).
 
         copy: tokens are copied for backward; with False they must not change before.
@@ -137,7 +153,13 @@ class Dropout(Layer):
         self.p = probability("p", p)
         self.masks = Masks(generator(rng))
 
-    def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, Callable | None]:
+    @overload
+    def __call__(self, x: Array, *, training: Literal[True] = ...) -> tuple[Array, LayerBackward]: ...
+    @overload
+    def __call__(self, x: Array, *, training: Literal[False]) -> tuple[Array, None]: ...
+    @overload
+    def __call__(self, x: Array, *, training: bool) -> tuple[Array, LayerBackward | None]: ...
+    def __call__(self, x: Array, *, training: bool = True) -> tuple[Array, LayerBackward | None]:
         """x of any shape -> y, backward."""
         training = switch("training", training)
         x = backend.asarray(x, self.dtype, "x")

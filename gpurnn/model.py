@@ -1,14 +1,14 @@
 """SequenceModel: an embedding, a recurrent layer and a head as one model, whose parameters are one buffer."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 from gpurnn import backend
 from gpurnn.arguments import Turn, checked, switch, uncopied
 from gpurnn.layers import Dropout, Embedding, Layer, Linear
 from gpurnn.parameters import Parameters
 from gpurnn.sequence import prepare_lengths
-from gpurnn.types import Array
+from gpurnn.types import Array, RecurrentBackward
 
 
 class SequenceModel(Layer):
@@ -27,9 +27,21 @@ class SequenceModel(Layer):
         self.grads = Parameters.join({name: part.grads for name, part in parts.items()})
         self.dtype = self.params.dtype
 
+    @overload
+    def __call__(
+        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[True] = ..., copy: bool = ...
+    ) -> tuple[Array, Any, RecurrentBackward]: ...
+    @overload
+    def __call__(
+        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[False], copy: bool = ...
+    ) -> tuple[Array, Any, None]: ...
+    @overload
+    def __call__(
+        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: bool, copy: bool = ...
+    ) -> tuple[Array, Any, RecurrentBackward | None]: ...
     def __call__(
         self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
-    ) -> tuple[Array, Any, Callable | None]:
+    ) -> tuple[Array, Any, RecurrentBackward | None]:
         """x: tokens (T, N), or (T, N, I) without an embedding -> out (T, N, C), state, backward.
 
         `dx, dstate0 = backward(dout, dstate=None, keep=False, flow=None)`; dx is None behind an embedding.  The other

@@ -4,7 +4,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -31,7 +31,22 @@ from gpurnn.executors.random import Masks
 from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
 from gpurnn.sequence import prepare_lengths, run
-from gpurnn.types import Array
+from gpurnn.types import Array, RecurrentBackward
+
+
+class Options(TypedDict, total=False):
+    """What every recurrent layer takes by name; see `Recurrent`."""
+
+    bias: bool
+    bidirectional: bool
+    dropout: float
+    trainable_h0: bool
+    clip_in_time: float | None
+    init: Mapping[str, str | Initializer] | None
+    dtype: Any
+    precision: str
+    executor: str | None
+    rng: Any
 
 
 class Recurrent(Layer):
@@ -147,9 +162,21 @@ class Recurrent(Layer):
                 raise ValueError(f"init[{kind!r}]: expected (rows, columns) = {(rows, columns)}, got {blocks[0].shape}")
             self._set(name, np.concatenate(blocks).reshape(shape))
 
+    @overload
+    def __call__(
+        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[True] = ..., copy: bool = ...
+    ) -> tuple[Array, Any, RecurrentBackward]: ...
+    @overload
+    def __call__(
+        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[False], copy: bool = ...
+    ) -> tuple[Array, Any, None]: ...
+    @overload
+    def __call__(
+        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: bool, copy: bool = ...
+    ) -> tuple[Array, Any, RecurrentBackward | None]: ...
     def __call__(
         self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
-    ) -> tuple[Array, Any, Callable | None]:
+    ) -> tuple[Array, Any, RecurrentBackward | None]:
         """Runs over a sequence: `y, state, backward = layer(x)`.
 
         x        (T, N, I).  It is copied for backward; with copy=False it is kept, and must not change before.  The
@@ -205,7 +232,7 @@ class Recurrent(Layer):
             return x, out, None
         return backend.ops.protected(x), out, self._backward(levels, T, N, self._given(state))
 
-    def _backward(self, levels: list, T: int, N: int, given: tuple[bool, ...]) -> Callable:
+    def _backward(self, levels: list, T: int, N: int, given: tuple[bool, ...]) -> RecurrentBackward:
         turn = Turn()
 
         def backward(dy: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
@@ -308,7 +335,13 @@ class RNN(Recurrent):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, *, nonlinearity: str = "tanh", **options: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        nonlinearity: str = "tanh",
+        **options: Unpack[Options],
     ):
         if not isinstance(nonlinearity, str) or nonlinearity not in RNN_CELLS:
             raise ValueError(f"nonlinearity: expected one of {', '.join(RNN_CELLS)}, got {nonlinearity!r}")
@@ -324,7 +357,13 @@ class LSTM(Recurrent):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, *, forget_bias: float = 1.0, **options: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        forget_bias: float = 1.0,
+        **options: Unpack[Options],
     ):
         forget_bias = fitting(
             "forget_bias", number("forget_bias", forget_bias), supported(options.get("dtype", "float32"))
@@ -341,7 +380,13 @@ class GRU(Recurrent):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, *, update_bias: float = 0.0, **options: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        update_bias: float = 0.0,
+        **options: Unpack[Options],
     ):
         update_bias = fitting(
             "update_bias", number("update_bias", update_bias), supported(options.get("dtype", "float32"))

@@ -115,6 +115,17 @@ def test_public_names():
         assert getattr(gpurnn, name) is not None
 
 
+def test_what_is_imported_when_asked_for():
+    done = python(
+        "import sys, gpurnn; before = 'gpurnn.app.checkpoint' in sys.modules;"
+        "gpurnn.diagnose.gradient_flow, gpurnn.lab.tour, gpurnn.plot.why_not, gpurnn.checkpoint.save;"
+        "from gpurnn import checkpoint; print(before, {'checkpoint', 'lab', 'LSTM'} <= set(dir(gpurnn)), checkpoint.__name__)"
+    )
+    assert done == "False True gpurnn.app.checkpoint"
+    with pytest.raises(AttributeError, match="module 'gpurnn' has no attribute 'LTSM'"):
+        gpurnn.LTSM  # noqa: B018
+
+
 def test_kernels_are_a_part_of_gpurnn():
     import gpurnn.kernels
 

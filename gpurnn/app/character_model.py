@@ -31,11 +31,14 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
         "clip_in_time": config.clip_in_time or None,
         "precision": config.precision,
     }
+    sizes = config.embedding_size, config.hidden_size
     recurrent: Recurrent
     if config.cell == "rnn":
-        recurrent = RNN(config.embedding_size, config.hidden_size, nonlinearity=config.nonlinearity, **options)
+        recurrent = RNN(*sizes, nonlinearity=config.nonlinearity, **options)
+    elif config.cell == "lstm":
+        recurrent = LSTM(*sizes, **options)
     else:
-        recurrent = {"lstm": LSTM, "gru": GRU}[config.cell](config.embedding_size, config.hidden_size, **options)
+        recurrent = GRU(*sizes, **options)
     head = Linear(config.hidden_size, alphabet_size, **common)
     dropout = Dropout(config.dropout, **common) if config.dropout else None
     return SequenceModel(embedding, recurrent, head, dropout=dropout)
