@@ -18,7 +18,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import LSTM_CELL
-from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.executors.contract import Backward, Weights
 
 SHORT, LONG = 100, 600  # steps
 N, H = 3, 16

@@ -26,7 +26,7 @@ from gpurnn.arguments import (
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
-from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.executors.contract import Backward, Weights
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer

@@ -13,7 +13,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.executors import choose
-from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.executors.contract import Backward, Weights
 from gpurnn.types import Array
 
 State = tuple[Array, ...]

@@ -17,7 +17,7 @@ import gpurnn.kernels
 from gpurnn.cells import Cell, sigmoid, tanh
 from gpurnn.cuda import on_chip, passes, step, sweeps
 from gpurnn.executors import numpy_loop
-from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.executors.contract import Backward, Weights
 from gpurnn.kernels import plan, tiles
 from gpurnn.kernels.tiles import Tile
 from tests import fake_cupy

@@ -16,7 +16,7 @@ from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.cpu import compiled, memory, products
 from gpurnn.executors import choose, numpy_loop
-from gpurnn.executors.numpy_loop import Backward, Weights
+from gpurnn.executors.contract import Backward, Weights
 from gpurnn.sequence import prepare_lengths, run
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")

@@ -287,7 +287,7 @@ def forward_launch(N, T, H):
     """(begin, launch, outputs): the resident forward kernel in inference on buffers of its own; `launch()` does no more."""
     from gpurnn.cuda import on_chip, sweeps
     from gpurnn.cuda.passes import Pass
-    from gpurnn.executors.numpy_loop import Weights
+    from gpurnn.executors.contract import Weights
     from gpurnn.kernels import persistent
 
     cupy, rng = backend.xp, np.random.default_rng(0)

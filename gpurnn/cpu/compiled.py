@@ -22,8 +22,8 @@ from gpurnn.cpu.reduction import few_are_summed, reduction, reduction_size
 from gpurnn.cpu.rows import backward_rows, clamp, forward_rows, squares
 from gpurnn.cpu.simd import address
 from gpurnn.executors import layout
+from gpurnn.executors.contract import Backward, States, Weights
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
-from gpurnn.executors.numpy_loop import Backward, States, Weights
 
 BYTES = np.dtype(np.uint8)
 PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
@@ -52,7 +52,7 @@ def forward(
     training: bool,
     precision: str = "float32",
 ) -> tuple[States, Tape | None]:
-    """See `numpy_loop.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
+    """See `contract.Executor.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
     T, N, I = x.shape
     H, dtype, rows = weights.weight_hh.shape[1], x.dtype, np.ascontiguousarray(rows, np.int64)
     ragged = is_ragged(rows, N)
@@ -95,7 +95,7 @@ def forward(
 def backward(
     tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """See `numpy_loop.backward`."""
+    """See `contract.Executor.backward`."""
     cell, weights = tape.cell, tape.weights
     T, N, I = tape.x.shape
     H, dtype = weights.weight_hh.shape[1], tape.x.dtype

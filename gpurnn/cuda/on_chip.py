@@ -17,8 +17,8 @@ from gpurnn.cells import Cell
 from gpurnn.cuda import device, step, sweeps, tuning
 from gpurnn.cuda.passes import Pass, fitted
 from gpurnn.cuda.sweeps import Tape
+from gpurnn.executors.contract import Backward, States, Weights
 from gpurnn.executors.layout import is_ragged
-from gpurnn.executors.numpy_loop import Backward, States, Weights
 from gpurnn.kernels import persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
@@ -55,7 +55,7 @@ class OnChip(NamedTuple):
         training: bool,
         precision: str = "float32",
     ) -> tuple[States, Tape | None]:
-        """See `numpy_loop.forward`.  Raises ValueError where the dtype is not float32, or weight_hh does not fit."""
+        """See `contract.Executor.forward`.  Raises ValueError where the dtype is not float32, or weight_hh does not fit."""
         if x.dtype != np.float32:
             raise ValueError(
                 f"executor {self.name!r} computes in float32, got {x.dtype}: 'step' computes in float64 as well"
@@ -76,7 +76,7 @@ class OnChip(NamedTuple):
     def backward(
         self, tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
     ) -> tuple[Array, tuple[Array, ...]]:
-        """See `numpy_loop.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
+        """See `contract.Executor.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
         if options.flow is not None:
             return step.backward(tape, dy, dstate, grads, options)
         cell, dtype = tape.cell, tape.x.dtype

@@ -13,8 +13,8 @@ from gpurnn.cells import Cell
 from gpurnn.cuda import device, sweeps
 from gpurnn.cuda.moves import Moves
 from gpurnn.cuda.sweeps import Tape
+from gpurnn.executors.contract import Backward, States, Weights
 from gpurnn.executors.layout import is_ragged
-from gpurnn.executors.numpy_loop import Backward, States, Weights
 from gpurnn.kernels import step
 from gpurnn.types import Array
 
@@ -29,7 +29,7 @@ def forward(
     training: bool,
     precision: str = "float32",
 ) -> tuple[States, Tape | None]:
-    """See `numpy_loop.forward`."""
+    """See `contract.Executor.forward`."""
     sweep = sweeps.begin(cell, x, weights, state, rows, reverse, training, precision)
     tape, trace = sweep.tape, cell.trace
     N, H = tape.h.shape[1:]
@@ -73,7 +73,7 @@ def _final(tape: Tape, training: bool) -> tuple[Array, ...]:
 def backward(
     tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
 ) -> tuple[Array, tuple[Array, ...]]:
-    """See `numpy_loop.backward`."""
+    """See `contract.Executor.backward`."""
     xp, cell, trace = backend.xp, tape.cell, tape.cell.trace
     T, N = tape.x.shape[:2]
     H, dtype = tape.h.shape[2], tape.x.dtype

@@ -14,8 +14,8 @@ from gpurnn.cells import Cell
 from gpurnn.cuda.device import add_columns, product
 from gpurnn.cuda.moves import Moves
 from gpurnn.executors import layout
+from gpurnn.executors.contract import States, Weights
 from gpurnn.executors.layout import is_ragged, lengths_of, ordered
-from gpurnn.executors.numpy_loop import States, Weights
 from gpurnn.types import Array
 
 INFERENCE_BYTES = 256 << 20  # of slots; longer sequences are projected and run a piece at a time

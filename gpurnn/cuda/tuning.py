@@ -17,7 +17,7 @@ from gpurnn import backend, variables
 from gpurnn.cells import Cell
 from gpurnn.cuda import sweeps
 from gpurnn.cuda.passes import Pass
-from gpurnn.executors.numpy_loop import Weights
+from gpurnn.executors.contract import Weights
 from gpurnn.files import code_folder
 from gpurnn.kernels import build, entries, persistent, plan
 from gpurnn.kernels.launch import DoesNotFit

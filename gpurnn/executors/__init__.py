@@ -1,10 +1,7 @@
-"""Executors: ways to run one layer in one direction over T steps, forward and backward.  They share one interface.
+"""Executors: ways to run one layer in one direction over T steps, forward and backward, all as `contract.Executor` says.
 
-    states, tape = forward(cell, x, weights, state, rows, reverse, training, precision)
-    dx, dstate = backward(tape, dy, dstate, grads, options)
-
-`numpy_loop` says what the arguments are; it is the oracle that the others are compared with.  A module is imported when
-it is first chosen, so that a program pays only for the executor it uses.
+`numpy_loop` is the oracle that the others are compared with.  A module is imported when it is first chosen, so that a
+program pays only for the executor it uses.
 """
 
 import functools
@@ -16,6 +13,7 @@ import numpy as np
 from gpurnn import backend, locks, variables
 from gpurnn.cells import Cell
 from gpurnn.environment import compiles
+from gpurnn.executors.contract import Executor
 
 MODULES = {"numpy": "executors.numpy_loop", "compiled": "cpu.compiled", "step": "cuda.step"}
 ON_CHIP = ("resident", "persistent")
@@ -46,7 +44,7 @@ def choose(
     *,
     training: bool | None = None,
     clip: bool = False,
-) -> Any:
+) -> Executor:
     """The executor for a cell of H units and a batch of N rows: the one that is forced, or the fastest that runs it.
 
     On a CPU that is `compiled`.  On CUDA the cheapest by the model of `kernels.plan`: `resident` where weight_hh fits one
@@ -62,7 +60,7 @@ def choose(
 
 
 @functools.cache
-def executor(name: str) -> Any:
+def executor(name: str) -> Any:  # an Executor, the ones on chip with more
     with locks.building:
         if name in ON_CHIP:
             return getattr(importlib.import_module("gpurnn.cuda.on_chip"), name.upper())

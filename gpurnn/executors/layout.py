@@ -9,7 +9,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.executors.numpy_loop import Weights
+from gpurnn.executors.contract import Weights
 from gpurnn.types import Array
 
 

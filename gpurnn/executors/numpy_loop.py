@@ -8,40 +8,8 @@ from typing import NamedTuple
 
 from gpurnn import backend
 from gpurnn.cells import Cell
+from gpurnn.executors.contract import Backward, States, Weights
 from gpurnn.types import Array
-
-
-class Weights(NamedTuple):
-    """The parameters of one layer in one direction, or their gradients.
-
-    weight_ih (G*H, I), weight_hh (G*H, H), bias_ih and bias_hh (G*H,) or None, params: per-unit (H,), one per cell.params.
-    """
-
-    weight_ih: Array
-    weight_hh: Array
-    bias_ih: Array | None
-    bias_hh: Array | None
-    params: tuple[Array, ...]
-
-
-class Backward(NamedTuple):
-    """Options of a backward pass.
-
-    clip  the largest magnitude that a gradient may carry from one step to the one before; None: no limit.
-    flow  (S, T) float64 that receives the sums of squares of dL/dstate_t; None: not asked for.
-    keep  the tape must survive, for another backward.
-    """
-
-    clip: float | None = None
-    flow: Array | None = None
-    keep: bool = False
-
-
-class States(NamedTuple):
-    """h (T+1, N, H): y_t is h[t+1], in reverse h[t], and zero where a row has ended.  final: S arrays (N, H)."""
-
-    h: Array
-    final: tuple[Array, ...]
 
 
 class Tape(NamedTuple):
@@ -65,14 +33,7 @@ def forward(
     training: bool,
     precision: str = "float32",
 ) -> tuple[States, Tape | None]:
-    """Runs `cell` over x.
-
-    x      (T, N, I), zero behind each row's end.
-    state  S arrays (N, H), copied.
-    rows   (T,) NumPy integers: at step t the batch rows 0..rows[t]-1 live; never increasing.
-    precision  of the products on CUDA; here, and on every CPU, they are exact in the dtype of x.
-    Returns the states, and the tape if `training`.
-    """
+    """See `contract.Executor.forward`."""
     xp = backend.xp
     T, N, _ = x.shape
     H = weights.weight_hh.shape[1]
