@@ -24,7 +24,7 @@ from .build import Source
 from .numba_cuda import cuda, types
 from .products import columns, product
 from .ptx import advance, shared_address, store_shared_u, written_out
-from .tiles import Ffma, Mma, Shape, layout
+from .tiles import Ffma, Shape, layout
 
 i32, i64, u32, f32 = types.int32, types.int64, types.uint32, types.float32
 
@@ -57,11 +57,6 @@ def _initial(shape, tile, word):
             store_shared_u(u32(vector + 4 * k), word(pair, 0))
 
     return initial
-
-
-def _few(gates, pairs):
-    """Whether a cell gains by loads ahead, and there are registers for them."""
-    return gates > 1 and pairs <= 2
 
 
 def _taking(count):
@@ -106,7 +101,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         PAIRS * OUTPUTS,
     )
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = newer and _few(G, PAIRS) and (blocks == 1 or (exchange == "flagged" and isinstance(tile, Mma)))
+    AHEAD = newer and tiles.ahead(shape, tile, exchange)
     OWN_COMING = OWN_SUMS if AHEAD else 1
     take = _taking(OWN_COMING)
 
@@ -255,7 +250,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     INPUTS, OUTPUTS, SENT = PARAM + P, WRITTEN + S + P, PAIRS // GRAIN
     OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = newer and _few(G, PAIRS) and blocks > 1
+    AHEAD = newer and tiles.ahead(shape, tile, exchange)
     OWN_COMING = OWN_READ if AHEAD else 1
     take = _taking(OWN_COMING)
 
