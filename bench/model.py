@@ -18,9 +18,13 @@ from typing import Any, NamedTuple
 from bench import cases, floors, results
 from bench.cases import Case
 from gpurnn.cells import CELLS
+from gpurnn.cuda.sweeps import PROJECTED, RETURNED
 from gpurnn.cuda.tuning import registers
 from gpurnn.kernels import plan
 from gpurnn.kernels.tiles import Shape, layout
+
+ROUNDING = 6  # bytes of a float32 value that is read and written as 16 bits
+CELL = {"rnn": CELLS["rnn_tanh"], "gru": CELLS["gru"], "lstm": CELLS["lstm"]}  # of a case
 
 
 class Gpu(NamedTuple):
@@ -110,7 +114,7 @@ def directions(case: Case, gpu: Gpu) -> list[Prediction]:
 
 
 def _on_chip(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> Prediction | None:
-    cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
+    cell = CELL[case.cell]
     choice = _choice(case.H, case.gates, transposed, case.N, case.dtype, registers(cell, transposed), chip, alone)
     if choice is None:
         return None
@@ -146,9 +150,20 @@ def _flops(case: Case) -> float:
 
 
 def _products(case: Case, training: bool, machine: floors.Machine) -> float:
-    """Seconds a step of the products around the recurrence: x W_ih^T, and in training dx and both dW."""
-    forward = 2.0 * case.N * case.gates * case.H * case.I
-    return ((3 if training else 1) * forward + (_flops(case) if training else 0.0)) / machine.flops[case.dtype]
+    """Seconds a step of the products around the recurrence: x W_ih^T, and in training dx and both dW.
+
+    Before those with factors of 16 bits the factors are rounded: x, and in training again x, h and the gradients.  Weights
+    are rounded once in a pass, which is next to nothing a step.
+    """
+    forward, gradients = 2.0 * case.N * case.gates * case.H * case.I, CELL[case.cell].trace.slots * case.H
+    back = 2 * forward + _flops(case) if training else 0.0
+    kind = (
+        "tf32" if case.dtype in PROJECTED and case.dtype not in RETURNED else case.dtype
+    )  # of the products of backward
+    values = case.I if case.dtype in PROJECTED else 0
+    values += case.I + case.H + gradients if training and case.dtype in RETURNED else 0
+    rounding = ROUNDING * case.N * values / machine.bandwidth
+    return forward / machine.flops[case.dtype] + back / machine.flops[kind] + rounding
 
 
 def _measured(path: Path) -> dict[tuple[str, str], float]:

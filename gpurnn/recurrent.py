@@ -65,7 +65,8 @@ class Recurrent(Layer):
     dtype           float32 or float64.
     precision       of the matrix products on CUDA: float32, exact, or tf32, bfloat16 or float16, both factors rounded to
                     it (and tanh good to 2^-11).  Sums, states and parameters are float32 in all of them.  In float16
-                    gradients under 6e-8 become 0: scale the loss, or use bfloat16.  On a CPU all is always exact.
+                    gradients under 6e-8 become 0 on their way through time, and what is beyond 65504 becomes inf: scale
+                    the loss, or use bfloat16.  On a CPU all is always exact.
     executor        forces one: compiled or numpy on a CPU; resident, persistent, step or numpy on CUDA.  None:
                     GPURNN_EXECUTOR, or the best.
 

@@ -226,9 +226,18 @@ def collected(kind: str, shape: Shape, tile: Tile) -> int:
 
 def _at_once(shape: Shape, tile: Tile) -> int:
     """Words of a thread on their way at once: in rounds as equal as can be."""
+    return 4 * -(-_loads(shape, tile) // rounds(shape, tile))
+
+
+def rounds(shape: Shape, tile: Tile) -> int:
+    """In which a thread takes in its part of a slot, one after the other."""
+    return -(-_loads(shape, tile) // MOST_AT_ONCE)
+
+
+def _loads(shape: Shape, tile: Tile) -> int:
+    """Of 16 bytes, of the busiest thread."""
     lay = layout(shape, tile)
-    each = -(-tile.rows * lay.words // 4 // lay.threads)
-    return 4 * -(-each // -(-each // MOST_AT_ONCE))
+    return -(-tile.rows * lay.words // 4 // lay.threads)
 
 
 def _collect(shape, tile, load, patience, as_one=False):

@@ -24,7 +24,7 @@ from .build import Source
 from .numba_cuda import cuda, types
 from .products import columns, product
 from .ptx import advance, shared_address, store_shared_u, written_out
-from .tiles import Ffma, Mma, Shape, layout
+from .tiles import Ffma, Shape, layout
 
 i32, i64, u32, f32, f64 = types.int32, types.int64, types.uint32, types.float32, types.float64
 
@@ -57,20 +57,6 @@ def _initial(shape, tile, word):
             store_shared_u(u32(vector + 4 * k), word(pair, 0))
 
     return initial
-
-
-def _few(gates, pairs):
-    """Whether a cell gains by loads ahead, and there are registers for them."""
-    return gates > 1 and pairs <= 2
-
-
-def _taking(count):
-    @written_out
-    def take(b, target, source):
-        for k in range(count):
-            target[k] = source[k]
-
-    return take
 
 
 def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
@@ -106,9 +92,13 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         PAIRS * OUTPUTS,
     )
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = newer and _few(G, PAIRS) and (blocks == 1 or (exchange == "flagged" and isinstance(tile, Mma)))
+    AHEAD, WALKS = newer and tiles.ahead(shape, tile, exchange), blocks == 1
     OWN_COMING = OWN_SUMS if AHEAD else 1
-    take = _taking(OWN_COMING)
+
+    @written_out
+    def take(b, x, coming):
+        for k in range(OWN_COMING):
+            x[k] = coming[k]
 
     def persistent_forward(
         packed, slots, bias, h, rest, params, state, final, lengths, mail, fault, T, start, row, N, reverse, rest_state
@@ -138,7 +128,11 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         for k in range(BUFFER + 4 * tid, BUFFERS * BUFFER, 4 * THREADS):
             store_shared_u(u32(vector + k), u32(0))
         steps = min(T, lengths[first] - start)
-        now = advance(slots, (steps - 1 if reverse and steps > 0 else 0) * N * SLOT_STEP)
+        begin = i64(steps - 1 if reverse and steps > 0 else 0)
+        now, after = advance(slots, begin * N * SLOT_STEP), (begin + 1 - reverse) * N * H
+        h_after, rest_after = advance(h, after), advance(rest, after)
+        states_on = -N * H if reverse else N * H  # from a step to the next
+        slots_on = states_on * SLOTS
         owner = False
         for p in range(PAIRS):
             part, r = place(tid, p)
@@ -167,7 +161,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         for i in range(steps):
             t = steps - 1 - i if reverse else i
             step = i32(t)
-            following = advance(slots, (t - 1 if reverse else t + 1) * N * SLOT_STEP)
+            further = (t - 1 if reverse else t + 1) * N * SLOT_STEP
+            following = advance(now, slots_on) if WALKS else advance(slots, further)
             if AHEAD and i + 1 < steps:
                 for p in range(PAIRS):
                     if length[p] > 0:  # the slots of another thread's pair may change at any time
@@ -201,8 +196,9 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
                 release(mail, vector, i)
                 if left(vector, i):
                     break
-            now, after = advance(slots, t * N * SLOT_STEP), (t + 1 - reverse) * N * H
-            h_after, rest_after = advance(h, after), advance(rest, after)
+            if not WALKS:
+                now, after = advance(slots, t * N * SLOT_STEP), (t + 1 - reverse) * N * H
+                h_after, rest_after = advance(h, after), advance(rest, after)
             for p in range(PAIRS):
                 if step < length[p]:
                     h_after[state_at[p]] = results[p * OUTPUTS]
@@ -220,6 +216,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
                 wait(mail, vector, i, fault)
             if AHEAD:
                 take(x, coming)
+            if WALKS:
+                now, h_after, rest_after = following, advance(h_after, states_on), advance(rest_after, states_on)
         for p in range(PAIRS):
             if length[p] > 0:
                 for s in range(S):
@@ -238,7 +236,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     """
     G, S, P, SLOTS = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots
     WRITTEN, KEPT = G + trace.x_start, len(trace.kept)
-    STATE, NEXT, DY = KEPT, KEPT + S, KEPT + 2 * S  # of what is loaded at each step
+    STATE, NEXT, DY = KEPT, KEPT + S, KEPT + 2 * S  # of what a step needs; its next states are those of the step before
     DNEXT, PARAM = DY, DY + S  # of what the cell is given
     READ = DY + 1
     shape = Shape(H, G, True, blocks)
@@ -255,9 +253,21 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     INPUTS, OUTPUTS, SENT = PARAM + P, WRITTEN + S + P, PAIRS // GRAIN
     OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
     SLOT_STEP, PACKED = SLOTS * H, make.packed
-    AHEAD = newer and _few(G, PAIRS) and blocks > 1
+    AHEAD, WALKS = newer and tiles.ahead(shape, tile, exchange), blocks == 1
     OWN_COMING = OWN_READ if AHEAD else 1
-    take = _taking(OWN_COMING)
+
+    @written_out
+    def hand_on(b, ready):
+        """The next states of the step to come: what this one began with."""
+        for p in range(PAIRS):
+            for s in range(S):
+                ready[p * READ + NEXT + s] = ready[p * READ + STATE + s]
+
+    @written_out
+    def take(b, ready, coming):
+        for k in range(OWN_COMING):
+            if not NEXT <= k % READ < NEXT + S:
+                ready[k] = coming[k]
 
     @cuda.jit(device=True)
     def clipped(value, limit):
@@ -266,21 +276,41 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         return -limit if value < -limit else value
 
     @cuda.jit(device=True)
-    def load(ready, p, places, arrays, strides, t):
-        """What step t of one pair needs, into registers."""
-        slot_at, state_at, dy_at = places
+    def placed(arrays, strides, t):
+        """Where step t's slots, the states before it and its dy begin."""
         slots, h, rest, dy = arrays
-        N, reverse, rest_state, dy_step = strides
-        before, after = (t + reverse) * N * H, (t + 1 - reverse) * N * H
-        now = advance(slots, t * N * SLOT_STEP)
+        N, reverse, _, dy_step = strides
+        before = (t + reverse) * N * H
+        return advance(slots, t * N * SLOT_STEP), advance(h, before), advance(rest, before), advance(dy, t * dy_step)
+
+    @cuda.jit(device=True)
+    def behind(walked, strides):
+        """Where those of the step behind `walked` do."""
+        now, h, rest, dy = walked
+        N, reverse, _, dy_step = strides
+        on = i64(1 if reverse else -1)
+        return (
+            advance(now, on * N * SLOT_STEP),
+            advance(h, on * N * H),
+            advance(rest, on * N * H),
+            advance(dy, on * dy_step),
+        )
+
+    @cuda.jit(device=True)
+    def load(ready, p, places, at, strides):
+        """What a step of one pair needs, into registers; but for next states."""
+        slot_at, state_at, dy_at = places
+        now, h, rest, dy = at
         for k in range(KEPT):
             ready[p * READ + k] = now[slot_at[p] + k * H]
-        ready[p * READ + STATE] = advance(h, before)[state_at[p]]
-        ready[p * READ + NEXT] = advance(h, after)[state_at[p]]
+        load_states(ready, p * READ + STATE, state_at[p], h, rest, strides)
+        ready[p * READ + DY] = dy[dy_at[p]]
+
+    @cuda.jit(device=True)
+    def load_states(ready, to, state_at, h, rest, strides):
+        ready[to] = h[state_at]
         for s in range(S - 1):
-            ready[p * READ + STATE + 1 + s] = advance(rest, s * rest_state + before)[state_at[p]]
-            ready[p * READ + NEXT + 1 + s] = advance(rest, s * rest_state + after)[state_at[p]]
-        ready[p * READ + DY] = advance(dy, t * dy_step)[dy_at[p]]
+            ready[to + 1 + s] = advance(rest, s * strides[2])[state_at]
 
     def persistent_backward(
         packed, slots, h, rest, dy, dstate, params, dparams, lengths, mail, fault, row, N, reverse, rest_state, dy_step,
@@ -312,6 +342,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         for k in range(4 * tid, BUFFERS * BUFFER, 4 * THREADS):
             store_shared_u(u32(vector + k), u32(0))
         steps = lengths[first]
+        walked = placed(arrays, strides, i64(0 if reverse else steps - 1))
+        last = i64(0 if reverse else steps) * N * H  # where the last states begin
         owner = False
         for p in range(PAIRS):
             part, r = place(tid, p)
@@ -333,9 +365,10 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                 if AHEAD:
                     coming[p * READ + k] = f32(0)
             if length[p] > 0:
-                load(ready, p, places, arrays, strides, 0 if reverse else steps - 1)
+                load(ready, p, places, walked, strides)
+                load_states(ready, p * READ + NEXT, state_at[p], advance(h, last), advance(rest, last), strides)
                 if AHEAD and steps > 1:
-                    load(coming, p, places, arrays, strides, 1 if reverse else steps - 2)
+                    load(coming, p, places, placed(arrays, strides, i64(1 if reverse else steps - 2)), strides)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -372,20 +405,26 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
             release(mail, vector, i)
             if left(vector, i):
                 break
-            now = advance(slots, t * N * SLOT_STEP)
+            if WALKS:
+                now, following = walked[0], behind(walked, strides)
+            else:
+                now, following = advance(slots, t * N * SLOT_STEP), placed(arrays, strides, t + 1 if reverse else t - 1)
+            hand_on(ready)
             for p in range(PAIRS):
                 if step < length[p]:
                     for k in range(WRITTEN):
                         now[slot_at[p] + k * H] = written[p * WRITTEN + k]
                 if not AHEAD and i + 1 < steps and length[p] > 0:  # another thread's slots may change at any time
-                    load(ready, p, places, arrays, strides, t + 1 if reverse else t - 1)
+                    load(ready, p, places, following, strides)
             wait(mail, vector, i, fault)
+            if WALKS:
+                walked = following
             if AHEAD:
                 take(ready, coming)
                 if i + 2 < steps:
                     for p in range(PAIRS):
                         if length[p] > 0:  # the slots of another thread's pair may change at any time
-                            load(coming, p, places, arrays, strides, t + 2 if reverse else t - 2)
+                            load(coming, p, places, placed(arrays, strides, t + 2 if reverse else t - 2), strides)
             multiply(weights, u32(vector + (i + 1 & BUFFERS - 1) * BUFFER), sums)
             for p in range(PAIRS):
                 if step < length[p]:

@@ -1,9 +1,10 @@
 """Which blocks, tile and exchange a pass through time gets: all that fits is enumerated, and the cheapest is taken.
 
 The model counts what one step costs, in cycles of an SM: issued products, shared memory (128 bytes a cycle), the cell's
-instructions, the latency of what has to follow one another, and the exchange between the blocks of a group, by latency
-and by bytes.  Its constants are of an H100 (sources beside them); it ranks, and `python -m bench model` prints it beside
-what was measured.
+instructions, the latency of what has to follow one another, the exchange between the blocks of a group, by latency and
+by bytes, and memory where its latency shows.  FITTED constants are those with which it comes near to what 33 kernels
+took on one H200 (bench/results): 30 of them within 25 %, a test holds it to that.  It ranks; which of two ways is faster
+was measured for few shapes (in that test too), and `python -m bench model` prints its predictions beside what was measured.
 """
 
 import math
@@ -23,16 +24,23 @@ UNROLLED = 6144  # multiplications of a thread and step: beyond, the loop outgro
 
 SHUFFLE, BARRIER, LOAD = 30, 30, 30  # cycles of latency; a load from shared memory takes 29
 PRODUCT = 18  # of a chained product on tensor cores: 24 before the first, less behind one another
-LATENCY = {  # seconds: a store seen by another SM.  Measured by others on an H100: st.async 0.21-0.37 us; through L2 with
-    # release and acquire 0.56 us, and then the data have to be fetched; data that are their own flag, and a quarter of a
-    # fence: an estimate
-    "clustered": 0.28e-6,
-    "flagged": 0.41e-6,
-    "counted": 0.71e-6,
-}
+# FITTED, in cycles.  STEP: of any step, whatever it does.  LATENCY: a store seen by another SM, data that are their own flag
+# and data behind a counter, which takes a fence more; a cluster's grows with its blocks.  ROUND: of each further round of
+# loads of mail.  EXPOSED: memory's latency where a step waits for what it loads (mail through L2 takes as long); AT_LEAST:
+# a step whose loads were given out a step before takes as long as they do.
+STEP = 400
+LATENCY, ROUND = {"flagged": (800, 1100), "counted": (1400, 1700)}, 200  # with slots in L2, and beyond
+CLUSTER, OF_BLOCK = 100, 35
+EXPOSED, AT_LEAST = {"alone": (150, 500), "clustered": (0, 500)}, (0, 1100)  # from L2, from beyond
+WORD, CROWD = (
+    0.5,
+    100,
+)  # cycles of a word between SMs of a cluster; with more blocks than CROWD/2 it takes longer for each
+LONG, NEAR = 512, 34e6  # steps, and bytes of slots in so many that stay in L2: nobody knows here how many there will be
+L2_OF_SM, L2_OF_ALL = 64, 32  # bytes a cycle, from L2 to one SM, to each of all of them: measured by others; FITTED
+
 LAUNCH = 2.5e-6  # seconds from one small kernel's begin to that of the next, by the driver and the device
-HOST = 1.1e-6  # seconds of Python for a step by cuBLAS and a kernel (`python -m bench host`), which come before the driver's
-L2_OF_SM, L2_OF_ALL, REMOTE = 64, 23.5, 32  # bytes a cycle: L2 to one SM, to each of all of them, from others' memory
+HOST = 13e-6  # FITTED: seconds of a step by cuBLAS and a kernel that nothing else explains, Python's 1.1e-6 among them
 
 
 class Chip(NamedTuple):
@@ -46,7 +54,7 @@ class Chip(NamedTuple):
     @property
     def clock(self) -> float:
         """Cycles a second, at work."""
-        return 1.41e9 if self.capability < (9, 0) else 1.755e9
+        return 1.41e9 if self.capability < (9, 0) else 1.98e9
 
     @property
     def lanes(self) -> int:
@@ -60,16 +68,20 @@ class Chip(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one step, in cycles.  rounds: how often groups follow one another because not all can run at once."""
+    """Of one step, in cycles.  rounds: how often groups follow one another because not all can run at once.
+
+    loads: how long it waits for memory beyond that.
+    """
 
     product: float
     cell: float
     exchange: float
     rounds: int
+    loads: float = 0.0
 
     @property
     def cycles(self) -> float:
-        return self.rounds * (self.product + self.cell + self.exchange)
+        return self.rounds * (STEP + self.product + self.cell + self.exchange + self.loads)
 
 
 class Choice(NamedTuple):
@@ -98,7 +110,7 @@ def choices(
                     continue
                 fitted = _fitted(shape, tile, kind, pair, chip)
                 if fitted is not None:
-                    yield Choice(fitted, blocks, kind, _cost(shape, fitted, kind, pair, N, chip))
+                    yield Choice(fitted, blocks, kind, predicted(shape, fitted, kind, pair, N, chip))
 
 
 def best(found: Iterable[Choice]) -> Choice | None:
@@ -180,7 +192,8 @@ def _accumulators(shape: Shape, tile: Tile) -> int:
     return 4 * tensors * eights * (2 if tensors * eights <= 2 else 1) + 4 * eights
 
 
-def _cost(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip) -> Cost:
+def predicted(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip) -> Cost:
+    """Of a step of N rows.  pair: as for `choices`."""
     lay = layout(shape, tile)
     warps = lay.threads // 32
     _, own = tiles.results(shape, tile)
@@ -188,8 +201,21 @@ def _cost(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip) ->
     running = max(1, chip.multiprocessors // shape.blocks)
     product = _ffma_cycles(shape, tile, chip) if isinstance(tile, Ffma) else _mma_cycles(shape, tile, chip)
     cell = -(-warps // 4) * own * (24 + 4 * pair)  # some instructions to find each value, few to use it
-    between = _exchange_cycles(shape, tile, kind, min(groups, running), chip)
-    return Cost(product, cell, between, -(-groups // running))
+    between = _exchange_cycles(shape, tile, kind, N, min(groups, running), chip)
+    loads = _waiting_cycles(shape, tile, kind, N, STEP + product + cell + between)
+    return Cost(product, cell, between, -(-groups // running), loads)
+
+
+def _waiting_cycles(shape: Shape, tile: Tile, kind: str, N: int, step: float) -> float:
+    """For memory, beyond what a step takes anyway."""
+    if tiles.ahead(shape, tile, kind):
+        return max(0.0, AT_LEAST[_far(shape, N)] - step)
+    return EXPOSED.get(kind, (0, 0))[_far(shape, N)]
+
+
+def _far(shape: Shape, N: int) -> bool:
+    """Whether what a step loads is in memory, not in L2."""
+    return LONG * 4 * N * shape.gates * shape.H > NEAR
 
 
 def _ffma_cycles(shape: Shape, tile: Ffma, chip: Chip) -> float:
@@ -201,7 +227,9 @@ def _ffma_cycles(shape: Shape, tile: Ffma, chip: Chip) -> float:
     issued = (
         -(-warps // 4) * results * tile.rows * 4 * lay.chunks * 128 / chip.lanes
     )  # by the busiest of four schedulers
-    return max(issued, reads + warps * halved * shape.outputs) + SHUFFLE * (tile.lanes.bit_length() - 1) + LOAD
+    reads += warps * halved * shape.outputs
+    alike = -(-warps // 4)  # warps of a scheduler: one computes while another waits for what it has read
+    return max(issued, reads) + min(issued, reads) / alike + SHUFFLE * (tile.lanes.bit_length() - 1) + LOAD
 
 
 def _mma_cycles(shape: Shape, tile: Mma, chip: Chip) -> float:
@@ -218,17 +246,20 @@ def _mma_cycles(shape: Shape, tile: Mma, chip: Chip) -> float:
     return cycles
 
 
-def _exchange_cycles(shape: Shape, tile: Tile, kind: str, groups: int, chip: Chip) -> float:
+def _exchange_cycles(shape: Shape, tile: Tile, kind: str, N: int, groups: int, chip: Chip) -> float:
     """groups: that run at the same time."""
     if kind == "alone":
         return BARRIER
-    lay = layout(shape, tile)
-    each = 4 * tile.rows * lay.words  # bytes that a block takes in
-    stored, latency = 4 * tile.rows * lay.words / 128, LATENCY[kind] * chip.clock
-    if kind == "clustered":  # as many words are sent as come in
-        return latency + each / REMOTE + 2 * BARRIER
+    words = tile.rows * layout(shape, tile).words  # that a block takes in; within a cluster it sends as many
+    if kind == "clustered":
+        crowd = shape.blocks * groups / CROWD
+        return CLUSTER + OF_BLOCK * shape.blocks + words * max(WORD, crowd) + 2 * BARRIER
+    each = 4 * words
     moved = max(each / L2_OF_SM, each * shape.blocks * groups / (L2_OF_ALL * chip.multiprocessors))
-    return latency + moved + stored + BARRIER * (3 if kind == "counted" else 1)
+    further = exchange.rounds(shape, tile) - 1
+    return (
+        LATENCY[kind][_far(shape, N)] + ROUND * further + moved + each / 128 + BARRIER * (3 if kind == "counted" else 1)
+    )
 
 
 def _free(threads: int) -> int:

@@ -156,3 +156,12 @@ def packed_words(shape: Shape, tile: Tile) -> int:
     if isinstance(tile, Ffma):
         return shape.blocks * lay.chunks * tile.units * shape.outputs * lay.threads * 4
     return shape.blocks * lay.threads // 32 * (tile.groups * shape.outputs // 2) * lay.chunks * 256
+
+
+def ahead(shape: Shape, tile: Tile, exchange: str) -> bool:
+    """Whether a time loop loads a step ahead: where that was faster, and there are registers for it."""
+    if shape.gates == 1 or results(shape, tile)[1] > 2:
+        return False
+    if shape.transposed:
+        return shape.blocks > 1
+    return shape.blocks == 1 or (exchange == "flagged" and isinstance(tile, Mma))

@@ -38,6 +38,21 @@ def test_what_binds_shows():
     assert forward(N=16).microseconds < forward().microseconds < forward(N=512).microseconds
 
 
+def test_products_of_16_bits_and_their_rounding():
+    """LSTM, 64 rows, 1024 units: four products of 0.537 GFLOP; 6 bytes for each value of x, and again of x, h, gradients."""
+    machine = model.GPUS["h200"].machine
+    machine = machine._replace(flops={"bfloat16": 700e12, "float16": 700e12, "tf32": 300e12}, bandwidth=4.2e12)
+
+    def us(dtype, training):
+        return 1e6 * model._products(Case("gaps", "lstm", 512, 64, 1024, 1024, dtype), training, machine)
+
+    product, rounding = 2 * 64 * 4096 * 1024 / 700e6, 6 * 64 * 1024 / 4.2e6
+    assert us("bfloat16", False) == us("float16", False) == pytest.approx(product + rounding)
+    assert us("bfloat16", True) == pytest.approx(4 * product + 7 * rounding) == pytest.approx(3.72, abs=0.01)
+    assert us("float16", True) == pytest.approx(product + rounding + 3 * product * 700 / 300)
+    assert us("tf32", True) == pytest.approx(4 * product * 700 / 300)
+
+
 def test_the_table_and_what_was_measured(capsys, tmp_path):
     name = "latency/lstm/T1024-N64-I64-H64-float32"
     assert main(["model", "--case", name, "--gpu", "h100"]) == 0

@@ -292,7 +292,7 @@ def test_steps_of_training_wait_for_nothing_and_are_those_of_numpy(options, corp
 OPERATIONS = """
     __setitem__
     gather_rows move_all pack_ffma _multiply persistent_forward _multiply add cross_entropy
-    _multiply add_columns _multiply zeros pack_ffma persistent_backward _multiply _multiply add_columns _multiply add_to_rows
+    _multiply add_columns _multiply zeros pack_ffma persistent_backward _multiply _multiply _multiply add_columns add_to_rows
     move_all norm_of_values scale_by_norm begin_an_update update
 """
 

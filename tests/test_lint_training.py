@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from gpurnn.kernels import build, columns, dropout, embedding, faults, losses, moves, norms, optim
+from gpurnn.kernels import build, columns, dropout, embedding, faults, losses, moves, norms, optim, rounding
 from tests.test_lint import NEWER, built, opcodes
 
 RECIPES = {
@@ -56,6 +56,8 @@ RECIPES = {
     "drop": (dropout.drop, {"dtype": "float32", "aligned": True}),
     "drop, float64": (dropout.drop, {"dtype": "float64", "aligned": True}),
     "drop, anywhere": (dropout.drop, {"dtype": "float32", "aligned": False}),
+    "rounded": (rounding.rounded, {"kind": "bfloat16"}),
+    "rounded, float16": (rounding.rounded, {"kind": "float16"}),
     "sgd": (optim.sgd, {"dtype": "float32", "momentum": False, "nesterov": False}),
     "sgd, all": (optim.sgd, {"dtype": "float32", "momentum": True, "nesterov": True}),
     "rmsprop, all": (optim.rmsprop, {"dtype": "float32", "centered": True, "momentum": True}),
@@ -63,11 +65,13 @@ RECIPES = {
     "adamw": (optim.adam, {"dtype": "float32", "decoupled": True}),
     "adamw, float64": (optim.adam, {"dtype": "float64", "decoupled": True}),
 }
-SIXTEEN_BYTES = ("norm", "scale", "drop", "sgd", "rmsprop", "adam")
+SIXTEEN_BYTES = ("norm", "scale", "drop", "rounded", "sgd", "rmsprop", "adam")
 SINGLE = (
     "gather",
     "drop",
     "drop, anywhere",
+    "rounded",
+    "rounded, float16",
     "sgd",
     "sgd, all",
     "rmsprop, all",

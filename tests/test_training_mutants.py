@@ -19,7 +19,7 @@ from gpurnn import backend
 from gpurnn.cuda import device, launches
 from gpurnn.cuda import moves as moving
 from tests.interpreted import interpreted
-from tests.ptx.errors import OutOfBounds, Race, Uninitialised
+from tests.ptx.errors import Misaligned, OutOfBounds, Race, Uninitialised
 from tests.test_training_kernels import LONG, Model, put, rows
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
@@ -155,6 +155,17 @@ def dropped():
     return first, second, np.array([layer.masks.calls])
 
 
+def sixteen_bits():
+    """Some values and some more than a block has, where 16 bytes begin and where they do not."""
+    values = np.random.default_rng(0).standard_normal(2100).astype("float32")
+    values[:2] = 65520, np.nan
+    parts = [slice(0, 13), slice(1, 2100)]
+    if backend.name == "numpy":
+        with np.errstate(over="ignore"):
+            return [values[part].astype(np.float16) for part in parts]
+    return [device.rounded(put(values)[part], "float16") for part in parts]
+
+
 CASES = {
     "few classes": few_classes, "many classes": many_classes, "wrong targets": wrong_targets, "table": table,
     "untouched": untouched, "norm": norm, "norm of extremes": norm_of_extremes, "wrong gradient": wrong_gradient,
@@ -163,6 +174,7 @@ CASES = {
     "adam": lambda: updates(gpurnn.Adam, weight_decay=0.1, betas=(0.8, 0.7)),
     "adamw": lambda: updates(gpurnn.AdamW, weight_decay=0.5),
     "dropped": dropped, "wrong tokens": wrong_tokens, "columns": column_sums, "moves": small_moves,
+    "sixteen bits": sixteen_bits,
 }  # fmt: skip
 
 
@@ -184,7 +196,10 @@ USERS = {  # of a module: whoever imports it
     "faults": ("embedding", "losses", "norms", "optim"),
     "last": ("losses", "norms", "optim"),
 }
-PLACES = {"faults": (launches, "record"), "columns": (device, "columns"), "moves": (moving, "moves")}
+PLACES = {
+    "faults": (launches, "record"), "columns": (device, "columns"), "moves": (moving, "moves"),
+    "rounding": (device, "rounding"),
+}  # fmt: skip
 
 
 def plant(patch, name, edits):
@@ -287,6 +302,10 @@ MUTANTS = {
     "moves: the pattern's low half": ("moves", "moves", Wrong, ("u64(8 * size * (k % each))", "u64(0)")),
     "moves: a word too many": ("moves", "moves", OutOfBounds, ("        if k < count:\n            if", "        if k <= count:\n            if")),
     "moves: a sum of one": ("moves", "moves", Wrong, ("out[k] = a[k] + b[k]", "out[k] = a[k]")),
+    "rounded: halves of a word swapped": ("sixteen bits", "rounding", Wrong, ("pack(d, c)", "pack(c, d)")),
+    "rounded: one too few at the end": ("sixteen bits", "rounding", Wrong, ("min(first + EACH, count)", "min(first + EACH, count - 1)")),
+    "rounded: beyond the end": ("sixteen bits", "rounding", OutOfBounds, ("if wide != 0 and first + EACH <= count:", "if wide != 0:")),
+    "rounded: 16 bytes anywhere": ("sixteen bits", "rounding", Misaligned, ("if wide != 0 and", "if")),
     "drop: the key's halves swapped": ("dropped", "dropout", Wrong, ("u32(low), u32(high)", "u32(high), u32(low)")),
     "drop: every call the same": ("dropped", "dropout", Wrong, ("calls[0] += 1", "calls[0] += 0")),
     "drop: one too few at the end": ("dropped", "dropout", Wrong, ("min(EACH, count - first)", "min(EACH, count - first - 1)")),

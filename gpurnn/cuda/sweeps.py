@@ -2,22 +2,29 @@
 
 Forward: one product projects all inputs into the slots, then an executor goes through time.  Backward: it goes back and
 turns the slots into gradients in place, then one product each gives dW_ih, dW_hh and dx.  Nothing waits for the device.
+
+In "bfloat16" these products have factors of 16 bits, each rounded once in a pass; backward goes through time piece by
+piece then, so that the rounded gradients, half as large as the slots, never need more than PIECE_BYTES.  In "float16" only
+the forward product has: gradients below 6e-8 would become 0 in it, so those products keep float32 factors (TF32's kernels).
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.cuda.device import add_columns, product
+from gpurnn.cuda.device import add_columns, product, rounded
 from gpurnn.cuda.moves import Moves
 from gpurnn.executors import layout
 from gpurnn.executors.contract import States, Weights
 from gpurnn.executors.layout import is_ragged, lengths_of, ordered
 from gpurnn.types import Array
 
+PROJECTED, RETURNED = ("bfloat16", "float16"), ("bfloat16",)  # precisions whose factors are rounded: forward, and back
+PIECE_BYTES = 256 << 20  # of gradients rounded to 16 bits
 INFERENCE_BYTES = 256 << 20  # of slots; longer sequences are projected and run a piece at a time
 
 
@@ -109,12 +116,14 @@ def _place(states: Array, initial: Array, lengths: Array, reverse: bool, every: 
 def pieces(sweep: Sweep) -> Iterator[tuple[int, int, Array]]:
     """(t0, t1, slots of these steps with x projected into them), in the order in which time runs."""
     tape = sweep.tape
-    weight_x = ordered(tape.weights.weight_ih, tape.cell.trace.x_order, tape.h.shape[2])
+    precision = tape.precision
+    factor = _factors(precision, PROJECTED)
+    weight_x = factor(ordered(tape.weights.weight_ih, tape.cell.trace.x_order, tape.h.shape[2]))
     starts = range(0, len(tape.x), max(1, sweep.steps))
     for t0 in reversed(starts) if tape.reverse else starts:
         t1 = min(len(tape.x), t0 + sweep.steps)
         slots = tape.slots[: t1 - t0]
-        product(_flat(tape.x[t0:t1]), weight_x.T, x_slots(tape, slots), tape.precision)
+        product(_flat(factor(tape.x[t0:t1])), weight_x.T, x_slots(tape, slots), precision)
         yield t0, t1, slots
 
 
@@ -166,25 +175,40 @@ def with_unit_stride(dy: Array) -> Array:
 
 def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
     """Adds dW_ih, dW_hh and the biases' gradients, from the gradients in the slots; returns dx (T, N, I)."""
-    xp, cell, trace = backend.xp, tape.cell, tape.cell.trace
-    T, N, I = tape.x.shape
-    H, dtype = tape.h.shape[2], tape.x.dtype
-    dr, dx = r_slots(tape, slots), x_slots(tape, slots)
-    before = _flat(tape.h[1:] if tape.reverse else tape.h[:T])
-    for gradient, order, factor, other in (
-        (grads.weight_hh, trace.r_order, dr, before),
-        (grads.weight_ih, trace.x_order, dx, _flat(tape.x)),
-    ):
-        if order == tuple(range(cell.gates)):
-            product(factor.T, other, gradient, tape.precision, add=True)
-        else:
-            value = product(factor.T, other, xp.empty(gradient.shape, dtype), tape.precision)
-            layout.add_ordered(gradient, value, order, H)
+    trace, T, H, dx = tape.cell.trace, len(tape.x), tape.h.shape[2], backend.xp.empty(tape.x.shape, tape.x.dtype)
+    factor = _factors(tape.precision, RETURNED)
+    weight_x = factor(backend.xp.ascontiguousarray(ordered(tape.weights.weight_ih, trace.x_order, H)))
+    before = tape.h[1:] if tape.reverse else tape.h[:T]
+    steps = T if factor is _as_it_is else max(1, PIECE_BYTES // max(1, 2 * slots[:1].size))
+    for t0 in range(0, T, max(1, steps)):
+        piece = slice(t0, t0 + steps)
+        gradients, x, h = (factor(array[piece]) for array in (slots, tape.x, before))
+        _add_product(grads.weight_hh, trace.r_order, r_slots(tape, gradients), h, tape.precision)
+        _add_product(grads.weight_ih, trace.x_order, x_slots(tape, gradients), x, tape.precision)
+        product(x_slots(tape, gradients), weight_x, _flat(dx[piece]), tape.precision)
     if grads.bias_hh is not None and grads.bias_ih is not None:
         orders = {"first": trace.r_order, "second": trace.x_order, "start": trace.x_start}
         add_columns(_flat(slots), H, grads.bias_hh, grads.bias_ih, **orders)
-    weight_x = xp.ascontiguousarray(ordered(tape.weights.weight_ih, trace.x_order, H))
-    return product(dx, weight_x, xp.empty((T * N, I), dtype), tape.precision).reshape(T, N, I)
+    return dx
+
+
+def _add_product(target: Array, order: tuple[int, ...], gradients: Array, factor: Array, precision: str) -> None:
+    """target += gradients^T factor, the gates of its rows in `order`.  gradients (T*N, G*H), factor (T, N, columns)."""
+    factor = _flat(factor)
+    if order == tuple(range(len(order))):
+        product(gradients.T, factor, target, precision, add=True)
+    else:
+        value = product(gradients.T, factor, backend.xp.empty(target.shape, target.dtype), precision)
+        layout.add_ordered(target, value, order, target.shape[0] // len(order))
+
+
+def _factors(precision: str, kinds: tuple[str, ...]) -> Callable[[Array], Array]:
+    """What makes an array a factor of a product in `precision`: rounded where it is one of `kinds`."""
+    return functools.partial(rounded, kind=precision) if precision in kinds else _as_it_is
+
+
+def _as_it_is(array: Array) -> Array:
+    return array
 
 
 def _flat(array: Array) -> Array:

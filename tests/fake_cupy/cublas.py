@@ -10,7 +10,7 @@ import numpy as np
 
 from .graphs import capturing, recorded
 from .memory import allocations
-from .runtime import CUDA_R_16BF, CUDA_R_32F, CUDA_R_64F
+from .runtime import CUDA_R_16BF, CUDA_R_16F, CUDA_R_32F, CUDA_R_64F
 
 CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C = 0, 1, 2
 CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
@@ -29,9 +29,14 @@ _DOUBLE = (CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_64F_PEDANTIC)
 _TYPES = (  # compute type, type of A and B, type of C
     *((compute, CUDA_R_64F, CUDA_R_64F) for compute in _DOUBLE),
     *((compute, CUDA_R_32F, CUDA_R_32F) for compute in (*_EXACT, *_FAST)),
-    *((compute, CUDA_R_16BF, c) for compute in _EXACT for c in (CUDA_R_16BF, CUDA_R_32F)),
+    *((compute, half, c) for compute in _EXACT for half in (CUDA_R_16BF, CUDA_R_16F) for c in (half, CUDA_R_32F)),
 )
-_MEMORY = {CUDA_R_32F: np.dtype(np.float32), CUDA_R_64F: np.dtype(np.float64), CUDA_R_16BF: np.dtype(np.uint16)}
+_MEMORY = {
+    CUDA_R_32F: np.dtype(np.float32),
+    CUDA_R_64F: np.dtype(np.float64),
+    CUDA_R_16BF: np.dtype(np.uint16),
+    CUDA_R_16F: np.dtype(np.float16),
+}
 
 
 class CUBLASError(RuntimeError):
@@ -168,6 +173,8 @@ def _host_scalar(name: str, address: int, kind: Any) -> float:
 
 def _widened(matrix: np.ndarray, kind: int) -> np.ndarray:
     """bfloat16 is the upper half of a float32."""
+    if kind == CUDA_R_16F:
+        return matrix.astype(np.float32)
     return (matrix.astype(np.uint32) << 16).view(np.float32) if kind == CUDA_R_16BF else matrix
 
 
