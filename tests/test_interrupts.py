@@ -19,9 +19,9 @@ from gpurnn.cpu import threads
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
 FILES = tuple(
-    str(Path(*parts)) for parts in (("gpurnn", "locks.py"), ("executors", "threads.py"), ("executors", "crew.py"))
+    str(Path(*parts)) for parts in (("gpurnn", "locks.py"), ("cpu", "threads.py"), ("cpu", "crew.py"))
 )
-FILES += (str(Path("executors", "memory.py")), "threadpoolctl.py")
+FILES += (str(Path("cpu", "memory.py")), "threadpoolctl.py")
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def hold():
         pass
 
 
-@pytest.mark.parametrize("work", [hold, lambda: threads.product(np.ones((300, 300)), np.ones((300, 300)))])
+@pytest.mark.parametrize("work", [hold, lambda: backend.ops.product(np.ones((300, 300)), np.ones((300, 300)))])
 def test_an_interrupt_at_any_point_leaves_blas_as_it_was(work):
     before = blas_threads()
 

@@ -27,6 +27,9 @@ from gpurnn.parameters import ALIGNMENT, Parameters, all_finite, raise_where_not
 LOOKING_WAITS = False  # whether the host, to look at a value, waits for work that was given away
 GRAPHS = False  # whether a step can be recorded and given again as a whole
 
+FEW_MULTIPLICATIONS = (
+    1 << 13
+)  # OpenBLAS starts its threads from 9216 on, for a matrix by a vector; to hold it takes 13 us
 SUM_BLOCK = 1 << 13  # values: OpenBLAS starts its threads for longer dot products, which costs more than it gains
 
 
@@ -70,6 +73,8 @@ def restart(step: int) -> None:
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a b for matrices, each with unit stride along one axis."""
+    if a.shape[0] * a.shape[1] * b.shape[1] <= FEW_MULTIPLICATIONS:
+        return a @ b
     with threads.one_blas_thread:
         return threads.matmul(a, b)
 
