@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)
 BITS = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 NONE = 7  # no scoreboard
+FENCES = ("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL")
 
 
 class Instruction(NamedTuple):
@@ -68,7 +70,8 @@ def listing(cubin: bytes, folder: Path) -> list[Instruction]:
     path.write_bytes(cubin)
     text = subprocess.run([disassembler, "-c", "-hex", path], capture_output=True, text=True, check=True).stdout
     found: list[tuple[str, str, str | None, bool]] = []
-    labels, bits = {}, []
+    labels: dict[str, int] = {}
+    bits: list[int] = []
     for line in text.splitlines():
         if label := LABEL.match(line):
             labels[label.group(1)] = len(found)
@@ -102,32 +105,17 @@ def loop_bounds(code: list[Instruction]) -> tuple[int, int]:
     return max(multiplying, key=lambda ends: ends[1] - ends[0])
 
 
-def waits_for_fetches(body: list[Instruction]) -> list[str]:
-    """What in a step waits, behind its loads from memory and before the last of its polls or products, for those loads.
+def waits_for_fetches(body: list[Instruction], until: Callable[[Instruction], bool]) -> Instruction | None:
+    """The first of a step's instructions that waits for what the step loads, between the loads and the next one `until`
+    says; None where none does, or there is nothing of the kind.
 
-    body: of the loop.  Scoreboards are few: who waits for another load's may wait for these as well.
+    body: of the loop.  Scoreboards are few: who waits for another load's may wait for these as well.  Fences wait for all.
     """
-    fetched = [k for k, i in enumerate(body) if i.fetches]
-    polls, products = ([k for k, i in enumerate(body) if kind(i)] for kind in (_polls, _multiplies))
-    if not fetched:
-        return []
-    boards = {body[k].sets for k in fetched}
-    found = []
-    for name, places in (("a poll", polls), ("the first product", products)):
-        after = [k for k in places if k > fetched[-1]] or places  # else those of the step behind
-        if not after:
-            continue
-        end = after[0] if after[0] > fetched[-1] else after[0] + len(body)
-        between = (body[k % len(body)] for k in range(fetched[-1] + 1, end + 1))
-        held = next((i for i in between if boards & set(i.waits)), None)
-        if held is not None:
-            found.append(f"{name} waits for what is loaded ahead: {held.opcode} {held.operands}")
-    return found
-
-
-def _polls(instruction: Instruction) -> bool:
-    return instruction.polls
-
-
-def _multiplies(instruction: Instruction) -> bool:
-    return instruction.multiplies
+    loads = [k for k, i in enumerate(body) if i.fetches]
+    ends = [k for k, i in enumerate(body) if until(i)]
+    if not loads or not ends:
+        return None
+    end = next((k for k in ends if k > loads[-1]), ends[0] + len(body))  # in this step or in the one behind
+    boards = {body[k].sets for k in loads}
+    between = (body[k % len(body)] for k in range(loads[-1] + 1, end + 1))
+    return next((i for i in between if boards & set(i.waits) and not i.opcode.startswith(FENCES)), None)
