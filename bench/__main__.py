@@ -1,4 +1,4 @@
-"""`python -m bench`: gpu, run, plot, report, compare, profile, build, smoke, tune, host, model."""
+"""`python -m bench`: gpu, run, plot, report, compare, profile, build, smoke, tune, host, model, sass."""
 
 import argparse
 import importlib
@@ -18,6 +18,7 @@ COMMANDS = {
     "tune": "measure the plan's choices on this GPU and keep the fastest",
     "host": "what the host spends on a time step of the executor step, without a GPU",
     "model": "what the kernels' model predicts for a GPU, without one",
+    "sass": "the machine code of a case's kernels: instructions by pipe, and how long a step may take",
 }
 
 

@@ -114,8 +114,7 @@ def directions(case: Case, gpu: Gpu) -> list[Prediction]:
 
 
 def _on_chip(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> Prediction | None:
-    cell = CELL[case.cell]
-    choice = _choice(case.H, case.gates, transposed, case.N, case.dtype, registers(cell, transposed), chip, alone)
+    choice = _of(case, transposed, chip, alone)
     if choice is None:
         return None
     shape = Shape(case.H, case.gates, transposed, choice.blocks)
@@ -137,6 +136,17 @@ def _on_chip(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> Pred
 def _choice(*question: Any) -> plan.Choice | None:
     """As `plan.choices` asks it: chips that differ in their memory alone, and both phases, have one answer."""
     return plan.best(plan.choices(*question))
+
+
+def chosen(case: Case, transposed: bool, gpu: Gpu) -> plan.Choice | None:
+    """How a direction runs on chip, by the executor that `directions` takes; None where that is the step's."""
+    executor = directions(case, gpu)[0].executor
+    return None if executor == "step" else _of(case, transposed, gpu.chip, executor == "resident")
+
+
+def _of(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> plan.Choice | None:
+    pair = registers(CELL[case.cell], transposed)
+    return _choice(case.H, case.gates, transposed, case.N, case.dtype, pair, chip, alone)
 
 
 def _by_step(case: Case, transposed: bool, chip: plan.Chip) -> Prediction:

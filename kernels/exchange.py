@@ -128,10 +128,10 @@ def buffers(kind: str, shape: Shape, free_when_done: bool) -> int:
 def shared_bytes(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> int:
     """Of a block: the vector's buffers, the flags of who leaves, and the mbarriers of a cluster."""
     gates = 16 if shape.blocks > 1 and kind == "clustered" else 0
-    return _flags(kind, shape, tile, free_when_done) + (FLAGS if shape.blocks > 1 else 0) + gates
+    return flags_at(kind, shape, tile, free_when_done) + (FLAGS if shape.blocks > 1 else 0) + gates
 
 
-def _flags(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> int:
+def flags_at(kind: str, shape: Shape, tile: Tile, free_when_done: bool) -> int:
     """Where the flags stand, in bytes behind the vector."""
     return buffers(kind, shape, free_when_done) * tiles.vector_bytes(shape, tile)
 
@@ -192,7 +192,7 @@ def _alone(shape, tile):
 
 def _waiting(kind, shape, tile, free_when_done):
     """`waiting`, and its open and left for a vector behind which the flags stand."""
-    FLAGS_AT, patience = _flags(kind, shape, tile, free_when_done), waiting(LIMIT, LOOK[kind])
+    FLAGS_AT, patience = flags_at(kind, shape, tile, free_when_done), waiting(LIMIT, LOOK[kind])
     begin, gone = patience.open, patience.left
 
     @cuda.jit(device=True)

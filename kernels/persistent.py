@@ -23,7 +23,7 @@ from . import pointwise, tiles
 from .build import Source
 from .numba_cuda import cuda, types
 from .products import columns, product
-from .ptx import advance, shared_address, store_shared_u, written_out
+from .ptx import advance, behind_zero, load_shared_u, settled, shared_address, store_shared_u, written_out
 from .tiles import Ffma, Shape, layout
 
 i32, i64, u32, f32, f64 = types.int32, types.int64, types.uint32, types.float32, types.float64
@@ -57,6 +57,21 @@ def _initial(shape, tile, word):
             store_shared_u(u32(vector + 4 * k), word(pair, 0))
 
     return initial
+
+
+def _settling(count, needed):
+    """What waits until all values of an array are there, before a loop, if that is `needed`.
+
+    What is still on its way when a loop begins is waited for in every step, at its first use; and as scoreboards are few, so
+    is what the step itself has loaded ahead.
+    """
+
+    @written_out
+    def settle(b, values):
+        for k in range(count if needed else 0):
+            values[k] = settled.emit(b, values[k])[0]
+
+    return settle
 
 
 def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
@@ -94,6 +109,9 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
     SLOT_STEP, PACKED = SLOTS * H, make.packed
     AHEAD, WALKS = newer and tiles.ahead(shape, tile, exchange), blocks == 1
     OWN_COMING = OWN_SUMS if AHEAD else 1
+    settle_biases, settle_states, settle_params, settle_x = (
+        _settling(count, AHEAD) for count in (OWN_BIAS, OWN_STATE, OWN_PARAM if P else 0, OWN_SUMS)
+    )
 
     @written_out
     def take(b, x, coming):
@@ -154,6 +172,10 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
                 x[p * G + g] = now[slot_at[p] + (START + g) * H] if length[p] > 0 else f32(0)
                 if AHEAD:
                     coming[p * G + g] = f32(0)
+        settle_biases(biases)
+        settle_states(values)
+        settle_params(own)
+        settle_x(x)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -252,9 +274,12 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     SHARE, MAIL = tiles.packed_words(shape, tile) // blocks, exchanges.mail_words(exchange, shape, tile)
     INPUTS, OUTPUTS, SENT = PARAM + P, WRITTEN + S + P, PAIRS // GRAIN
     OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
-    SLOT_STEP, PACKED = SLOTS * H, make.packed
+    SLOT_STEP, PACKED, FLAGS_AT = SLOTS * H, make.packed, exchanges.flags_at(exchange, shape, tile, make.barriers)
     AHEAD, WALKS = newer and tiles.ahead(shape, tile, exchange), blocks == 1
     OWN_COMING = OWN_READ if AHEAD else 1
+    settle_states, settle_params, settle_ready = (
+        _settling(count, AHEAD) for count in (OWN_STATE, OWN_PARAM if P else 0, OWN_READ)
+    )
 
     @written_out
     def hand_on(b, ready):
@@ -264,10 +289,11 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                 ready[p * READ + NEXT + s] = ready[p * READ + STATE + s]
 
     @written_out
-    def take(b, ready, coming):
+    def take(b, ready, coming, zero):
+        """When the zero is there: the assembler would take first, and wait for memory before it looks for mail."""
         for k in range(OWN_COMING):
             if not NEXT <= k % READ < NEXT + S:
-                ready[k] = coming[k]
+                ready[k] = behind_zero.emit(b, coming[k], zero)[0]
 
     @cuda.jit(device=True)
     def clipped(value, limit):
@@ -369,6 +395,10 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                 load_states(ready, p * READ + NEXT, state_at[p], advance(h, last), advance(rest, last), strides)
                 if AHEAD and steps > 1:
                     load(coming, p, places, placed(arrays, strides, i64(1 if reverse else steps - 2)), strides)
+        settle_states(values)
+        settle_params(own)
+        settle_ready(ready)
+        settle_ready(coming)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -420,7 +450,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
             if WALKS:
                 walked = following
             if AHEAD:
-                take(ready, coming)
+                take(ready, coming, load_shared_u(u32(vector + (FLAGS_AT + 4 * (i + 1 & 1)))))
                 if i + 2 < steps:
                     for p in range(PAIRS):
                         if length[p] > 0:  # the slots of another thread's pair may change at any time

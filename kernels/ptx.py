@@ -191,6 +191,10 @@ exchange = instruction("exchange", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f3
 
 larger = instruction("larger", "max.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
 early = instruction("early", "mov.u32 $0, $1;", (u32,), (u32,))  # computed here, not where it is needed
+settled = instruction("settled", "add.f32 $0, $1, 0f00000000;", (f32,), (f32,))  # the value, when it has been loaded
+behind_zero = instruction(
+    "behind_zero", "{ .reg .f32 z; mov.b32 z, $2; add.f32 $0, $1, z; }", (f32,), (f32, u32)
+)  # when the zero is there
 pack_bf16 = instruction("pack_bf16", "cvt.rn.bf16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
 pack_f16 = instruction("pack_f16", "cvt.rn.f16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
 round_tf32 = instruction("round_tf32", "cvt.rna.tf32.f32 $0, $1;", (u32,), (f32,), pure=True)

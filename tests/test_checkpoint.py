@@ -218,6 +218,7 @@ def test_clean_removes_leftovers_only(tmp_path):
 KILLED_WHILE_TRAINING = """
 import sys
 from pathlib import Path
+from gpurnn import files
 from gpurnn.app import checkpoint
 from gpurnn.app.metrics import MetricsLog
 sys.path.insert(0, {tests!r})

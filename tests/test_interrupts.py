@@ -18,9 +18,7 @@ from gpurnn.cpu import threads
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
-FILES = tuple(
-    str(Path(*parts)) for parts in (("gpurnn", "locks.py"), ("cpu", "threads.py"), ("cpu", "crew.py"))
-)
+FILES = tuple(str(Path(*parts)) for parts in (("gpurnn", "locks.py"), ("cpu", "threads.py"), ("cpu", "crew.py")))
 FILES += (str(Path("cpu", "memory.py")), "threadpoolctl.py")
 
 

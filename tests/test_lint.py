@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
+from bench import disassembly as sass
 from gpurnn.cells import CELLS
 from gpurnn.cuda.tuning import registers
 from gpurnn.kernels import build, packing, persistent, plan, step, tiles
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
-from tests import sass
 
 ARCHITECTURES = ((8, 0), (9, 0))
 NEWER = ((10, 0), (12, 0))
@@ -139,6 +139,8 @@ def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None)
         kind, code = dict(recipe.constants)["exchange"], sass.listing(built(recipe, capability)[2], tmp_path)
         check_exchange(kind, text)
         check_fences(kind, sass.step_loop(code), capability, shape.transposed)
+        if capability == (9, 0) and kind != "counted" and tiles.ahead(shape, tile, kind):  # whose acquire waits for all
+            check_loads_ahead(sass.step_loop(code), shape.transposed)
         if capability >= (9, 0):
             assert warps_wait_as_one(code) >= (kind == "flagged" and not alone)
     return len(recipes)
@@ -162,6 +164,17 @@ def check_fences(kind, loop, capability, transposed):
         loads = [k for k, i in enumerate(codes) if i.startswith("LDG") and "STRONG" not in i and k >= product]
         stores = [k for k, code in enumerate(codes) if code.startswith("STG") and "STRONG" not in code and k > sent]
         assert 0 <= sent < fence < min(loads, default=len(codes)) and fence < min(stores)
+
+
+def check_loads_ahead(loop, transposed):
+    """What a step loads ahead is on its way while it multiplies, and forward until it looks for mail.
+
+    Back, the assembler waits at the branch before the sends: nobody knows why, and the product lies between.
+    """
+    assert any(i.fetches for i in loop)
+    for end in ("multiplies",) if transposed else ("multiplies", "polls"):
+        early = sass.waits_for_fetches(loop, lambda i, end=end: getattr(i, end))
+        assert early is None, f"{early.opcode} {early.operands} waits for what is loaded ahead, before it {end}"
 
 
 def warps_wait_as_one(code):
@@ -291,6 +304,23 @@ def test_lint_notices_threads_that_leave_a_poll_one_by_one():
     for apart in (("BRA",), ("BREAK", "VOTE.ANY", "BRA")):
         with pytest.raises(AssertionError):
             warps_wait_as_one(poll(*apart))
+
+
+def test_lint_notices_who_waits_for_what_is_loaded_ahead():
+    """Of another load's scoreboard, too; a fence waits for all, and behind the poll it is time to wait."""
+
+    def code(opcode, sets=sass.NONE, waits=()):
+        return sass.Instruction(opcode, "", None, sets=sets, waits=waits)
+
+    load, product, poll = code("LDG.E", 5), code("HMMA"), code("LDG.E.128.STRONG.GPU", 5)
+    check_loads_ahead([load, product, code("MEMBAR.ALL.GPU", waits=(5,)), poll, code("FADD", waits=(5,))], False)
+    check_loads_ahead([product, poll, load, code("FADD", waits=(4,))], False)
+    for loop in ([load, code("HMMA", waits=(5,)), poll], [load, product, code("FADD", waits=(0, 5)), poll]):
+        with pytest.raises(AssertionError, match="waits for what is loaded ahead"):
+            check_loads_ahead(loop, False)
+    check_loads_ahead([load, product, code("BRA", waits=(5,)), poll], True)
+    with pytest.raises(AssertionError, match="before it multiplies"):
+        check_loads_ahead([poll, load, code("FADD", waits=(5,)), product], True)
 
 
 def test_plan_never_asks_for_more_than_there_is():

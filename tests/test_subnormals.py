@@ -157,7 +157,7 @@ def test_code_of_others_never_sees_it(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: both(number) if number % 2 else own(), range(40)))
     own()
-    monkeypatch.setattr(crew, "_share", lambda: 1 / 0)
+    monkeypatch.setattr(crew, "_alone", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         faded(gpurnn.LSTM(5, 40, rng=0), 4)
     own()
