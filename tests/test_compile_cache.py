@@ -61,7 +61,7 @@ ENTRIES = [
     "meet",
     "pack_gates",
 ]
-ENTRIES += ["pack_rows", "pause", "project", "reduce", "share", "transpose", "turn"]
+ENTRIES += ["alone", "pack_rows", "pause", "project", "reduce", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 
