@@ -57,7 +57,6 @@ ENTRIES = [
     "forward_rows",
     "gemm",
     "give_back",
-    "hire",
     "meet",
     "pack_gates",
 ]
