@@ -50,6 +50,7 @@ PROGRAM = """
 """
 ENTRIES = [
     "add",
+    "alone",
     "backward",
     "backward_rows",
     "combine",
@@ -60,7 +61,7 @@ ENTRIES = [
     "meet",
     "pack_gates",
 ]
-ENTRIES += ["alone", "pack_rows", "pause", "project", "reduce", "transpose", "turn"]
+ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 
