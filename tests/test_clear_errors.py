@@ -16,7 +16,10 @@ from gpurnn.cli import main
 from gpurnn.cpu import ops
 
 ROOT = Path(__file__).parents[1]
-TINY = "--hidden-size 5 --embedding-size 3 --batch 2 --k1 6 --steps 3 --validation 0.3 --dropout 0.2".split()
+TINY = [
+    "--hidden-size", "5", "--embedding-size", "3", "--batch", "2", "--k1", "6",
+    "--steps", "3", "--validation", "0.3", "--dropout", "0.2",
+]  # fmt: skip
 
 
 @pytest.fixture

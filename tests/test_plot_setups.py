@@ -21,7 +21,10 @@ SETUPS = [
     pytest.param("", "no_such_backend", marks=pytest.mark.slow),
     pytest.param("\xff\xfe", "", marks=pytest.mark.slow),  # no UTF-8: matplotlib does not load
 ]
-SMALL = "--hidden-size 5 --embedding-size 3 --batch 2 --k1 6 --steps 3 --validation 0.3 --validate-every 2".split()
+SMALL = [
+    "--hidden-size", "5", "--embedding-size", "3", "--batch", "2", "--k1", "6",
+    "--steps", "3", "--validation", "0.3", "--validate-every", "2",
+]  # fmt: skip
 
 
 def drawn(folder: Path, **given: str) -> list[bytes]:
