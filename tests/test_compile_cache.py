@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpurnn import backend, folders
+from gpurnn import backend, files
 from gpurnn.app import data
 from gpurnn.cpu import cache
 from gpurnn.files import code_folder
@@ -237,7 +237,7 @@ def test_the_folder_is_found_or_done_without(monkeypatch, tmp_path, untold):
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         assert code_folder() == tmp_path / "home" / ".cache" / "gpurnn"
     with monkeypatch.context() as patch:
-        patch.setattr(folders.os, "access", lambda *_: False)
+        patch.setattr(files.os, "access", lambda *_: False)
         with pytest.warns(RuntimeWarning, match="cannot be written.*GPURNN_CACHE_DIR") as told:
             assert code_folder() is code_folder() is None
         assert len(told) == 1
@@ -251,7 +251,7 @@ def test_a_user_without_a_home(monkeypatch, untold):
     """In a container whose user has no entry and no HOME: code is compiled, large texts get a nameless file."""
     for name in ("GPURNN_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(folders.Path, "home", no_home)
+    monkeypatch.setattr(files.Path, "home", no_home)
     with pytest.warns(RuntimeWarning, match="there is no home folder") as told:
         assert code_folder() is code_folder() is None
     assert len(told) == 1

@@ -16,7 +16,8 @@ import pytest
 from gpurnn import backend
 from gpurnn.cpu import cache, crew, threads
 from gpurnn.cpu.barrier import make_meet
-from gpurnn.cpu.instructions import put, word, words
+from gpurnn.cpu.instructions import put, word
+from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import address, host
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parents[1]
 @functools.cache
 def task(meets):
     """Each part adds its share to its place in `out` in each of `steps`; where they meet, it looks whether all have."""
-    meet, read = make_meet(), words(6)
+    meet, record = make_meet(), Record("steps out", "number")
+    read = record.read
 
     def add_up(values, part):
         parties, ready, step, shares, steps, out = read(values)
@@ -44,7 +46,7 @@ def task(meets):
                 met += parties
                 meet(step, met)
 
-    return cache.external(add_up, "test", meets, host())
+    return cache.external(add_up, "test", meets, host(), record=record)
 
 
 def add_up(parts, steps=1, meets=False):

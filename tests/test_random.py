@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import backend, random
+from gpurnn import backend
 from gpurnn.cpu import threads
+from gpurnn.executors import random
 from gpurnn.executors.random import Masks
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU test_training_kernels has the same words")

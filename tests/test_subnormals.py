@@ -13,7 +13,8 @@ from gpurnn import backend
 from gpurnn.cells import Cell, log
 from gpurnn.cpu import cache, crew, subnormals
 from gpurnn.cpu.barrier import make_meet
-from gpurnn.cpu.instructions import put, word, words
+from gpurnn.cpu.instructions import put, word
+from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import I64, Target, address
 from gpurnn.cpu.subnormals import flush, restore
 
@@ -48,7 +49,8 @@ def setting():
 @functools.cache
 def controls():
     """Each part writes the register as it finds it."""
-    read, meet = words(5), make_meet()
+    record, meet = Record("out", ""), make_meet()
+    read = record.read
 
     def controls(values, part):
         parties, ready, _, _, out = read(values)
@@ -57,7 +59,7 @@ def controls():
         restore(before)
         put(out + part * 8, before)
 
-    return cache.external(controls, "test").python, cache.external(controls, "test")
+    return cache.external(controls, "test", record=record)
 
 
 def register():
@@ -122,7 +124,7 @@ def test_every_thread_flushes_while_it_works_and_not_behind(monkeypatch):
     before = register()
     for parts in (1, 2, 3):
         out = np.zeros(parts, np.int64)
-        crew.run(controls()[1], (address(out),), [()] * parts)
+        crew.run(controls(), (address(out),), [()] * parts)
         assert [int(value) & FLUSHING for value in out] == [FLUSHING] * parts
         assert register() == before and not before & FLUSHING
 

@@ -39,25 +39,26 @@ class Compiled:
 
     address   where it begins, for those that are told whether to call it.
     python    the same function for Python, which lets go of the interpreter's lock; for an address it takes bytes as well.
+    record    what it is given by `crew.run`, if it is one of its functions.
     """
 
-    def __init__(self, symbol: str, address: int, count: int):
+    def __init__(self, symbol: str, address: int, count: int, record: Any = None):
         signature = types.void(*[types.intp] * count)
         self._numba_type_ = types.ExternalFunction(symbol, signature)  # what Numba asks of a value that it meets
-        self.symbol, self.address = symbol, address
+        self.symbol, self.address, self.record = symbol, address, record
         self.python = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
 
 
-def external(function: Callable, *key: Any) -> Compiled:
+def external(function: Callable, *key: Any, record: Any = None) -> Compiled:
     """`function` compiled once, or from the disk if an earlier process compiled it under the same key.
 
     Linked into its callers it would be optimised again in each, and compiled anew for each combination of constants passed.
     """
     with locks.building:
-        return _external(function, key)
+        return _external(function, key, record)
 
 
-def _external(function: Callable, key: tuple) -> Compiled:
+def _external(function: Callable, key: tuple, record: Any) -> Compiled:
     _name_apart(function, key)
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
     dispatcher: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_rewrites=True)(function)
@@ -72,7 +73,7 @@ def _external(function: Callable, key: tuple) -> Compiled:
     address = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
     symbol = f"gpurnn_{function.__qualname__}"
     binding.add_symbol(symbol, address)
-    return Compiled(symbol, address, len(signature.args))
+    return Compiled(symbol, address, len(signature.args), record)
 
 
 @intrinsic

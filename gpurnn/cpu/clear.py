@@ -8,18 +8,20 @@ from numba.core import cgutils
 
 from gpurnn.cpu import cache, crew
 from gpurnn.cpu.cache import Compiled
-from gpurnn.cpu.instructions import instruction, words
+from gpurnn.cpu.instructions import instruction
+from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import I32, I64, Emitter, address, host
 from gpurnn.cpu.threads import shares
 from gpurnn.parameters import ALIGNMENT
 
+LINES = Record("", "begin end")
 STREAMED = 1 << 25  # bytes; more would not stay in a cache, and written past it memory is not read first
 
 
 @functools.cache
 def _clear(streamed: bool) -> Compiled:
     """clear(values, part), see `crew.run`.  A part's share: where its cache lines begin, and where they end."""
-    read, read_share = words(4), words(2)
+    read, read_share, apart = LINES.read, LINES.read_share, LINES.stride
     dtype, vector = np.dtype(np.float64), host().register_bytes
 
     @instruction
@@ -39,13 +41,13 @@ def _clear(streamed: bool) -> Compiled:
             b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse.sfence"), [])
 
     def clear(values, part):
-        _, _, _, own = read(values)
-        begin, end = read_share(values + own + part * 16)
+        _parties, _ready, _barrier, shares = read(values)
+        begin, end = read_share(values + shares + part * apart)
         for line in range(begin, end, ALIGNMENT):
             clear_line(line)
         finish()
 
-    return cache.external(clear, streamed, host())
+    return cache.external(clear, streamed, host(), record=LINES)
 
 
 def clear(buffer: np.ndarray) -> None:

@@ -20,6 +20,7 @@ from gpurnn.cpu import cache, threads
 from gpurnn.cpu.barrier import CACHE_LINE, make_pause, seen, show, swapped
 from gpurnn.cpu.cache import Compiled, call
 from gpurnn.cpu.instructions import put, word
+from gpurnn.cpu.records import HEAD, WORD
 from gpurnn.cpu.simd import address, host
 from gpurnn.cpu.subnormals import flush, restore
 from gpurnn.environment import MAX_THREADS, cpu_threads
@@ -241,10 +242,11 @@ def _alone():
 def run(function: Compiled, numbers: Sequence[int], shares: Sequence[Sequence[int]]) -> None:
     """function(values, part) for every part at once.  Raises RuntimeError where so many threads cannot be had: see `cut`.
 
-    At the address `values` stand: how many threads meet, where when they are ready, where after each step; how many bytes
-    on the first part's share stands; `numbers`; the shares.
+    At the address `values` stands HEAD: how many threads meet, where when they are ready, where after each step; how many bytes
+    on the first part's share stands.  Behind it `numbers`, then the shares.  TypeError where these do not fit the record.
     """
-    own = len(shares), 0, 0, len(numbers) * 8 + 32, *numbers, *itertools.chain(*shares)
+    function.record.check(numbers, shares)
+    own = len(shares), 0, 0, WORD * (len(HEAD) + len(numbers)), *numbers, *itertools.chain(*shares)
     packed = struct.pack(f"{len(own)}q", *own)
     if len(shares) == 1:
         _alone()(function.address, packed)

@@ -13,10 +13,22 @@ from gpurnn.cells import Cell
 from gpurnn.cpu import cache
 from gpurnn.cpu.barrier import make_meet
 from gpurnn.cpu.cache import Compiled, call
-from gpurnn.cpu.instructions import least, word, words
+from gpurnn.cpu.instructions import least, word
 from gpurnn.cpu.packing import make_pack_gates, make_pack_rows
 from gpurnn.cpu.products import make_give_back, make_project
+from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import host
+
+FORWARD = Record(
+    "T N I H S gates split reverse window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
+    "rows orders x slots h rest bias params weight_ih weight_hh",
+    "packs packers first last unit end_unit w_ih w_split w_joint",
+)
+BACKWARD = Record(
+    "T N I H S gates split states reverse chunk cell_rows ldw_ih ldw_hh combine clamp squares rest_stride rest_step dy_step "
+    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh",
+    "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
+)
 
 
 @functools.cache
@@ -29,7 +41,7 @@ def orders(cell: Cell) -> np.ndarray:
 def forward_loop(dtype: np.dtype) -> Compiled:
     """forward(values, part), see `crew.run`: fills h and rest with states, and slots with what backward needs.
 
-    The numbers:
+    The numbers of FORWARD:
     T, N, I, H                as in the layer; S: how many slots, G: how many gates, `split`: how many of them are split
     reverse                   1 to go from the last step to the first
     window, chunk             how many steps the slots are for; how many steps' inputs are projected at once
@@ -52,14 +64,14 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     there is room for W_ih packed, for W_hh's split and for its joint gates.
     """
     pack, project, meet, size = make_pack_gates(dtype), make_project(dtype), make_meet(), dtype.itemsize
-    read, read_share = words(29), words(9)
+    read, read_share, apart = FORWARD.read, FORWARD.read_share, FORWARD.stride
 
     def forward(values, part):
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, reverse, window, chunk, cell_rows, dot_ih, dot_hh,
             rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh,
         ) = read(values)  # fmt: skip
-        packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint = read_share(values + shares + part * 72)
+        packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint = read_share(values + shares + part * apart)
         stride, aside, units, joint = H * size, unit * size, end_unit - unit, gates - split
         next_row, h_step = S * stride, N * stride
         x_orders, joint_orders = orders + gates * 8, orders + split * 8
@@ -111,7 +123,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                     met += parties
                     meet(barrier, met)
 
-    return cache.external(forward, dtype.str, host())
+    return cache.external(forward, dtype.str, host(), record=FORWARD)
 
 
 @functools.cache
@@ -119,7 +131,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     """backward(values, part), see `crew.run`: turns the kept values in slots into dr and dx, and carries dstate from the last
     step to the first.
 
-    What it has not in common with `forward_loop`:
+    What BACKWARD has not in common with FORWARD:
     states             how many the cell has
     ldw_*              0, or the bytes of a row of that matrix where it is not packed but read as it lies
     combine            the address of `combine.combine` if there is but one row in all, else 0
@@ -136,7 +148,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     those of W_hh; dparams (P, H), which is added to, and flow (states, T), both in float64.
     """
     pack, give_back, meet, size = make_pack_rows(dtype), make_give_back(dtype), make_meet(), dtype.itemsize
-    read, read_share = words(36), words(12)
+    read, read_share, apart = BACKWARD.read, BACKWARD.read_share, BACKWARD.stride
 
     def backward(values, part):
         (
@@ -145,7 +157,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
             params, limit, weight_ih, weight_hh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
-            read_share(values + shares + part * 96)
+            read_share(values + shares + part * apart)
         )
         stride, aside, units, columns = H * size, unit * size, end_unit - unit, end_column - column
         next_row, h_step, x_orders = S * stride, N * stride, orders + gates * 8
@@ -192,4 +204,4 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                 gates, dx + ((begin * N + first) * I + column) * size, N * I * size, I * size, 0,
             )  # fmt: skip
 
-    return cache.external(backward, dtype.str, host())
+    return cache.external(backward, dtype.str, host(), record=BACKWARD)

@@ -10,11 +10,13 @@ import numpy as np
 from gpurnn.cpu import cache
 from gpurnn.cpu.cache import Compiled, call
 from gpurnn.cpu.gemm import make_gemm
-from gpurnn.cpu.instructions import instruction, least, word, words
+from gpurnn.cpu.instructions import instruction, least, word
 from gpurnn.cpu.packing import make_pack_rows, make_transpose, packed_size
+from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import add_wide, host, vector_loop
 
 ROWS, COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
+REDUCTION = Record("K H I S gates split combine slots orders h x sums weight_hh weight_ih", "first last work")
 FEW_ROWS = 8  # a sum of so few takes as long as its gradients' memory, and goes along that
 FEW_COLUMNS = 16  # of a block then
 SIDE_BY_SIDE = 4  # rows that are added up in their own type; their sums are, in float64
@@ -68,7 +70,7 @@ def _make_add(dtype: np.dtype):
 def reduction(dtype: np.dtype) -> Compiled:
     """reduce(values, part): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
 
-    See `crew.run`.  The numbers: K, time and batch; H, I; S, how many slots; G, the gates, and how many are split;
+    See `crew.run`.  The numbers of REDUCTION: K, time and batch; H, I; S, how many slots; G, the gates, and how many are split;
     `combine`, the address of `combine.combine` if `few_are_summed`, else 0; addresses:
 
     slots   (K, S*H)       gradients: of r in the first G slots, of x in G slots from `split` on
@@ -86,13 +88,15 @@ def reduction(dtype: np.dtype) -> Compiled:
         _make_add_rows(dtype, 1),
     )
     add_rows = _make_add_rows(dtype, SIDE_BY_SIDE)
-    size, width, read, read_share = dtype.itemsize, host().width(dtype), words(18), words(3)
+    size, width, apart = dtype.itemsize, host().width(dtype), REDUCTION.stride
+    read, read_share = REDUCTION.read, REDUCTION.read_share
 
     def reduce(values, part):
         (
-            _, _, _, shares, K, H, I, S, gates, split, combine, slots, orders, h, x, sums, weight_hh, weight_ih,
+            _parties, _ready, _barrier, shares, K, H, I, S, gates, split, combine, slots, orders, h, x, sums, weight_hh,
+            weight_ih,
         ) = read(values)  # fmt: skip
-        first, last, work = read_share(values + shares + part * 24)
+        first, last, work = read_share(values + shares + part * apart)
         stride, x_orders = S * H * size, orders + (gates - split) * 8
         blocks = (K + ROWS - 1) // ROWS
         packed_h = work + COLUMNS * ROWS * size
@@ -124,4 +128,4 @@ def reduction(dtype: np.dtype) -> Compiled:
                     add(combine, work, d_stride, count, k, x_rows, packed_x, I, to)
                 column += count
 
-    return cache.external(reduce, dtype.str, host())
+    return cache.external(reduce, dtype.str, host(), record=REDUCTION)
