@@ -261,8 +261,6 @@ MORE_MUTANTS = {
     "initial: unit H": ("flagged", "persistent._initial", OutOfBounds, ("unit < H", "unit <= H")),
     "group: the first x of others' pairs loaded": ("flagged at random", "persistent.forward", Race,
         (" if length[p] > 0 else f32(0)\n                if AHEAD", "\n                if AHEAD")),
-    "group: the first loads of others' pairs": ("flagged back", "persistent.backward", Wrong,
-        ("if length[p] > 0:\n                load", "if steps > 0:\n                load")),
     "group: x of the wrong step": ("flagged", "persistent.forward", Wrong,
         ("further = (t - 1 if reverse else t + 1)", "further = t")),
     "group: next states loaded with the rest": ("flagged back", "persistent.backward", Wrong,
