@@ -1,6 +1,6 @@
 """Bugs planted in the kernels of a training step, each of which has to show: what says that their tests can fail.
 
-A mutant is an edit of a kernel's source; its module takes the library's place in `gpurnn.cuda.launches`.  The case must then be
+A mutant is an edit of a kernel's source; its module takes the library's place where the library uses it.  The case must then be
 refused by the interpreter, or come out wrong.  The source as it is goes the same way and passes.
 """
 
@@ -18,6 +18,7 @@ import gpurnn.kernels
 from gpurnn import backend
 from gpurnn.cuda import device, launches
 from gpurnn.cuda import moves as moving
+from gpurnn.cuda import updates as on_device
 from tests.interpreted import interpreted
 from tests.ptx.errors import Misaligned, OutOfBounds, Race, Uninitialised
 from tests.test_training_kernels import LONG, Model, put, rows
@@ -197,7 +198,7 @@ USERS = {  # of a module: whoever imports it
     "last": ("losses", "norms", "optim"),
 }
 PLACES = {
-    "faults": (launches, "record"), "columns": (device, "columns"), "moves": (moving, "moves"),
+    "faults": (on_device, "record"), "optim": (on_device, "optim"), "columns": (device, "columns"), "moves": (moving, "moves"),
     "rounding": (device, "rounding"),
 }  # fmt: skip
 
