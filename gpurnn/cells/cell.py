@@ -100,7 +100,7 @@ class Cell:
     @property
     def state_names(self) -> tuple[str, ...]:
         """h, c, and s2, s3, ... for cells that carry more."""
-        return tuple(STATE_NAMES[s] if s < len(STATE_NAMES) else f"s{s}" for s in range(self.states))
+        return (*STATE_NAMES, *[f"s{s}" for s in range(len(STATE_NAMES), self.states)])[: self.states]
 
 
 def _shipped(name: str) -> Cell:
