@@ -142,6 +142,7 @@ def test_other_mathematics_is_another_entry(filled, tmp_path):
     assert len(contents(place)) == len(ENTRIES) + 2
 
 
+@pytest.mark.slow
 def test_entries_of_several_processes_stay_apart_in_one(tmp_path):
     """Numba names machine code by a counter of the process: code compiled in three may carry the same names."""
     code = """
@@ -204,6 +205,7 @@ def test_what_else_lies_in_the_folder_does_no_harm(filled, tmp_path):
     assert [path.name for path in place.iterdir() if path.name.startswith(".tmp")] == [f".tmp-1-{names[0]}"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(filled, tmp_path):
     processes = [start(tmp_path), start(tmp_path)]
     assert [answer(process)[1] for process in processes] == [filled[1]] * 2

@@ -128,7 +128,7 @@ def on_a_device():
         yield
 
 
-@pytest.mark.parametrize("executor", ["step", "persistent"])
+@pytest.mark.parametrize("executor", ["step", pytest.param("persistent", marks=pytest.mark.slow)])
 def test_a_cells_own_parameters_on_a_device(on_a_device, executor):
     layer = gpurnn.Recurrent(LINEAR, 1, 5, executor=executor, rng=0)
     layer.params["weight_hh_l0"][...] = 0
