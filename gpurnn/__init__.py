@@ -1,6 +1,7 @@
 """Recurrent networks trained by backpropagation through time, from one cell definition, on NVIDIA GPUs and CPUs."""
 
 import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from gpurnn import startup  # noqa: F401 (first: it says what is wrong with the environment)
@@ -13,13 +14,15 @@ from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, s
 from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from gpurnn.cuda.capture import captured
 from gpurnn.cuda.faults import synchronize
-from gpurnn.diagnose.check import GradientError, check_gradients
-from gpurnn.diagnose.monitor import GradientWarning, Monitor
 from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
 from gpurnn.model import SequenceModel
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
+
+if _TYPE_CHECKING:
+    from gpurnn.diagnose.check import GradientError, check_gradients
+    from gpurnn.diagnose.monitor import GradientWarning, Monitor
 
 __all__ = [
     "GRU",
@@ -65,14 +68,23 @@ __all__ = [
     "where",
 ]
 
-_LATER = {"checkpoint": "gpurnn.app.checkpoint", "lab": "gpurnn.lab", "plot": "gpurnn.plot"}  # imported when asked for
+# Imported when asked for: rooms, and names in them.
+_ROOMS = {"checkpoint": "gpurnn.app.checkpoint"} | {room: f"gpurnn.{room}" for room in ("diagnose", "lab", "plot")}
+_NAMES = {
+    "GradientError": "gpurnn.diagnose.check",
+    "GradientWarning": "gpurnn.diagnose.monitor",
+    "Monitor": "gpurnn.diagnose.monitor",
+    "check_gradients": "gpurnn.diagnose.check",
+}
 
 
 def __getattr__(name: str) -> _Any:
-    if name in _LATER:
-        return _importlib.import_module(_LATER[name])
+    if name in _ROOMS:
+        return _importlib.import_module(_ROOMS[name])
+    if name in _NAMES:
+        return getattr(_importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'gpurnn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LATER})
+    return sorted({*__all__, *_ROOMS})

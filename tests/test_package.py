@@ -23,6 +23,7 @@ def python(code: str, *, cwd: Path | None = None) -> str:
 
 def test_importing_it_is_light():
     heavy = ["numba", "llvmlite", "matplotlib", "safetensors"] + (["cupy"] if backend.name == "numpy" else [])
+    heavy += ["gpurnn.diagnose", "gpurnn.app", "gpurnn.lab"]
     loaded = python(f"import sys, gpurnn; print([name for name in {heavy} if name in sys.modules])")
     assert loaded == "[]"
 
