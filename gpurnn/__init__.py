@@ -8,6 +8,7 @@ from gpurnn import startup  # noqa: F401 (first: it says what is wrong with the 
 
 # isort: split
 from gpurnn import backend, initializers, schedules
+from gpurnn import locks as _locks
 from gpurnn._version import __version__
 from gpurnn.bptt import TruncatedBPTT, full_bptt
 from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
@@ -79,10 +80,11 @@ _NAMES = {
 
 
 def __getattr__(name: str) -> _Any:
-    if name in _ROOMS:
-        return _importlib.import_module(_ROOMS[name])
-    if name in _NAMES:
-        return getattr(_importlib.import_module(_NAMES[name]), name)
+    if name in _ROOMS or name in _NAMES:
+        with _locks.building:  # no fork meanwhile, whose child would wait for this import
+            if name in _ROOMS:
+                return _importlib.import_module(_ROOMS[name])
+            return getattr(_importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'gpurnn' has no attribute {name!r}")
 
 
