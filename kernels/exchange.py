@@ -427,11 +427,12 @@ def _clustered(shape, tile, free_when_done):
 
     @cuda.jit(device=True)
     def wait(mail, vector, step, fault):
+        """A warp waits as one, as in `_collect`: what follows, shuffles or products of matrices, is for whole warps."""
         tries, since = u32(0), u64(0)
-        while mbarrier_passed(gate(vector, step), u32(step >> 1 & 1)) == u32(0):
+        while not cuda.all_sync(WARP, mbarrier_passed(gate(vector, step), u32(step >> 1 & 1)) != u32(0)):
             tries = u32(tries + u32(1))
             since = begun(tries, since)
-            if hopeless(tries, since, fault):
+            if cuda.any_sync(WARP, hopeless(tries, since, fault)):
                 give_up(u32(vector + FLAGS_AT), step, fault)
                 break
         acquire_shared()

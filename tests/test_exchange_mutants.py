@@ -236,7 +236,7 @@ MORE_MUTANTS = {
         ('"clustered": False', '"clustered": True')),
     "clustered: no room for mbarriers": ("clustered", "exchange.shared_bytes", OutOfBounds, ("16 if", "8 if")),
     "clustered: no wait": ("clustered at random", "exchange._clustered", Race,
-        ("u32(step >> 1 & 1)) == u32(0)", "u32(step >> 1 & 1)) == u32(2)")),
+        ("u32(step >> 1 & 1)) != u32(0)", "u32(step >> 1 & 1)) != u32(2)")),
     "group: blocks' units overlap": ("flagged", "persistent.forward", Race, ("member * UNITS", "member * (UNITS - 1)")),
     "group: blocks of all groups dealt out in turn": ("clustered", "persistent.forward", Race,
         ("i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS",

@@ -142,7 +142,7 @@ def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None)
         if capability == (9, 0) and kind != "counted" and tiles.ahead(shape, tile, kind):  # whose acquire waits for all
             check_loads_ahead(sass.step_loop(code), shape.transposed)
         if capability >= (9, 0):
-            assert warps_wait_as_one(code) >= (kind == "flagged" and not alone)
+            assert warps_wait_as_one(code) >= (kind in ("flagged", "clustered"))
     return len(recipes)
 
 
@@ -177,6 +177,9 @@ def check_loads_ahead(loop, transposed):
         assert early is None, f"{early.opcode} {early.operands} waits for what is loaded ahead, before it {end}"
 
 
+POLLS = ("LDG.E.128.STRONG.GPU", "SYNCS.PHASECHK")  # a load of mail, a look at an mbarrier
+
+
 def warps_wait_as_one(code):
     """How many loops poll for mail; each asks the warp by a vote before any of its threads may leave.
 
@@ -184,11 +187,11 @@ def warps_wait_as_one(code):
     """
     bodies = [code[i.target : k + 1] for k, i in enumerate(code) if i.target is not None and i.target <= k]
     of_mail = [[i.opcode for i in body] for body in bodies if len(body) < 200]  # not the loop over time
-    polls = [codes for codes in of_mail if any(i.startswith("LDG.E.128.STRONG.GPU") for i in codes)]
+    polls = [codes for codes in of_mail if any(i.startswith(POLLS) for i in codes)]
     for codes in polls:
-        loaded = next(k for k, i in enumerate(codes) if i.startswith("LDG.E.128.STRONG.GPU"))
-        leaves = next(k for k, i in enumerate(codes) if k > loaded and i.startswith(("BRA", "BREAK", "EXIT", "BSYNC")))
-        assert any(i.startswith("VOTE") for i in codes[loaded:leaves])
+        asked = next(k for k, i in enumerate(codes) if i.startswith(POLLS))
+        leaves = next(k for k, i in enumerate(codes) if k > asked and i.startswith(("BRA", "BREAK", "EXIT", "BSYNC")))
+        assert any(i.startswith("VOTE") for i in codes[asked:leaves])
     return len(polls)
 
 
@@ -296,11 +299,12 @@ def _pointer():
     return types.CPointer(types.float32)
 
 
-def test_lint_notices_threads_that_leave_a_poll_one_by_one():
+@pytest.mark.parametrize("asks", ["LDG.E.128.STRONG.GPU", "SYNCS.PHASECHK.TRANS64.TRYWAIT"])
+def test_lint_notices_threads_that_leave_a_poll_one_by_one(asks):
     def poll(*between):
-        return [sass.Instruction(code, "", 0 if code == "BRA" else None) for code in ("LDG.E.128.STRONG.GPU", *between)]
+        return [sass.Instruction(code, "", 0 if code == "BRA" else None) for code in (asks, *between)]
 
-    assert warps_wait_as_one(poll("VOTE.ANY", "BRA")) == 1 and warps_wait_as_one(poll("ISETP", "EXIT")) == 0
+    assert warps_wait_as_one(poll("VOTE.ANY", "BRA")) == 1 and warps_wait_as_one([]) == 0
     for apart in (("BRA",), ("BREAK", "VOTE.ANY", "BRA")):
         with pytest.raises(AssertionError):
             warps_wait_as_one(poll(*apart))
