@@ -1,4 +1,4 @@
-"""Every opcode that the interpreter knows, but for those that steer threads (program.py)."""
+"""The table of opcodes: each with the file that has it."""
 
 from tests.ptx import (
     access,
@@ -16,6 +16,10 @@ from tests.ptx import (
     warp,
 )
 
-BUILDERS = arithmetic.TABLE | functions.TABLE | compare.TABLE | moves.TABLE | convert.TABLE | bits.TABLE
-BUILDERS |= access.TABLE | atomics.TABLE | copies.TABLE | warp.TABLE
-BUILDERS |= clusters.TABLE | synchronise.TABLE | asynchronous.TABLE
+FILES = (
+    arithmetic, functions, compare, moves, convert, bits, access, atomics, copies, warp, clusters, synchronise, asynchronous,
+)  # fmt: skip
+BUILDERS = {opcode: build for file in FILES for opcode, build in file.TABLE.items()}
+STEERING = ("bra", "call", "ret", "exit", "bar", "barrier", "trap")  # threads, by `program` itself
+FILE_OF = {opcode: file.__name__.rpartition(".")[2] for file in FILES for opcode in file.TABLE}
+FILE_OF |= dict.fromkeys(STEERING, "program")

@@ -13,7 +13,7 @@ from tests.ptx.errors import (
     Uninitialised,
     UnknownInstruction,
 )
-from tests.ptx.snippets import launch
+from tests.ptx_tests.snippets import launch
 
 SEEDS = (None, 0, 1, 2)
 TILE = ".shared .align 16 .b8 tile[1024]; .shared .align 8 .b64 bar; .shared .align 8 .b64 other;"

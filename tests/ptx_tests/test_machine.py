@@ -16,7 +16,7 @@ from tests.ptx.errors import (
 from tests.ptx.machine import run
 from tests.ptx.memory import Memory
 from tests.ptx.parse import parse
-from tests.ptx.snippets import HEADER, kernel, launch
+from tests.ptx_tests.snippets import HEADER, kernel, launch
 
 SEEDS = (None, 0, 1, 2)
 TILE = ".shared .align 16 .b8 tile[256];"

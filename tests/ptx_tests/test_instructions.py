@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptx.errors import UnknownInstruction
-from tests.ptx.snippets import SIGNED, UNSIGNED, compute, edges, launch, pairs, wrap
+from tests.ptx_tests.snippets import SIGNED, UNSIGNED, compute, edges, launch, pairs, wrap
 
 
 def truncated(a: int, b: int) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptx.errors import Divergence, Misaligned, Race, Uninitialised
-from tests.ptx.snippets import launch
+from tests.ptx_tests.snippets import launch
 
 LANES = np.arange(32)
 STORE = "add.u64 %rd9, %ptr1, %own; st.global.b32 [%rd9], %r9;"

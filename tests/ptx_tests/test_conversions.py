@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tests.ptx.snippets import SIGNED, UNSIGNED, compute, rounded, same, wrap
+from tests.ptx_tests.snippets import SIGNED, UNSIGNED, compute, rounded, same, wrap
 
 
 @pytest.mark.parametrize("mode, how", {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}.items())

@@ -14,7 +14,7 @@ from tests.ptx.errors import (
     Race,
     Uninitialised,
 )
-from tests.ptx.snippets import launch
+from tests.ptx_tests.snippets import launch
 
 SEEDS = (None, 0, 1, 2)
 TILE = ".shared .align 16 .b8 tile[512];"

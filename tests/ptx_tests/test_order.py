@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptx.errors import Deadlock, PtxError, Race, Uninitialised
-from tests.ptx.snippets import launch
+from tests.ptx_tests.snippets import launch
 
 SEEDS = (None, 0, 1, 2)
 TILE = ".shared .align 16 .b8 tile[256];"

@@ -29,7 +29,7 @@ from gpurnn.kernels.ptx import (
 from tests.ptx.errors import BarrierMisuse, Deadlock, OutOfBounds, PeerExited, PtxError, Race, Uninitialised
 from tests.ptx.machine import run
 from tests.ptx.memory import Memory
-from tests.ptx.test_numba_kernels import compiled
+from tests.ptx_tests.test_numba_kernels import compiled
 
 SEEDS = (None, 0, 1, 2)
 BLOCKS, THREADS, STEPS = 3, 64, 5

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tests.ptx.snippets import compute, edges, pairs, rounded, same
+from tests.ptx_tests.snippets import compute, edges, pairs, rounded, same
 
 FLOATS = [0.0, -0.0, 1.0, -1.5, 3.1415927, 1e-40, -1e-40, 2.0**-149, 2.0**-126, 1e38, -3e38, 65504.0, 1e-7]
 ODD = [*FLOATS, math.inf, -math.inf, math.nan]
