@@ -74,7 +74,7 @@ def dry(target: Target) -> Iterator[Kernels]:
     from tests import fake_cupy
 
     kernels = Kernels(target, folder())
-    chip = target.chip._replace(number=next(_numbers))  # what is remembered by chip is remembered apart
+    chip = target.chip._replace(device=next(_numbers))  # what is remembered by chip is remembered apart
     replaced: list[tuple[Any, str, Any]] = [
         (backend, "name", "cuda"),
         (backend, "xp", fake_cupy),

@@ -22,16 +22,16 @@ def _chooser(order):
     def none(slot):
         return i64(0)
 
-    def or_else(place, number, others):
+    def or_else(place, own, others):
         @cuda.jit(device=True)
         def gate(slot):
-            return i64(number) if slot == place else others(slot)
+            return i64(own) if slot == place else others(slot)
 
         return gate
 
     gate = none
-    for place, number in enumerate(order):
-        gate = or_else(place, number, gate)
+    for place, own in enumerate(order):
+        gate = or_else(place, own, gate)
     return gate
 
 

@@ -18,18 +18,18 @@ random_words = cuda.jit(device=True)(philox.generator(u32, u64))
 
 
 def advance(_):
-    """number (1,) int64: assigned how many calls there were before; calls (1,) int64: one more."""
+    """before (1,) int64: assigned how many calls there were; calls (1,) int64: one more."""
 
-    def advance_calls(calls, number):
+    def advance_calls(calls, before):
         if cuda.threadIdx.x == 0:
-            number[0] = calls[0]
+            before[0] = calls[0]
             calls[0] += 1
 
     return Source(advance_calls, (RECORD, RECORD), WARP)
 
 
 def drop(_, *, dtype, aligned):
-    """y (count,): assigned x (count,) times scale where a value stays, times 0 elsewhere.  number: of the call.
+    """y (count,): assigned x (count,) times scale where a value stays, times 0 elsewhere.  before (1,) int64: as by `advance`.
 
     low, high: the words of the seed.  aligned: x and y begin on multiples of 16 bytes.
     """
@@ -37,9 +37,9 @@ def drop(_, *, dtype, aligned):
     WORDS, AT_ONCE = EACH, WIDTH[dtype]
     load, store = accesses(dtype)
 
-    def drop_values(x, y, count, number, low, high, threshold, scale):
+    def drop_values(x, y, count, before, low, high, threshold, scale):
         block = i64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-        first, call = block * EACH, number[0]
+        first, call = block * EACH, before[0]
         if first >= count:
             return
         words = cuda.local.array(WORDS, u32)

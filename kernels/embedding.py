@@ -1,4 +1,4 @@
-"""Rows of a table by number, and the gradient of that: a sum for each row, in one order, without sorting or atomics."""
+"""Rows of a table by token, and the gradient of that: a sum for each row, in one order, without sorting or atomics."""
 
 import math
 
@@ -19,7 +19,7 @@ def gather(_, *, dtype, index):
 
     A token outside [0, V) gives NaN.  One block more than they need looks for the first of them, and makes a fault of it.
     """
-    real, number = getattr(types, dtype), getattr(types, index)
+    real, whole = getattr(types, dtype), getattr(types, index)
 
     def gather_rows(record, fractions, site, weight, tokens, y, count, dim, V):
         if i64(cuda.blockIdx.x) == i64(cuda.gridDim.x) - 1:
@@ -53,7 +53,7 @@ def gather(_, *, dtype, index):
             note(record, fractions, site, firsts[0], f64(tokens[firsts[0]]))
 
     pointer = types.CPointer(real)
-    signature = (RECORD, VALUES, i64, pointer, types.CPointer(number), pointer) + (i64,) * 3
+    signature = (RECORD, VALUES, i64, pointer, types.CPointer(whole), pointer) + (i64,) * 3
     return Source(gather_rows, signature, THREADS)
 
 

@@ -44,14 +44,14 @@ class Launcher:
         import cupy
         from cuda.core import Device, LaunchConfig, ObjectCode, launch
 
-        self._number = number = cupy.cuda.Device().id
-        device = Device(number)
+        self._device_id = device_id = cupy.cuda.Device().id
+        device = Device(device_id)
         device.set_current()
-        _thread.devices.add(number)
+        _thread.devices.add(device_id)
         self.kernel = kernel
         self._entry = ObjectCode.from_cubin(kernel.cubin).get_kernel(kernel.name)
         if kernel.shared + kernel.static_shared > WITHOUT_ASKING:
-            _allow_shared(self._entry, number, kernel.shared)
+            _allow_shared(self._entry, device_id, kernel.shared)
         self._launch = launch
         options: dict[str, Any] = {"block": kernel.threads, "shmem_size": kernel.shared}
         options |= {"cluster": kernel.cluster} if kernel.cluster > 1 else {"is_cooperative": kernel.cooperative}
@@ -59,7 +59,7 @@ class Launcher:
         occupancy = self._entry.occupancy
         if kernel.cluster > 1:
             self.resident_blocks = kernel.cluster * occupancy.max_active_clusters(
-                self._config(1), stream=_stream(number)
+                self._config(1), stream=_stream(device_id)
             )
         else:
             each = occupancy.max_active_blocks_per_multiprocessor(kernel.threads, kernel.shared)
@@ -76,7 +76,7 @@ class Launcher:
         kernel = self.kernel
         check(kernel, self.resident_blocks, blocks, arguments)
         self._enter()
-        self._launch(_stream(self._number), self._config(blocks // kernel.cluster), self._entry, *arguments)
+        self._launch(_stream(self._device_id), self._config(blocks // kernel.cluster), self._entry, *arguments)
 
     def series(self, before: Sequence[Any], after: Sequence[Any]) -> Callable[..., None]:
         """`again(blocks, *between)`: launches with the arguments before, between, after, on the stream that is current now.
@@ -87,7 +87,7 @@ class Launcher:
         missing = self.kernel.arguments - len(before) - len(after)
         check(self.kernel, self.resident_blocks, 0, (*before, *[0] * missing, *after))
         self._enter()
-        launch, stream, entry, config = self._launch, _stream(self._number), self._entry, self._config
+        launch, stream, entry, config = self._launch, _stream(self._device_id), self._entry, self._config
 
         def again(blocks: int, *between: int) -> None:
             if len(between) != missing:
@@ -98,11 +98,11 @@ class Launcher:
 
     def _enter(self) -> None:
         """The driver launches in a thread's current context: a new thread has none."""
-        if self._number not in _thread.devices:
+        if self._device_id not in _thread.devices:
             from cuda.core import Device
 
-            Device(self._number).set_current()
-            _thread.devices.add(self._number)
+            Device(self._device_id).set_current()
+            _thread.devices.add(self._device_id)
 
 
 def check(kernel: Kernel, resident_blocks: int, blocks: int, arguments: tuple[Any, ...]) -> None:

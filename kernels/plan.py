@@ -44,9 +44,9 @@ HOST = 13e-6  # FITTED: seconds of a step by cuBLAS and a kernel that nothing el
 
 
 class Chip(NamedTuple):
-    """number: of the device.  capability: such as (9, 0).  shared: bytes of shared memory that a block may have."""
+    """device: its ordinal.  capability: such as (9, 0).  shared: bytes of shared memory that a block may have."""
 
-    number: int
+    device: int
     capability: tuple[int, int]
     multiprocessors: int
     shared: int

@@ -13,7 +13,6 @@ from llvmlite import ir
 from . import tiles
 from .numba_cuda import cuda, types
 from .ptx import (
-    exchange,
     global_address,
     load_global_4f,
     load_global_4u,
@@ -28,6 +27,7 @@ from .ptx import (
     pack_f16,
     round_tf32,
     shared_address,
+    shuffle,
     store_shared_2f,
     store_shared_4f,
     written_out,
@@ -173,7 +173,7 @@ def _reduction(pairs, lanes, outputs):
             upper = lane & mask != 0
             for k in range(COUNT):
                 low, high = partial[k], partial[COUNT + k]
-                partial[k] = (high if upper else low) + exchange(low if upper else high, u32(mask))
+                partial[k] = (high if upper else low) + shuffle(low if upper else high, u32(mask))
             then(partial, lane)
 
         return stage
@@ -182,7 +182,7 @@ def _reduction(pairs, lanes, outputs):
         @cuda.jit(device=True)
         def stage(partial, lane):
             for k in range(outputs):
-                partial[k] += exchange(partial[k], u32(mask))
+                partial[k] += shuffle(partial[k], u32(mask))
             then(partial, lane)
 
         return stage
@@ -207,7 +207,7 @@ def mma(shape, tile):
     ROW, PARTIAL = lay.stride * lay.size, tiles.partial_bytes(shape, tile)
     VALUES = PAIRS * OUT
     CHAINS = 2 if TILES * EIGHTS <= 2 else 1  # enough products at once that one need not wait for the one before
-    instruction = MMA[KIND]
+    matrices = MMA[KIND]
     AT = 4 if OWN * OUT % 4 == 0 else 2  # partial sums that a lane leaves and gathers at once
     load, store = (load_shared_4f, store_shared_4f) if AT == 4 else (load_shared_2f, store_shared_2f)
 
@@ -264,7 +264,7 @@ def mma(shape, tile):
                         a = load_shared_4u.emit(b, b.add(weights, I32(offset)))
                     chain = totals[second % CHAINS][at]
                     for r in range(EIGHTS):
-                        chain[r] = instruction.emit(b, *chain[r], *a, *rows[r][2 * second : 2 * second + 2])
+                        chain[r] = matrices.emit(b, *chain[r], *a, *rows[r][2 * second : 2 * second + 2])
         for pair in range(PAIRS):
             group, r, row = pair // (4 * EIGHTS) * 2 + pair % 2, pair // 4 % EIGHTS, pair // 2 % 2
             for out in range(OUT):

@@ -4,6 +4,7 @@ Global addresses are uint64 (`global_address`), shared ones uint32 (`shared_addr
 Semantics: NVIDIA's PTX ISA.  What Numba expresses itself (scalar loads and stores, barriers, shuffles) stays Numba's.
 """
 
+import inspect
 from typing import Any
 
 from llvmlite import ir
@@ -58,7 +59,7 @@ def instruction(name, text, results, operands, *, pure=False, tied=0):
             return context.make_tuple(builder, sig.return_type, values)
         return values[0] if values else context.get_dummy_value()
 
-    made = intrinsic(_with_arity(lambda context, *given: (signature(answer, *operands), codegen), name, len(operands)))
+    made = intrinsic(_of_arity(lambda context, *given: (signature(answer, *operands), codegen), name, len(operands)))
     made.emit = written.emit
     return made
 
@@ -96,7 +97,7 @@ def written_out(write):
 
         return signature(types.none, *given), codegen
 
-    return intrinsic(_with_arity(typer, write.__name__, write.__code__.co_argcount - 1))
+    return intrinsic(_of_arity(typer, write.__name__, write.__code__.co_argcount - 1))
 
 
 def multiply_add(builder, a, b, c):
@@ -105,15 +106,13 @@ def multiply_add(builder, a, b, c):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), [a, b, c])
 
 
-def _with_arity(typer, name, count):
-    """Numba reads how many arguments an intrinsic takes off its Python signature, so it needs a real one."""
-    names = ", ".join(f"a{k}" for k in range(count))
-    scope = {"typer": typer}
-    exec(
-        f"def {name}(context{', ' + names if names else ''}):\n    return typer(context{', ' + names if names else ''})",
-        scope,
-    )
-    return scope[name]
+def _of_arity(typer, name, count):
+    """`typer` under a name, with so many arguments behind the context as Numba is to read off its signature."""
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    names = ["context", *(f"a{k}" for k in range(count))]
+    typer.__name__ = typer.__qualname__ = name
+    typer.__signature__ = inspect.Signature([inspect.Parameter(each, kind) for each in names])
+    return typer
 
 
 def _pointer(context, builder, kind, array, index):
@@ -187,7 +186,7 @@ store_shared_u = instruction("store_shared_u", "st.shared.u32 [$0], $1;", (), (u
 store_shared_2f = instruction("store_shared_2f", "st.shared.v2.f32 [$0], {$1,$2};", (), (u32,) + (f32,) * 2)
 store_shared_4f = instruction("store_shared_4f", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};", (), (u32,) + (f32,) * 4)
 store_shared_4u = instruction("store_shared_4u", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (), (u32,) * 5)
-exchange = instruction("exchange", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, u32))  # with lane ^ mask
+shuffle = instruction("shuffle", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,), (f32, u32))  # with lane ^ mask
 
 larger = instruction("larger", "max.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
 early = instruction("early", "mov.u32 $0, $1;", (u32,), (u32,))  # computed here, not where it is needed

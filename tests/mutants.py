@@ -6,6 +6,7 @@ and the step goes through the PTX interpreter, which must refuse it or come out 
 
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from tests.interpreted import interpreted, reference
 I = 3
 CLIP = 0.5  # less than many of the gradients
 FOLDER = Path(gpurnn.kernels.__path__[0])
+PERSISTENT = ("persistent_forward", "persistent_backward")
+MODULES = ("products", "exchange", "mail", "clusters", "group", *PERSISTENT)  # each imports only those before it
 TOLERANCES = {"float32": 2e-6, "tf32": 4e-3, "bfloat16": 4e-2}  # of every result, as a fraction of its largest value
 
 
@@ -152,45 +155,66 @@ def _choice(case, transposed):
     return plan.Choice(case.tiles[transposed], case.blocks, case.exchange, plan.Cost(1.0, 1.0, 1.0, 1))
 
 
-def mutated(name, function, edits):
-    """kernels/`name`.py as a module of its own, edited within one top-level function, or anywhere where that is ""."""
-    path = FOLDER / f"{name}.py"
-    before, start, rest = path.read_text().partition(f"\ndef {function}(" if function else "\n")
+def edited(name, function, edits):
+    """The text of kernels/`name`.py, edited within one top-level function, or anywhere where that is ""."""
+    text = (FOLDER / f"{name}.py").read_text()
+    before, start, rest = text.partition(f"\ndef {function}(" if function else "\n")
+    assert start, f"{name} has no {function}"
     body, end, after = rest.partition("\ndef ") if function else (rest, "", "")
     for old, new in edits:
         assert body.count(old) == 1, f"{name}.{function} has {body.count(old)} times {old!r}"
         body = body.replace(old, new)
+    return before + start + body + end + after
+
+
+def mutated(name, function, edits):
+    """kernels/`name`.py with the edits, as a module of its own."""
+    path = FOLDER / f"{name}.py"
     spec = importlib.util.spec_from_loader(f"gpurnn.kernels.{name}", None, origin=str(path))
     module = importlib.util.module_from_spec(spec)
-    exec(compile(before + start + body + end + after, path, "exec"), vars(module))
+    exec(compile(edited(name, function, edits), path, "exec"), vars(module))
     return module
 
 
 def plant(patch, case, where, edits):
-    """Lets the executors launch kernels that have the edits; the others stay, and need not be compiled again."""
+    """Lets the executors launch kernels that have the edits; the others stay, and need not be compiled again.
+
+    where: a module and a function of it, or the module alone, "module.".  What imports the module is made anew as well.
+    """
     name, function = where.split(".")
-    module = mutated(name, function, edits)
     if name == "packing":
-        patch.setattr(passes, "packing", module)
-        return
-    kernel = module
-    if name in ("products", "exchange", "tiles"):
-        kernel = mutated("persistent", "", ())
-    if name == "products":
-        kernel.product = module.product
-    if name == "exchange":
-        kernel.exchanges = module
-        patch.setattr(passes, "exchange", module)
-    if name == "tiles":  # in its place, as many have imported it
-        patch.setattr(getattr(tiles, function), "__code__", getattr(module, function).__code__)
-    if function not in ("forward", "backward"):
-        function = "backward" if case.back and case.training else "forward"
-    factory = getattr(kernel, function)
-    if name == "step":
+        patch.setattr(passes, "packing", mutated(name, function, edits))
+    elif name == "step":
+        factory = getattr(mutated(name, function, edits), function)
         patch.setattr(step, "step", SimpleNamespace(**vars(step.step) | {function: factory}))
+    elif name == "tiles":  # in its place, as many have imported it
+        patch.setattr(getattr(tiles, function), "__code__", getattr(mutated(name, function, edits), function).__code__)
+        plant(patch, case, "group.", ())
     else:
-        way = getattr(on_chip, function.upper())
-        patch.setattr(on_chip, function.upper(), way._replace(factory=factory))
+        made = _anew(name, function, edits)
+        if "exchange" in made:
+            patch.setattr(passes, "exchange", made["exchange"])
+        back = case.back and case.training if name not in PERSISTENT else name == PERSISTENT[True]
+        factory = getattr(made[PERSISTENT[back]], "backward" if back else "forward")
+        direction = "BACKWARD" if back else "FORWARD"
+        patch.setattr(on_chip, direction, getattr(on_chip, direction)._replace(factory=factory))
+
+
+def _anew(name, function, edits):
+    """The module with its edits, and those above it, by name: all as they import each other, none where others see it."""
+    made = {}
+    with pytest.MonkeyPatch.context() as meanwhile:
+        for each in MODULES[MODULES.index(name) :]:
+            made[each] = mutated(each, *((function, edits) if each == name else ("", ())))
+            meanwhile.setitem(sys.modules, f"gpurnn.kernels.{each}", made[each])
+            meanwhile.setattr(gpurnn.kernels, each, made[each])
+    return made
+
+
+def stand(mutants):
+    """Raises AssertionError where a row's text does not stand exactly once where it says."""
+    for _case, where, _error, *edits in mutants.values():
+        edited(*where.split("."), edits)
 
 
 def catch(monkeypatch, cases, mutant):

@@ -96,7 +96,7 @@ class Asked:
 def asked_by_a_run(case):
     """By all that the harness does with it, on the stand-in."""
     Asked.names.clear()
-    chip = model.GPUS["h200"].chip._replace(number=next(numbers))  # launchers are remembered by chip
+    chip = model.GPUS["h200"].chip._replace(device=next(numbers))  # launchers are remembered by chip
     with as_backend(None), pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "_chip", lambda number: chip)
         patch.setattr("tests.fake_cupy.cuda.runtime.getDeviceProperties", lambda number: {"name": b"H200"})

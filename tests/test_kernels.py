@@ -206,7 +206,7 @@ def test_groups_of_blocks(cell, tile, blocks, exchange):
 
 def test_words_come_round():
     """Longer than there are slots for steps, so that words are emptied and waited for again."""
-    lengths = [2 * exchange.SLOTS + 7, 0, exchange.SLOTS + 2]
+    lengths = [2 * exchange.BOXES + 7, 0, exchange.BOXES + 2]
     with forced(Ffma(1, 4, 1, 1), 2, "flagged"):
         compare(RNN, (lengths[0], 3, 2, 9), "persistent", lengths=lengths, bidirectional=True, inference=False)
 

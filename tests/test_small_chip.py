@@ -85,7 +85,7 @@ def test_what_is_too_large_for_the_chip_is_not_built_again(small):
     assert max(choice.blocks for choice in left if choice.exchange == "flagged") > 4
     other = tuning.Question(CELLS["gru"], 100, N, "float32", False, False)
     assert all(choice.exchange != "clustered" or choice.blocks < 4 for choice in tuning.choices(other, chip))
-    assert tuning.choices(question, chip._replace(number=1)) != left, "another GPU"
+    assert tuning.choices(question, chip._replace(device=1)) != left, "another GPU"
 
 
 def test_without_clusters_blocks_exchange_through_memory(small, expected):

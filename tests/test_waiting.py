@@ -55,7 +55,7 @@ def executed(case):
 def test_all_blocks_leave_when_one_never_answers(kind, monkeypatch, impatient, lenient):
     """Of a thousand steps, forty million instructions, they run one or two."""
     stuck = case(kind, 1000)
-    plant(monkeypatch, stuck, "persistent.forward", [SILENT])
+    plant(monkeypatch, stuck, "persistent_forward.", [SILENT])
     with interpreted():
         assert executed(stuck) < 300_000
         with pytest.raises(RuntimeError, match=GIVEN_UP):
@@ -66,7 +66,7 @@ def test_all_blocks_leave_when_one_never_answers(kind, monkeypatch, impatient, l
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_blocks_leave_on_the_way_back(kind, monkeypatch, impatient, lenient):
     forward, stuck = executed(case(kind, 100)), case(kind, 100, back=True)
-    plant(monkeypatch, stuck, "persistent.backward", [SILENT])
+    plant(monkeypatch, stuck, "persistent_backward.", [SILENT])
     assert executed(stuck) < forward + 300_000
 
 
@@ -75,7 +75,7 @@ def test_all_blocks_leave_on_the_way_back(kind, monkeypatch, impatient, lenient)
 def test_who_stays_waits_at_every_step(kind, monkeypatch, impatient, lenient):
     """The tests above would see it.  In a cluster, mbarriers would count beyond what they can."""
     stuck = case(kind, 100)
-    plant(monkeypatch, stuck, "persistent.forward", [SILENT, NOBODY_LEAVES])
+    plant(monkeypatch, stuck, "persistent_forward.", [SILENT, NOBODY_LEAVES])
     assert executed(stuck) > 500_000
 
 

@@ -162,7 +162,7 @@ def _name(choice: Choice) -> str:
 
 def _key(question: Question, chip: Chip) -> str:
     cell, *rest = question
-    device_name = backend.xp.cuda.runtime.getDeviceProperties(chip.number)["name"].decode()
+    device_name = backend.xp.cuda.runtime.getDeviceProperties(chip.device)["name"].decode()
     text = f"{device_name}\n{chip[1:]}\n{cell.trace.text}\n{rest}\n{build.environment()}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

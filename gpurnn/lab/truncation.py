@@ -52,7 +52,7 @@ def experiment(page: Page) -> None:
 
 
 def trained(seed: int, k2: int, updates: int) -> tuple[SequenceModel, float, float]:
-    """The model, its mean error over the last tenth of the updates, and the milliseconds of its fastest tenth's slowest."""
+    """The model, its mean error over the last tenth of the updates, and the 10th percentile of their times in ms."""
     rng = np.random.default_rng(seed)
     model = with_head(GRU(1, HIDDEN, rng=rng), 1, rng)
     optimizer = optim.Adam(model, lr=0.01)

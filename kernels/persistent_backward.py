@@ -1,0 +1,265 @@
+"""Backward through all T steps of any cell in one launch: see `persistent`."""
+
+from . import pointwise
+from .build import Source
+from .group import group_of, own_pair, settling
+from .numba_cuda import cuda, types
+from .ptx import advance, behind_zero, load_shared_u, shared_address, store_shared_u, written_out
+from .tiles import Shape
+
+i32, i64, u32, f32, f64 = types.int32, types.int64, types.uint32, types.float32, types.float64
+
+
+@cuda.jit(device=True)
+def _clipped(value, limit):
+    """NaN stays NaN."""
+    value = limit if value > limit else value
+    return -limit if value < -limit else value
+
+
+def _at_step(SLOT_STEP, H):
+    """Device functions: where a step's slots, the states before it and its dy begin; and those of the step behind it."""
+
+    @cuda.jit(device=True)
+    def placed(arrays, strides, t):
+        slots, h, rest, dy = arrays
+        N, reverse, _, dy_step = strides
+        before = (t + reverse) * N * H
+        return advance(slots, t * N * SLOT_STEP), advance(h, before), advance(rest, before), advance(dy, t * dy_step)
+
+    @cuda.jit(device=True)
+    def behind(walked, strides):
+        now, h, rest, dy = walked
+        N, reverse, _, dy_step = strides
+        on = i64(1 if reverse else -1)
+        return (
+            advance(now, on * N * SLOT_STEP),
+            advance(h, on * N * H),
+            advance(rest, on * N * H),
+            advance(dy, on * dy_step),
+        )
+
+    return placed, behind
+
+
+def _loading(KEPT, READ, S, H):
+    """Device functions: what a step of one pair needs, into registers, but for next states; and a step's states alone."""
+    STATE, DY = KEPT, READ - 1
+
+    @cuda.jit(device=True)
+    def load(ready, p, places, at, strides):
+        slot_at, state_at, dy_at = places
+        now, h, rest, dy = at
+        for k in range(KEPT):
+            ready[p * READ + k] = now[slot_at[p] + k * H]
+        load_states(ready, p * READ + STATE, state_at[p], h, rest, strides)
+        ready[p * READ + DY] = dy[dy_at[p]]
+
+    @cuda.jit(device=True)
+    def load_states(ready, to, state_at, h, rest, strides):
+        ready[to] = h[state_at]
+        for s in range(S - 1):
+            ready[to + 1 + s] = advance(rest, s * strides[2])[state_at]
+
+    return load, load_states
+
+
+def _going_back(trace, PAIRS, accuracy):
+    """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep their gradients."""
+    S, P, WRITTEN, KEPT = trace.cell.states, len(trace.cell.params), trace.cell.gates + trace.x_start, len(trace.kept)
+    DY = KEPT + 2 * S  # of what a step needs, ready; of what the cell is given there are gradients of next states
+    DNEXT, PARAM, READ = DY, DY + S, DY + 1
+    INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
+    cell = pointwise.backward(trace, f32, accuracy)
+
+    @cuda.jit(device=True)
+    def go_back(step, length, ready, own, values, written, gradients):
+        given = cuda.local.array(INPUTS, f32)
+        result = cuda.local.array(OUTPUTS, f32)
+        for p in range(PAIRS):
+            for k in range(DY):
+                given[k] = ready[p * READ + k]
+            for s in range(S):
+                given[DNEXT + s] = values[p * S + s]
+            given[DNEXT] += ready[p * READ + DY]
+            for k in range(P):
+                given[PARAM + k] = own[p * P + k]
+            cell(given, result)
+            for k in range(WRITTEN):
+                written[p * WRITTEN + k] = result[k]
+            if step < length[p]:
+                for s in range(S):
+                    values[p * S + s] = result[WRITTEN + s]
+                for k in range(P):
+                    gradients[p * P + k] += f64(result[WRITTEN + S + k])
+
+    return go_back
+
+
+def _sending(of, G, WRITTEN):
+    """A device function: dL/dr of all gates, each a part of the vector, to all blocks."""
+    PAIRS, SENT, WIDTH, word, send, tidy = of.pairs, of.sent, of.width, of.make.word, of.post.send, of.post.tidy
+
+    @cuda.jit(device=True)
+    def send_all(mail, vector, spot, i, length, written, outgoing):
+        for g in range(G):
+            for p in range(PAIRS):
+                # padding has no gradient; what the cell makes of nothing may be NaN, which 0 weights do not stop
+                outgoing[p] = written[p * WRITTEN + g] if length[p] > 0 else f32(0)
+            for k in range(SENT):
+                send(mail, vector, spot[k], g * WIDTH, i, word(outgoing, k))
+        for g in range(G):
+            for k in range(SENT):
+                tidy(mail, spot[k], g * WIDTH, i)
+
+    return send_all
+
+
+def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
+    """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
+
+    dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
+    packed, lengths, mail, fault, row: as in `forward`.
+    """
+    G, S, P, SLOTS = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots
+    WRITTEN, KEPT, SLOT_STEP = G + trace.x_start, len(trace.kept), trace.slots * H
+    STATE, NEXT = KEPT, KEPT + S  # of what a step needs; its next states are those of the step before
+    READ = KEPT + 2 * S + 1
+    shape = Shape(H, G, True, blocks)
+    of = group_of(shape, tile, exchange, newer)
+    fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
+    open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
+    own_pair_of, send_all = own_pair(of, shape, tile, SLOTS), _sending(of, G, WRITTEN)
+    go_back = _going_back(trace, of.pairs, of.accuracy)
+    (placed, behind), (load, load_states) = _at_step(SLOT_STEP, H), _loading(KEPT, READ, S, H)
+    BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
+    WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
+    AT, BUFFERS, BUFFER, FLAGS_AT, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.flags, of.ahead, of.walks
+    OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
+    OWN_COMING = OWN_READ if AHEAD else 1
+    settle_states, settle_params, settle_ready = (
+        settling(count, AHEAD) for count in (OWN_STATE, OWN_PARAM if P else 0, OWN_READ)
+    )
+
+    @written_out
+    def hand_on(b, ready):
+        """The next states of the step to come: what this one began with."""
+        for p in range(PAIRS):
+            for s in range(S):
+                ready[p * READ + NEXT + s] = ready[p * READ + STATE + s]
+
+    @written_out
+    def take(b, ready, coming, zero):
+        """When the zero is there: the assembler would take first, and wait for memory before it looks for mail."""
+        for k in range(OWN_COMING):
+            if not NEXT <= k % READ < NEXT + S:
+                ready[k] = behind_zero.emit(b, coming[k], zero)[0]
+
+    @cuda.jit(device=True)
+    def add_product(step, length, sums, values, limit):
+        for p in range(PAIRS):
+            if step < length[p]:
+                values[p * S] += sums[p]
+                if clip:
+                    for s in range(S):
+                        values[p * S + s] = _clipped(values[p * S + s], limit)
+
+    def persistent_backward(
+        packed, slots, h, rest, dy, dstate, params, dparams, lengths, mail, fault, row, N, reverse, rest_state, dy_step,
+        dy_row, limit,
+    ):  # fmt: skip
+        tid = i64(cuda.threadIdx.x)
+        group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
+        first, base = row + group * ROWS, member * UNITS
+        mail = advance(mail, group * MAIL)
+        weights = cuda.local.array(WORDS, PACKED)
+        length = cuda.local.array(PAIRS, i32)  # 0: the pair is another thread's, or lies beyond units or batch
+        spot = cuda.local.array(SENT, u32)  # of a word in the vector's first part
+        slot_at = cuda.local.array(PAIRS, i32)  # of the pair's first slot, in its step
+        state_at = cuda.local.array(PAIRS, i32)
+        dy_at = cuda.local.array(PAIRS, i32)
+        places, arrays, strides = (slot_at, state_at, dy_at), (slots, h, rest, dy), (N, reverse, rest_state, dy_step)
+        values = cuda.local.array(OWN_STATE, f32)
+        own = cuda.local.array(OWN_PARAM, f32)
+        gradients = cuda.local.array(OWN_PARAM, f64)
+        ready = cuda.local.array(OWN_READ, f32)
+        coming = cuda.local.array(OWN_COMING, f32)  # what is ready in the next step, where that is loaded ahead
+        sums = cuda.local.array(PAIRS, f32)
+        written = cuda.local.array(OWN_WRITTEN, f32)
+        outgoing = cuda.local.array(PAIRS, f32)
+        vector = shared_address(cuda.shared.array(0, u32), AT // 4)
+        fetch(advance(packed, member * SHARE), weights)
+        for k in range(4 * tid, BUFFERS * BUFFER, 4 * THREADS):
+            store_shared_u(u32(vector + k), u32(0))
+        steps = lengths[first]
+        walked = placed(arrays, strides, i64(0 if reverse else steps - 1))
+        last = i64(0 if reverse else steps) * N * H  # where the last states begin
+        owner = False
+        for p in range(PAIRS):
+            owner, living, u, n = own_pair_of(tid, p, (first, base), N, vector, (spot, slot_at, state_at))
+            dy_at[p] = n * dy_row + u
+            length[p] = lengths[n] if living else 0
+            for s in range(S):
+                values[p * S + s] = dstate[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
+            for k in range(P):
+                own[p * P + k] = params[k * H + u]
+                gradients[p * P + k] = f64(0)
+            for k in range(READ):
+                ready[p * READ + k] = f32(0)
+                if AHEAD:
+                    coming[p * READ + k] = f32(0)
+            if length[p] > 0:
+                load(ready, p, places, walked, strides)
+                load_states(ready, p * READ + NEXT, state_at[p], advance(h, last), advance(rest, last), strides)
+                if AHEAD and steps > 1:
+                    load(coming, p, places, placed(arrays, strides, i64(1 if reverse else steps - 2)), strides)
+        settle_states(values)
+        settle_params(own)
+        settle_ready(ready)
+        settle_ready(coming)
+        open(vector, fault)
+        cuda.syncthreads()
+        if left(vector, 0):
+            steps = i64(0)
+        for i in range(steps):
+            t = i if reverse else steps - 1 - i
+            step = i32(t)
+            go_back(step, length, ready, own, values, written, gradients)
+            if owner:
+                send_all(mail, vector, spot, i, length, written, outgoing)
+            release(mail, vector, i)
+            if left(vector, i):
+                break
+            if WALKS:
+                now, following = walked[0], behind(walked, strides)
+            else:
+                now, following = advance(slots, t * N * SLOT_STEP), placed(arrays, strides, t + 1 if reverse else t - 1)
+            hand_on(ready)
+            for p in range(PAIRS):
+                if step < length[p]:
+                    for k in range(WRITTEN):
+                        now[slot_at[p] + k * H] = written[p * WRITTEN + k]
+                if not AHEAD and i + 1 < steps and length[p] > 0:  # another thread's slots may change at any time
+                    load(ready, p, places, following, strides)
+            wait(mail, vector, i, fault)
+            if WALKS:
+                walked = following
+            if AHEAD:
+                take(ready, coming, load_shared_u(u32(vector + (FLAGS_AT + 4 * (i + 1 & 1)))))
+                if i + 2 < steps:
+                    for p in range(PAIRS):
+                        if length[p] > 0:  # the slots of another thread's pair may change at any time
+                            load(coming, p, places, placed(arrays, strides, t + 2 if reverse else t - 2), strides)
+            multiply(weights, u32(vector + (i + 1 & BUFFERS - 1) * BUFFER), sums)
+            add_product(step, length, sums, values, limit)
+        for p in range(PAIRS):
+            if length[p] > 0:
+                for s in range(S):
+                    dstate[s * N * H + state_at[p]] = values[p * S + s]
+                for k in range(P):
+                    dparams[k * N * H + state_at[p]] = gradients[p * P + k]
+        close()
+
+    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 6, types.CPointer(f64), types.CPointer(i64))
+    pointers += (types.CPointer(u32),) * 2
+    return Source(persistent_backward, pointers + (i64,) * 6 + (f32,), THREADS, of.shared, *of.launched)
