@@ -1,7 +1,7 @@
 """`python -m bench build`: builds the kernels that cases will use into the cache, with a process for each CPU.
 
-Neither a GPU nor its driver is needed, only the kernels' tools, which come with the `test` extra.  What a case's kernels
-are is found by doing its work dry (`bench.dry`), a phase and an executor at a time, each in one of the processes.
+Neither a GPU nor its driver is needed, only the kernels' tools, which come with the `test` extra.  What a case's
+kernels are is found by doing its work dry (`bench.dry`), a phase and an executor at a time, each in one process.
 """
 
 import argparse

@@ -5,9 +5,10 @@ report says so where it is not), so the median of their ratios is what the machi
 around it is what a case moves from run to run with unchanged code, and no interval from samples of one run can know
 that.  So a change's interval holds, in quadrature: the bootstrap of both medians, the peers' scatter, and the
 uncertainty of the drift.  A regression is flagged where the whole interval lies above the limit, the medians differ by
-more than either run's own spread, and the fastest samples by half as much at least: two threads that the scheduler happens to place badly
-take a quarter longer for most of a run, but not in all of its samples.  The geometric mean over a group is judged in the same way: a slowdown of
-everything shows there, even where no case alone stands out of the noise.
+more than either run's own spread, and the fastest samples by half as much at least: two threads that the scheduler
+happens to place badly take a quarter longer for most of a run, but not in all of its samples.  The geometric mean over
+a group is judged in the same way: a slowdown of everything shows there, even where no case alone stands out of the
+noise.
 
 Sources: Efron and Tibshirani 1993 (bootstrap); Hoaglin, Mosteller and Tukey 1983 (scatter from the median deviation).
 """
@@ -27,7 +28,8 @@ Lines = Mapping[Key, Record]
 
 OURS = "gpurnn"
 LIMIT = 1.03
-Z = 1.96  # a normal distribution's reach at `statistics.CONFIDENCE`; with the limit, dozens of cases raise no false alarm
+# a normal distribution's reach at `statistics.CONFIDENCE`; with the limit, dozens of cases raise no false alarm
+Z = 1.96
 FEW_PEERS = 6  # fewer peers' lines say too little of the scatter between runs ...
 ASSUMED_SCATTER = 0.02  # ... and at least this is taken instead
 LEAST_SCATTER = 0.005  # where the runs' own noise seems to explain all of it
@@ -131,7 +133,8 @@ def render(comparison: Comparison, limit: float, every: bool = False) -> str:
         if chosen:
             text.append(f"\n{_TITLES[verdict]} ({len(chosen)}), B / A without the machine's drift, and times in us:")
             text += [
-                f"  {c.ratio:6.3f} ({c.low:.3f} to {c.high:.3f})  {1e6 * c.before:11.1f} -> {1e6 * c.after:11.1f}  {_name(c.key)}"
+                f"  {c.ratio:6.3f} ({c.low:.3f} to {c.high:.3f})  "
+                f"{1e6 * c.before:11.1f} -> {1e6 * c.after:11.1f}  {_name(c.key)}"
                 for c in chosen
             ]
     if comparison.means:
@@ -249,8 +252,8 @@ def _drift_text(group: str, drift: Drift, limit: float) -> str:
     if not drift.lines:
         return f"{group}: no peer is timed in both files, so ratios hold the machine's drift too; {visible}"
     return (
-        f"{group}: the machine takes {math.exp(drift.log):.3f} times as long in B as in A, by {drift.lines} peers' lines; "
-        f"taken out below; {visible}"
+        f"{group}: the machine takes {math.exp(drift.log):.3f} times as long in B as in A, "
+        f"by {drift.lines} peers' lines; taken out below; {visible}"
     )
 
 
@@ -260,8 +263,9 @@ def _differences(a: Lines, b: Lines, common: Sequence[Key]) -> list[str]:
         return ["the files have no timed line in common"]
     first, second = (lines[common[0]]["environment"] for lines in (a, b))
     both = {**first, **second}
+    # What is not text is measured, and never the same twice.
     return [
         f"{name} differs: {first.get(name, 'nothing')} in A, {second.get(name, 'nothing')} in B"
         for name in both
         if first.get(name) != second.get(name) and isinstance(both[name], str) and "memory" not in name
-    ]  # what is not text is measured, and never the same twice
+    ]

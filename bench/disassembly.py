@@ -25,8 +25,8 @@ FENCES = ("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL")
 class Instruction(NamedTuple):
     """opcode: with its suffixes.  operands: as printed.  target: the index that a branch goes to, or None.
 
-    always: whether it has no predicate.  stall: cycles.  sets, reads: the scoreboards that its result and its read operands
-    release, or NONE.  waits: those that it waits for.
+    always: whether it has no predicate.  stall: cycles.  sets, reads: the scoreboards that its result and its read
+    operands release, or NONE.  waits: those that it waits for.
     """
 
     opcode: str
@@ -109,7 +109,7 @@ def waits_for_fetches(body: list[Instruction], until: Callable[[Instruction], bo
     """The first of a step's instructions that waits for what the step loads, between the loads and the next one `until`
     says; None where none does, or there is nothing of the kind.
 
-    body: of the loop.  Scoreboards are few: who waits for another load's may wait for these as well.  Fences wait for all.
+    body: of the loop.  Scoreboards are few: who waits for another load's may wait for these as well.  Fences do.
     """
     loads = [k for k, i in enumerate(body) if i.fetches]
     ends = [k for k, i in enumerate(body) if until(i)]

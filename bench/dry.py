@@ -1,8 +1,8 @@
 """Work done dry: each kernel that it asks for is built into the cache, and none is launched.  No GPU is needed.
 
-Arrays are those of the tests' stand-in for CuPy, so the library's own code runs as on the chip that is named and asks for
-its kernels there, under the same keys; nothing here has to know which they are.  Matrix products do nothing either, and
-results are whatever stood in memory: they are for nobody to look at.
+Arrays are those of the tests' stand-in for CuPy, so the library's own code runs as on the chip that is named and asks
+for its kernels there, under the same keys; nothing here has to know which they are.  Matrix products do nothing either,
+and results are whatever stood in memory: they are for nobody to look at.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
 
 class Kernels:
-    """What has been asked for, as entries of the cache, and which of them were `built` because they were missing there."""
+    """What has been asked for, as entries of the cache, and which of them were missing and `built`."""
 
     def __init__(self, target: Target, folder: Path):
         self.target, self.folder = target, folder

@@ -1,5 +1,5 @@
-"""A pytest plugin that runs the GPU tests dry, see `python -m bench build --tests`: they ask for their kernels, which are
-built, and whatever they assert is looked at and let pass, so that each test comes to its end.
+"""A pytest plugin that runs the GPU tests dry, see `python -m bench build --tests`: they ask for their kernels, which
+are built, and whatever they assert is looked at and let pass, so that each test comes to its end.
 
 GPURNN_DRY_TESTS: the chip and its device's name, as JSON.  Run with --assert=plain, and with a PYTHONPYCACHEPREFIX of
 its own: what is compiled here is of no use to anybody else.

@@ -1,9 +1,9 @@
 """The floor: a time per step that no implementation can beat on this machine, by a model that is stated here in full.
 
-Its inputs are peaks measured at the start of a run with the fastest library at hand, so the floor moves with the machine
-(shared cores, clocks), and a few constants from the literature, each beside its source.  It is a lower bound, made of
-things that must happen; an implementation at 100% would waste nothing.  What is left out only makes it lower: the
-pointwise functions, the tape that backward needs, cache misses, launches.
+Its inputs are peaks measured at the start of a run with the fastest library at hand, so the floor moves with the
+machine (shared cores, clocks), and a few constants from the literature, each beside its source.  It is a lower bound,
+made of things that must happen; an implementation at 100% would waste nothing.  What is left out only makes it lower:
+the pointwise functions, the tape that backward needs, cache misses, launches.
 
 CPU, per step: the largest of
   arithmetic  2 N G H (I + H/heads) flop forward, three times that in training, over the peak of a large product;

@@ -1,13 +1,13 @@
 """`python -m bench gpu`: all that a GPU should show, in so many minutes, by one command.
 
 Is it right, does it hang, what do the tests and the sanitizers say, how fast is it beside cuDNN, beside the floor and
-beside what the plan predicted.  Each part (`bench.gpu_parts`) runs in a process of its own, with a time limit at which it
-is killed with all that it started; what it prints stands in FOLDER/<part>.log as it comes, what it measures in
-FOLDER/results.jsonl, lines as `bench run` writes them, what became of it in FOLDER/parts.jsonl, and all of that in short in
-FOLDER/summary.md.  This process never touches the GPU.
+beside what the plan predicted.  Each part (`bench.gpu_parts`) runs in a process of its own, with a time limit at which
+it is killed with all that it started; what it prints stands in FOLDER/<part>.log as it comes, what it measures in
+FOLDER/results.jsonl, lines as `bench run` writes them, what became of it in FOLDER/parts.jsonl, and all of that in
+short in FOLDER/summary.md.  This process never touches the GPU.
 
-Time is shared out by what each part is thought to take; what one leaves over goes to the others, and a part for which too
-little is left is named as left out.  `--resume FOLDER` goes on with what was stopped or left out.
+Time is shared out by what each part is thought to take; what one leaves over goes to the others, and a part for which
+too little is left is named as left out.  `--resume FOLDER` goes on with what was stopped or left out.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def read(folder: Path) -> dict[str, State]:
 
 
 class Run:
-    """One call of the command, until `deadline` (of time.monotonic); `states` of this call's parts and of those before."""
+    """One call of the command, until `deadline` (of time.monotonic); `states` of its parts and of those before."""
 
     def __init__(self, folder: Path, deadline: float):
         self.folder, self.deadline, self.states = folder, deadline, read(folder)

@@ -35,7 +35,7 @@ from gpurnn.backend import one_line
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds of samples of target_s each, until limit_s have passed and 3 rounds are there; energy_s: 0, or a burst's length."""
+    """Rounds of samples of target_s each, until limit_s have passed, 3 at least.  energy_s: 0, or a burst's length."""
 
     rounds: int = 11
     target_s: float = 0.06

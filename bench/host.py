@@ -62,7 +62,7 @@ def _seconds(T: int, repeats: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _nothing_else() -> Iterator[None]:
-    """CuPy without a device for the backend; `Launcher`s of kernels that nobody built, over a launch that does nothing."""
+    """CuPy without a device for the backend; `Launcher`s of kernels that nobody built, whose launch does nothing."""
     try:
         import cupy
 

@@ -1,4 +1,4 @@
-"""Peak memory of a step on the CPU: `python -m bench.memory CASE PHASE IMPLEMENTATION` prints bytes, in a fresh process.
+"""Peak memory of a step on the CPU: `python -m bench.memory CASE PHASE IMPLEMENTATION` prints bytes, in a new process.
 
 tracemalloc does not see what torch allocates, so the system is asked: the process's peak resident memory over building
 the workload and three steps, less what was resident before, when weights and inputs lay ready and two steps of the same

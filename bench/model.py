@@ -74,7 +74,8 @@ def main(options: argparse.Namespace) -> int:
     chosen = [case for case in cases.select(options.group, options.case, "cuda") if case.heads == 1]
     print(f"{options.gpu}, one step, forward and backward; predicted, nothing here was measured")
     print(
-        "| case | direction | executor | how | flop | L2 bytes | exchanges | us | pass, us (part of the floor) | measured |"
+        "| case | direction | executor | how | flop | L2 bytes | exchanges | us "
+        "| pass, us (part of the floor) | measured |"
     )
     print("|---" * 10 + "|")
     for case in chosen:
@@ -91,8 +92,9 @@ def _lines(case: Case, gpu: Gpu, measured: dict[tuple[str, str], float]) -> Iter
         floor = 1e6 * floors.floor(case, phase, "layer", gpu.machine, case.T * case.N)
         found = measured.get((case.name, phase))
         yield (
-            f"| {case.name} | {direction} | {way.executor} | {way.how} | {way.flops / 1e6:.1f} M | {way.moved / 1e3:.0f} K | "
-            f"{way.exchanges} | {way.microseconds:.2f} | {phase} {whole:.2f} ({floor / whole:.0%}) | "
+            f"| {case.name} | {direction} | {way.executor} | {way.how} | {way.flops / 1e6:.1f} M | "
+            f"{way.moved / 1e3:.0f} K | {way.exchanges} | {way.microseconds:.2f} | "
+            f"{phase} {whole:.2f} ({floor / whole:.0%}) | "
             f"{f'{found:.2f} us, {found / whole:.2f} x' if found else ''} |"
         )
 
@@ -162,14 +164,13 @@ def _flops(case: Case) -> float:
 def _products(case: Case, training: bool, machine: floors.Machine) -> float:
     """Seconds a step of the products around the recurrence: x W_ih^T, and in training dx and both dW.
 
-    Before those with factors of 16 bits the factors are rounded: x, and in training again x, h and the gradients.  Weights
-    are rounded once in a pass, which is next to nothing a step.
+    Before those with factors of 16 bits the factors are rounded: x, and in training again x, h and the gradients.
+    Weights are rounded once in a pass, which is next to nothing a step.
     """
     forward, gradients = 2.0 * case.N * case.gates * case.H * case.I, CELL[case.cell].trace.slots * case.H
     back = 2 * forward + _flops(case) if training else 0.0
-    kind = (
-        "tf32" if case.dtype in PROJECTED and case.dtype not in RETURNED else case.dtype
-    )  # of the products of backward
+    back_in_tf32 = case.dtype in PROJECTED and case.dtype not in RETURNED
+    kind = "tf32" if back_in_tf32 else case.dtype
     values = case.I if case.dtype in PROJECTED else 0
     values += case.I + case.H + gradients if training and case.dtype in RETURNED else 0
     rounding = ROUNDING * case.N * values / machine.bandwidth

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import plot_style
 from bench.plot_style import BLUE, INK, VERMILLION
-from bench.standings import CELLS, Section, Standing
+from bench.standings import CELL_NAMES, Section, Standing
 
 SERIES = 3  # points that make a curve
 
@@ -15,7 +15,7 @@ SERIES = 3  # points that make a curve
 def draw(section: Section) -> Any:
     found = curves(section.standings)
     rows = list(dict.fromkeys((along, kind) for along, _, kind, _ in found))
-    cells = [c for c in CELLS if any(cell == c for _, cell, _, _ in found)]
+    cells = [c for c in CELL_NAMES if any(cell == c for _, cell, _, _ in found)]
     figure = plot_style.figure(1.5 + 3.6 * len(cells), 1.0 + 2.9 * len(rows))
     grid = figure.subplots(len(rows), len(cells), sharey=True, squeeze=False)
     for (along, kind), line in zip(rows, grid, strict=True):

@@ -22,7 +22,7 @@ from typing import Any
 from bench import floors, plot_sizes, plot_style, results
 from bench.cases import Case
 from bench.plot_style import BLUE, COLOURS, DPI, INK, VERMILLION
-from bench.standings import CELLS, PHASES, Row, Section, Standing, sections
+from bench.standings import CELL_NAMES, PHASES, Row, Section, Standing, sections
 from bench.tables import shown
 from gpurnn.files import write_atomically
 from gpurnn.plot.style import own
@@ -52,7 +52,7 @@ def paths(section: Section, folder: Path) -> list[Path]:
 
 @own()
 def draw(section: Section, folder: Path) -> list[Path]:
-    """Draws the figures of `paths`, each with what it was drawn from in its metadata, as SVG too where that is small."""
+    """Draws the figures of `paths`, each with its source in its metadata, as SVG too where that is small."""
     from matplotlib import rc_context
 
     written = []
@@ -85,7 +85,10 @@ def _ratio(section: Section) -> Any:
     known = [s for s in section.standings if s.ratio]
     rows = list(dict.fromkeys(s.row for s in known))
     columns = [
-        (phase, cell) for phase in PHASES for cell in CELLS if any((s.phase, s.cell) == (phase, cell) for s in known)
+        (phase, cell)
+        for phase in PHASES
+        for cell in CELL_NAMES
+        if any((s.phase, s.cell) == (phase, cell) for s in known)
     ]
     figure = plot_style.figure(max(5.0, 2.2 + 1.05 * len(columns)), 1.7 + 0.34 * len(rows))
     axes = figure.subplots()
@@ -124,7 +127,7 @@ def _time(section: Section) -> Any:
     known = [s for s in section.standings if s.timed]
     rows = list(dict.fromkeys(s.row for s in known))
     cells, phases = (
-        [c for c in CELLS if any(s.cell == c for s in known)],
+        [c for c in CELL_NAMES if any(s.cell == c for s in known)],
         [p for p in PHASES if any(s.phase == p for s in known)],
     )
     figure = plot_style.figure(2.0 + 3.3 * len(cells), 1.3 + len(phases) * (0.5 + 0.24 * len(rows)))
@@ -176,7 +179,9 @@ def _roofline(section: Section) -> Any:
         axes.set_xlabel("floating-point operations per time step", color=INK)
         plot_style.plain(axes)
     grid[0].set_ylabel("GFLOP/s achieved", color=INK)
-    entries = [("o", COLOURS[cell], f"{cell.upper()}, ours") for cell in CELLS if any(s.cell == cell for s in known)]
+    entries = [
+        ("o", COLOURS[cell], f"{cell.upper()}, ours") for cell in CELL_NAMES if any(s.cell == cell for s in known)
+    ]
     plot_style.key(figure, [*entries, ("o", "white", "the same, torch's best"), ("_", "black", "floor")])
     plot_style.credit(figure, section)
     return figure

@@ -37,7 +37,7 @@ class Problem:
     lengths: np.ndarray | None
 
     def first(self, steps: int) -> "Problem":
-        """The same problem cut off behind its first steps, with one input set: what is checked where all is too much."""
+        """The same problem cut off behind its first steps, with one input set: checked where all is too much."""
         lengths = None if self.lengths is None else np.minimum(self.lengths, steps)
         case = replace(self.case, T=steps)
         return replace(self, case=case, x=(self.x[0][:steps],), dy=(self.dy[0][:steps],), lengths=lengths)
@@ -66,7 +66,7 @@ def make(case: Case, sets: int | None = None, seed: int = 0) -> Problem:
     keep = None if lengths is None else (np.arange(case.T)[:, None] < lengths)[..., None]
 
     def draw(width: int) -> tuple[np.ndarray, ...]:
-        """Sets after the first are the same values at other steps: drawing gigabytes would take longer than the timing."""
+        """Sets after the first are the same values at other steps: to draw gigabytes takes longer than the timing."""
         values = rounded(rng.standard_normal((case.T, case.N, width), dtype=np.float32), case.dtype)
         rolled = (np.roll(values, k, axis=0) for k in range(sets))
         return tuple(rolled if keep is None else (part * keep for part in rolled))

@@ -1,7 +1,7 @@
 """Where our compiled executor's time goes: its own functions under a clock, put there from outside.
 
-A phase lasts until the last of its threads has done its part.  Beside the phases that are matrix products stand the same
-products alone in NumPy, one call each and one call per time step, with the better of one and of all BLAS threads.
+A phase lasts until the last of its threads has done its part.  Beside the phases that are matrix products stand the
+same products alone in NumPy, one call each and one call per time step, with the better of one and of all BLAS threads.
 """
 
 import time
@@ -30,8 +30,8 @@ Times = dict[str, float]
 
 @contextmanager
 def watched(seconds: Times) -> Iterator[None]:
-    """Within it the compiled executor's functions add their time to `seconds`, by phase: from the call until all threads
-    have done their parts.
+    """Within it the compiled executor's functions add their time to `seconds`, by phase: from the call until all
+    threads have done their parts.
     """
 
     def run(function: Any, *work: Any) -> None:
@@ -49,7 +49,7 @@ def watched(seconds: Times) -> Iterator[None]:
 
 
 def tables(case: Case, seconds: float = 2.0) -> str:
-    """Inference, and the two halves of a training step, as text.  Raises ValueError where there is no layer to look into."""
+    """Inference, and the two halves of a training step, as text.  Raises ValueError where there is no layer."""
     if case.group == "train" or case.heads > 1 or case.dtype != "float32":
         raise ValueError(f"case: expected a dense float32 layer to profile on a CPU, got {case.name}")
     if backend.name != "numpy":

@@ -1,7 +1,7 @@
 """Timing among others: waits until spinning threads sleep, and notices when other processes took the CPU.
 
-Thread pools spin for a while after a parallel region, OpenBLAS's for about 0.1 s, in the hope of more work, and take the
-core that the next implementation wants.  So before a sample this process's own CPU time must have come to rest.
+Thread pools spin for a while after a parallel region, OpenBLAS's for about 0.1 s, in the hope of more work, and take
+the core that the next implementation wants.  So before a sample this process's own CPU time must have come to rest.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`python -m bench report RESULTS...`: the tables and figures in README.md and bench/README.md, generated and never typed.
+"""`python -m bench report RESULTS...`: the tables and figures in README.md and bench/README.md, never typed.
 
 A document holds pairs of lines, `<!-- bench:NAME begin -->` and `<!-- bench:NAME end -->`, NAME a group of cases; what
 stands between them is replaced, what stands outside is not touched.  README.md gets a short form.

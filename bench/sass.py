@@ -1,11 +1,11 @@
-"""`python -m bench sass CASE`: the machine code of a case's kernels: instructions by pipe, and how long a step may take.
+"""`python -m bench sass CASE`: a case's machine code: instructions by pipe, and how long a step may take.
 
-The kernels that the plan chooses are built, for a chip that need not be here, and disassembled.  Of the loop over time are
-counted the instructions of a usual step: without the fence and the emptying of one step in four, polls looking once.
-They are replayed as the warps of one of an SM's four schedulers issue them: in order, by their stall counts, scoreboards
-and the pipes' rates.  The way of mail from SM to SM, and memory where it shows, are not in it and are taken from the plan.
-Beside the sum stand the plan's figure and the floor (`bench.floors`).  Against what an H200 took (tests/test_plan.py) the
-sum is good to about 20 %, most often too much.
+The kernels that the plan chooses are built, for a chip that need not be here, and disassembled.  Of the loop over time
+are counted the instructions of a usual step: without the fence and the emptying of one step in four, polls looking
+once.  They are replayed as the warps of one of an SM's four schedulers issue them: in order, by their stall counts,
+scoreboards and the pipes' rates.  The way of mail from SM to SM, and memory where it shows, are not in it and are taken
+from the plan.  Beside the sum stand the plan's figure and the floor (`bench.floors`).  Against what an H200 took
+(tests/test_plan.py) the sum is good to about 20 %, most often too much.
 """
 
 import argparse
@@ -39,30 +39,14 @@ PIPES = {  # by the beginnings of opcodes, the first that fits
     "UNI": ("U",),
 }
 OTHER = "INT"
-RATE = {
-    "HMMA": 6.3,
-    "MUFU": 8,
-    "LDS": 4,
-    "STS": 4,
-    "LDG": 4,
-    "STG": 4,
-    "SHFL": 4,
-    "INT": 2,
-    "SEL": 2,
-}  # cycles of a scheduler's
-# share of a pipe for one warp; of accesses of 4 bytes, 16 take 4 times as long where they carry so much
-LATENCY = {
-    "LDS": 30,
-    "LDG": 280,
-    "MUFU": 22,
-    "SHFL": 25,
-    "BAR": 22,
-}  # cycles until a scoreboard is released; else OTHERS
-OTHERS = 20
+# RATE: cycles for which one warp's instruction has a scheduler's share of a pipe; an access of 16 bytes takes 4 times
+# as long.  LATENCY: cycles until a scoreboard is released; OTHERS: of any other instruction.
+RATE = {"HMMA": 6.3, "MUFU": 8, "LDS": 4, "STS": 4, "LDG": 4, "STG": 4, "SHFL": 4, "INT": 2, "SEL": 2}
+LATENCY, OTHERS = {"LDS": 30, "LDG": 280, "MUFU": 22, "SHFL": 25, "BAR": 22}, 20
 
 
 class Estimate(NamedTuple):
-    """Of one direction.  instructions: of a step, by pipe.  cycles: of a step as replayed.  microseconds: with mail and memory."""
+    """Of one direction: a step's instructions by pipe, its cycles as replayed, microseconds with mail and memory."""
 
     instructions: Counter[str]
     cycles: float
@@ -92,7 +76,8 @@ def main(options: argparse.Namespace) -> int:
             floor = 1e6 * floors.floor(case, "inference", "recurrence", gpu.machine, case.T * case.N)
             print(
                 f"| {case.name} | {direction} | {counts} | {found.instructions.total()} | {found.registers} | "
-                f"{1e6 * found.cycles / gpu.chip.clock:.2f} | {found.microseconds:.2f} | {found.planned:.2f} | {floor:.2f} |"
+                f"{1e6 * found.cycles / gpu.chip.clock:.2f} | {found.microseconds:.2f} | {found.planned:.2f} | "
+                f"{floor:.2f} |"
             )
     return 0
 
@@ -133,8 +118,8 @@ def pipe(instruction: Instruction) -> str:
 
 
 def usual_step(code: Sequence[Instruction]) -> list[Instruction]:
-    """What a warp executes in most steps: branches are not taken, but for those over a fence, which one step in four has,
-    those that leave an inner loop, and those that have no condition."""
+    """What a warp executes in most steps: branches are not taken, but for those over a fence, which one step in four
+    has, those that leave an inner loop, and those that have no condition."""
     first, last = loop_bounds(list(code))
     inner = [
         (i.target, k) for k, i in enumerate(code[: last + 1]) if i.target is not None and first < i.target <= k < last

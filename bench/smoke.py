@@ -1,8 +1,8 @@
-"""`python -m bench smoke`: is this GPU's side right, and does it hang?  Every executor, precision and exchange, in a minute.
+"""`python -m bench smoke`: is this GPU's side right, and does it hang?  All executors and exchanges in a minute.
 
 Each case is a layer, forward and backward, whose results are held against the NumPy executor in float64 on the host;
-or a few captured steps of a whole model.  Cases run in processes that are watched (`bench.watched`): what takes longer than
-LIMIT is killed and named, and the rest goes on.
+or a few captured steps of a whole model.  Cases run in processes that are watched (`bench.watched`): what takes longer
+than LIMIT is killed and named, and the rest goes on.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from bench import cases, results, statistics
 from bench.results import Record
 
 OURS, TORCH = "gpurnn", "torch"
-CELLS = ("rnn", "gru", "lstm")
+CELL_NAMES = ("rnn", "gru", "lstm")
 PHASES = ("training", "inference")
 PREFERRED = ("gpurnn-persistent", "gpurnn-resident", "gpurnn-step", "gpurnn-compiled", "gpurnn-numpy")
 
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """One case and phase: ours, the fastest torch, every timed implementation; torch's time / ours: (median, low, high)."""
+    """One case and phase: ours, the fastest torch, all that were timed; torch's time / ours: (median, low, high)."""
 
     row: Row
     cell: str
@@ -92,7 +92,7 @@ def machine(record: Record) -> str:
 
 
 def sections(records: Iterable[Record]) -> dict[str, list[Section]]:
-    """group -> one section for each machine that measured it, none where nobody did; groups in the order of the table."""
+    """Group -> one section for each machine that measured it, none where nobody did; in the order of the table."""
     found: dict[str, dict[str, list[Record]]] = {group: {} for group in cases.GROUPS}
     for record in records:
         found.setdefault(record["group"], {}).setdefault(machine(record), []).append(record)
@@ -109,7 +109,7 @@ def standings(records: Sequence[Record]) -> list[Standing]:
         timed = places.setdefault((row, record["cell"], record["phase"]), {})
         if record.get("failure") is None:
             timed[record["implementation"]] = record
-    order = sorted(places, key=lambda place: (_size(place[0]), CELLS.index(place[1]), PHASES.index(place[2])))
+    order = sorted(places, key=lambda place: (_size(place[0]), CELL_NAMES.index(place[1]), PHASES.index(place[2])))
     return [_standing(*place, places[place]) for place in order]
 
 

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from bench.standings import CELLS, OURS, PHASES, Section, Standing, geometric_mean, peer_ratio
+from bench.standings import CELL_NAMES, OURS, PHASES, Section, Standing, geometric_mean, peer_ratio
 
 BEYOND = 105  # percent of the floor; a little more than it is the noise of both measurements
 ABSENT = ("none", "unknown", "not installed")
@@ -55,7 +55,7 @@ def short(section: Section, figures: Sequence[str]) -> str:
             ]
     means = [
         f"{cell.upper()} {shown(mean)}"
-        for cell in CELLS
+        for cell in CELL_NAMES
         if (mean := geometric_mean(s.memory for s in section.standings if s.cell == cell and s.memory)) is not None
     ]
     if means:
@@ -70,7 +70,7 @@ def _table(
 ) -> str:
     """Rows are shapes, columns cells; the last row holds geometric means of `mean`, where there are any."""
     rows = list(dict.fromkeys(s.row for s in chosen))
-    columns = [cell for cell in CELLS if any(s.cell == cell for s in chosen)]
+    columns = [cell for cell in CELL_NAMES if any(s.cell == cell for s in chosen)]
     places = {(s.row, s.cell): text(s) for s in chosen}
     lines = ["| T, N, I, H | " + " | ".join(map(str.upper, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
@@ -123,7 +123,8 @@ def _verdict(chosen: Sequence[Standing]) -> str:
     slower = [f"{s.cell.upper()} {s.row.shape} ({shown(ratio[0])})" for s, ratio in known if ratio[2] < 1]
     open_ = len(known) - faster - len(slower)
     losses = f"slower in {len(slower)}: {'; '.join(slower)}" if slower else "slower in none"
-    return f"Of {len(known)} case{'s' * (len(known) != 1)} ours is faster in {faster}, undecided in {open_} (the interval holds 1), {losses}."
+    first = f"Of {len(known)} case{'s' * (len(known) != 1)} ours is faster in {faster}, "
+    return f"{first}undecided in {open_} (the interval holds 1), {losses}."
 
 
 def _peers(section: Section) -> str:
@@ -174,7 +175,8 @@ def _provenance(section: Section) -> str:
     return (
         f"Measured {' to '.join(dict.fromkeys([dates[0], dates[-1]]))} at commit {', '.join(commits)}"
         + (f", {threads} threads" if threads else "")
-        + f"; {', '.join(versions)}. `python -m bench run --group {section.group}`, then `python -m bench report`.{reached}"
+        + f"; {', '.join(versions)}. `python -m bench run --group {section.group}`, "
+        + f"then `python -m bench report`.{reached}"
     )
 
 

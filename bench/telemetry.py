@@ -59,7 +59,7 @@ class Telemetry:
             self.nvml.nvmlShutdown()
 
     def summary(self, spans: Sequence[tuple[float, float]]) -> dict[str, Any]:
-        """Over the samples within the spans (of time.monotonic), and the nearest one where a span is shorter than PERIOD."""
+        """Over the samples within the spans (of time.monotonic), and the nearest one where a span has none."""
         samples = list(self.samples)
         if not samples or not spans:
             return {}

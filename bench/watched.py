@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
 
 def watched(module: str, names: Sequence[str], jobs: int, limit: float) -> Iterator[Outcome]:
-    """Outcomes as they come.  `python -m module` reads a name a line and answers each with an Outcome's line of JSON."""
+    """Outcomes as they come.  `python -m module` reads a name a line and answers with an Outcome as a line of JSON."""
     given: queue.SimpleQueue[str] = queue.SimpleQueue()
     found: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     for name in names:

@@ -1,4 +1,4 @@
-"""CUDA kernels, written in Numba.  Installed as `gpurnn.kernels`; depends on Numba's tools alone, never on the rest of gpurnn.
+"""CUDA kernels, written in Numba.  Installed as `gpurnn.kernels`; depends on Numba's tools alone, never on gpurnn.
 
 numba_cuda the one door to `numba.cuda`
 ptx        inline PTX, one row per instruction; code that is written out, not unrolled
@@ -11,7 +11,8 @@ exchange   how the blocks of a group give each other a step: through memory (`ma
 plan       which tile, blocks and exchange a kernel gets
 losses     embedding     norms     optim: the rest of a training step, flat buffers 16 bytes at a time (`vectors`)
 philox     random words by place          dropout   masks that nobody keeps
-rounding   float32 as 16 bits          faults    the record of what went wrong          last      the last block of a launch
+rounding   float32 as 16 bits          faults    the record of what went wrong
+last       the last block of a launch
 columns    sums of columns          moves     small copies in one launch
 build      Numba -> PTX -> cubin, and the cache on disk          launch   raw pointers on CuPy's stream
 """

@@ -1,8 +1,8 @@
 """Numba function -> PTX -> cubin, on any machine, and a cache of the results on disk.
 
 Neither a GPU nor a driver is needed: NVVM and nvJitLink are libraries.  A kernel's key is everything that decides its
-code: the factory that writes it and its constants, the cell's traced mathematics, these sources, the tools' versions and
-the architecture.  Processes may share the folder; a damaged entry is built again.
+code: the factory that writes it and its constants, the cell's traced mathematics, these sources, the tools' versions
+and the architecture.  Processes may share the folder; a damaged entry is built again.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
     signature  Numba types of the arguments: pointers, int64, and the real type of a number.
     threads    of a block.  shared: bytes of dynamic shared memory of a block.
-    cluster    blocks of a cluster, 1 for none.  cooperative: all blocks must run at once, because they wait for each other.
+    cluster    blocks of a cluster, 1 for none.  cooperative: all blocks must run at once: they wait for each other.
     """
 
     function: Callable
@@ -68,7 +68,7 @@ class Source(NamedTuple):
 class Kernel(NamedTuple):
     """A built kernel: machine code for one architecture, such as (9, 0).
 
-    static_shared, shared: bytes of shared memory that the code declares, and that a launch adds.  registers: of a thread.
+    static_shared, shared: bytes of shared memory declared by the code, and added by a launch.  registers: of a thread.
     spilled: bytes of a thread's registers that had to go to memory.  cluster, cooperative: as in Source.
     """
 
@@ -243,8 +243,8 @@ def _version(distribution: str) -> str:
 
 @contextlib.contextmanager
 def _in_turn(path: Path) -> Iterator[None]:
-    """Lets one process at a time through for an entry, by a lock that ends with its holder; nobody waits for longer than
-    PATIENCE, and where there are no such locks nobody waits at all.
+    """Lets one process at a time through for an entry, by a lock that ends with its holder; nobody waits for longer
+    than PATIENCE, and where there are no such locks nobody waits at all.
     """
     lock = path.with_name(f".lock-{path.name}")
     try:

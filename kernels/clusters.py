@@ -107,7 +107,7 @@ def clustered(shape, tile, free_when_done):
 
     @cuda.jit(device=True)
     def wait(mail, vector, step, fault):
-        """A warp waits as one, as in `mail.collecting`: what follows, shuffles or products of matrices, is for whole warps."""
+        """A warp waits as one, as in `mail.collecting`: shuffles and mma, which follow, are for whole warps."""
         tries, since = u32(0), u64(0)
         while not cuda.all_sync(WARP, mbarrier_passed(mbarrier(vector, step), u32(step >> 1 & 1)) != u32(0)):
             tries = u32(tries + u32(1))

@@ -1,8 +1,8 @@
 """Sums of a matrix's columns, added to the gradients of biases.
 
-A block has TILE columns, whose values in a row fill a sector of memory, and its threads share out the rows.  CHUNK rows are
-added up in the matrix's own type, their sums in float64: a sum of 10^7 float32 values is as good as one of a few.  The
-order is always the same.  4 bytes a float32 value.
+A block has TILE columns, whose values in a row fill a sector of memory, and its threads share out the rows.  CHUNK rows
+are added up in the matrix's own type, their sums in float64: a sum of 10^7 float32 values is as good as one of a few.
+The order is always the same.  4 bytes a float32 value.
 """
 
 from .build import Source
@@ -38,7 +38,7 @@ def _chooser(order):
 def add(_, *, dtype, first, second, start):
     """values (rows, slots*H), `stride` elements from row to row; adds to a (gates*H,) and b (gates*H,).
 
-    The sums of slot k go to gate first[k] of a; those of slot start + k to gate second[k] of b.  second may be (): no b.
+    The sums of slot k go to gate first[k] of a; slot start + k to gate second[k] of b.  Without b second is ().
     """
     real = getattr(types, dtype)
     first_gate, second_gate = _chooser(first), _chooser(second)

@@ -1,4 +1,4 @@
-"""Dropout whose mask nobody keeps: whether a value stays is a function of a seed, of which call it is, and of its place.
+"""Dropout whose mask nobody keeps: whether a value stays is a function of a seed, the call and the place.
 
 Values 4k to 4k + 3 share the random words of Philox with counter (k, call) and key seed, each number low word first.  A
 value stays where its word is at least `threshold`.  Forward and backward are the same kernel: 8 bytes a float32 value.
@@ -29,9 +29,9 @@ def advance(_):
 
 
 def drop(_, *, dtype, aligned):
-    """y (count,): assigned x (count,) times scale where a value stays, times 0 elsewhere.  before (1,) int64: as by `advance`.
+    """y (count,): assigned x (count,) times scale where a value stays, times 0 elsewhere.
 
-    low, high: the words of the seed.  aligned: x and y begin on multiples of 16 bytes.
+    before (1,) int64: as by `advance`.  low, high: the words of the seed.  aligned: x and y are, to 16 bytes.
     """
     real = getattr(types, dtype)
     WORDS, AT_ONCE = EACH, WIDTH[dtype]

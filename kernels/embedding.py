@@ -17,7 +17,7 @@ PARTIAL = WARPS * SPAN
 def gather(_, *, dtype, index):
     """weight (V, dim), tokens (count,) of type `index` -> y (count, dim).  A warp has a token; 8 bytes a float32 value.
 
-    A token outside [0, V) gives NaN.  One block more than they need looks for the first of them, and makes a fault of it.
+    A token outside [0, V) gives NaN.  One block more than they need looks for the first of them, makes a fault of it.
     """
     real, whole = getattr(types, dtype), getattr(types, index)
 
@@ -58,10 +58,10 @@ def gather(_, *, dtype, index):
 
 
 def add_rows(_, *, dtype, index):
-    """target (V, dim): row r has added to it the sum, in float64, of values (count, dim) over the tokens (count,) that are r.
+    """Adds to row r of target (V, dim) the sum, in float64, of values (count, dim) over the tokens (count,) that are r.
 
-    A block has one row's SPAN values, `spans` blocks a row.  Its warps share the tokens out, 32 at a time, and add up what
-    they find in order; then their sums are added in order.  Tokens are read by every block, from a cache: V count
+    A block has one row's SPAN values, `spans` blocks a row.  Its warps share the tokens out, 32 at a time, and add up
+    what they find in order; then their sums are added in order.  Tokens are read by every block, from a cache: V count
     comparisons, cheap against a softmax over V classes.  A row that does not occur is neither read nor written.
     """
     real = getattr(types, dtype)

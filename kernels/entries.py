@@ -1,4 +1,4 @@
-"""Files of a cache of code, which is run when it is read: each whole or absent, under its own name, written by ourselves.
+"""Files of a cache of code, which is run when it is read: each whole or absent, under its own name, and ours.
 
 An entry is a digest of its name and of what follows.  One that is damaged, renamed, a link, another user's or open to
 writers other than its owner is none.
@@ -104,7 +104,7 @@ def _runs(process: int) -> bool:
 
 
 def sources(package: str, version: str, only: Collection[str] = ()) -> str:
-    """A digest of a package's modules, or of `only` some of them, however it is installed: as files, in a zip, compiled.
+    """A digest of a package's modules, or of `only` some of them, however it is installed: as files, zipped, compiled.
 
     version: what stands for a module whose loader gives none of its bytes.
     """

@@ -1,23 +1,23 @@
 """How the blocks of a group give each other a step's vector.
 
-Each thread sends the words it has computed, and tidies up behind them; `release` says that this block has sent all of its
-own, and is called right behind that, before stores and loads that have time; `wait` returns when the whole vector stands in this block's
-shared memory.
+Each thread sends the words it has computed, and tidies up behind them; `release` says that this block has sent all of
+its own, and is called right behind that, before stores and loads that have time; `wait` returns when the whole vector
+stands in this block's shared memory.
 
     alone      one block: a barrier.
     flagged    through the L2 cache, the word itself being the flag: memory begins as EMPTY, a pattern that no number
                has, and who loads anything else has the word.  Any chip.
     counted    through the L2 cache: all store, then one thread adds to the group's counter and waits for the others'.
-    clustered  st.async from one SM's shared memory into another's; an mbarrier counts the bytes, and the blocks that have
-               left the vector before.  sm_90, up to 8 blocks.
+    clustered  st.async from one SM's shared memory into another's; an mbarrier counts the bytes, and the blocks that
+               have left the vector before.  sm_90, up to 8 blocks.
 
-Two buffers suffice for `counted` and `clustered`: who sends step i knows that all blocks have sent step i-1, and so have
-read all of step i-2 - which is what step i overwrites.  `flagged` has BOXES of them, because a word must be EMPTY
+Two buffers suffice for `counted` and `clustered`: who sends step i knows that all blocks have sent step i-1, and so
+have read all of step i-2 - which is what step i overwrites.  `flagged` has BOXES of them, because a word must be EMPTY
 again before it can be waited for.  Every PERIOD steps, at step t, each thread empties the words that it sent for steps
-t-12 to t-9, and fences.  A reader of step j fences at the next multiple f of 4, and all know of that fence by step f+1; who
-empties has fenced since, at f+4, so at f+8 nobody reads step j any more.  And the readers of what goes there next, step
-j+32, have fenced since the first word that was sent after the emptying.  (Plain stores empty, so the interpreter that
-tests run kernels in can see whether all this orders them.)  A step's way, store to load, has no fence.
+t-12 to t-9, and fences.  A reader of step j fences at the next multiple f of 4, and all know of that fence by step f+1;
+who empties has fenced since, at f+4, so at f+8 nobody reads step j any more.  And the readers of what goes there next,
+step j+32, have fenced since the first word that was sent after the emptying.  (Plain stores empty, so the interpreter
+that tests run kernels in can see whether all this orders them.)  A step's way, store to load, has no fence.
 
 A wait that never ends (a block that is not running) is given up after LIMIT and reported in `fault`: see `waiting`.
 """
@@ -46,8 +46,8 @@ class Exchange(NamedTuple):
 
     send(mail, vector, spot, k, step, word): `word` to `spot`, k elements further, for the vector after step `step`.
     tidy(mail, spot, k, step): for each word sent, behind all of a step's, of which no block waits for any here.
-    release(mail, vector, step): behind the sends and `tidy`, for all threads.  left(vector, step): whether the block has to leave, for
-    all threads alike; behind `release`, and for step 0 before the first step too.
+    release(mail, vector, step): behind the sends and `tidy`, for all threads.  left(vector, step): whether the block
+    has to leave, for all threads alike; behind `release`, and for step 0 before the first step too.
     wait(mail, vector, step, fault).  close(): after the last.  buffers: of the vector in shared memory; the product of
     step i reads buffer i % buffers, and step i's words go to the next one.
     """

@@ -1,8 +1,8 @@
 """The record of what went wrong on the device: written without anybody waiting, read when somebody does.
 
-A record is WORDS int64.  The first fault is kept, and what comes behind it changes no parameter: whoever could spoil them
-looks at SITE first.  Threads that find something wrong in one tensor leave the smallest position in FIRST, whatever their
-order; one thread behind them all makes a fault of it.
+A record is WORDS int64.  The first fault is kept, and what comes behind it changes no parameter: whoever could spoil
+them looks at SITE first.  Threads that find something wrong in one tensor leave the smallest position in FIRST,
+whatever their order; one thread behind them all makes a fault of it.
 
     SITE       0: nothing; GAVE_UP; else the number under which the host knows the tensor and the message
     POSITION   of the first wrong value, counted flat            VALUE   that value, as float64

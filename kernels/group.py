@@ -22,8 +22,8 @@ class Group(NamedTuple):
     blocks, and rows of the batch: of a group.  units, threads, shared (bytes of shared memory): of a block.
     width: units of all blocks, padding included.  grain: elements of a word of the vector.
     pairs, weights (32-bit words in registers), sent (words that it sends of each part): of a thread.
-    vector: where the first of `buffers` begins in shared memory, `buffer` bytes each.  flags: of who leaves, in bytes behind
-    that.  share: packed words of weight_hh of a block.  mail: words of global memory of a group.
+    vector: where the first of `buffers` begins in shared memory, `buffer` bytes each.  flags: of who leaves, in bytes
+    behind that.  share: packed words of weight_hh of a block.  mail: words of global memory of a group.
     ahead: whether a step's loads are given out a step before.  walks: whether pointers go on from step to step.
     launched: blocks of a cluster, and whether all blocks run at once.
     """
@@ -94,8 +94,9 @@ def _exchange(kind: str, shape: Shape, tile: tiles.Tile, free_when_done: bool, a
 def own_pair(of: Group, shape: Shape, tile: tiles.Tile, slots: int):
     """A device function: where a thread's p-th pair stands.  slots: of a unit.
 
-    own(tid, p, corner, N, vector, places) -> whether this thread has the pair, whether it is a unit of a row of the batch,
-    unit, row; the last two within bounds, so that every load is of something.  corner: the block's first row and unit.
+    own(tid, p, corner, N, vector, places) -> whether this thread has the pair, whether it is a unit of a row of the
+    batch, unit, row; the last two within bounds, so that every load is of something.  corner: the block's first row and
+    unit.
     places: assigned the spot of a word in the vector, the pair's first slot in its step, and its state.
     """
     place, address, column = of.make.place, of.post.spot, columns(layout(shape, tile)).column
@@ -121,8 +122,8 @@ def own_pair(of: Group, shape: Shape, tile: tiles.Tile, slots: int):
 def settling(count, needed):
     """What waits until all values of an array are there, before a loop, if that is `needed`.
 
-    What is still on its way when a loop begins is waited for in every step, at its first use; and as scoreboards are few, so
-    is what the step itself has loaded ahead.
+    What is still on its way when a loop begins is waited for in every step, at its first use; and as scoreboards are
+    few, so is what the step itself has loaded ahead.
     """
 
     @written_out

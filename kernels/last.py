@@ -1,4 +1,4 @@
-"""The last block of a launch, which finds what all others have written: a launch less, for what is to be done at the end."""
+"""The last block of a launch finds what all others have written, and does what is to be done at the end."""
 
 from .numba_cuda import cuda, types
 from .ptx import global_address, instruction, u64

@@ -14,8 +14,8 @@ from .build import Kernel
 
 WITHOUT_ASKING = 48 * 1024  # bytes of shared memory
 LEGACY_STREAM = 1  # CUDA's handle for the stream that CuPy calls 0
-# cuda.core hands an argument over in the size of its own type: int in 8 bytes, a bool or np.int32 in fewer than a kernel
-# reads, and then it reads what lies behind.
+# cuda.core hands an argument over in the size of its own type: int in 8 bytes, a bool or np.int32 in fewer than a
+# kernel reads, and then it reads what lies behind.
 PASSED = frozenset((int, np.float32, np.float64))
 
 
@@ -34,7 +34,7 @@ _thread = _Thread()
 
 
 class Launcher:
-    """A kernel on the current device: `launcher(blocks, *arguments)`, pointers and int64 as ints, reals as NumPy scalars.
+    """A kernel on the current device: `launcher(blocks, *arguments)`, pointers and int64 as ints, reals as NumPy's.
 
     resident_blocks: how many run at once, in whole clusters.  Any thread may launch.
     Raises DoesNotFit where the device cannot run even one block, or one cluster.
@@ -79,10 +79,10 @@ class Launcher:
         self._launch(_stream(self._device_id), self._config(blocks // kernel.cluster), self._entry, *arguments)
 
     def series(self, before: Sequence[Any], after: Sequence[Any]) -> Callable[..., None]:
-        """`again(blocks, *between)`: launches with the arguments before, between, after, on the stream that is current now.
+        """`again(blocks, *between)`: launches with the arguments before, between, after, on the current stream.
 
-        For many launches in a row, by one thread, of a kernel without clusters or waits: what stays is looked up, checked
-        and put together once.  between: ints.
+        For many launches in a row, by one thread, of a kernel without clusters or waits: what stays is looked up,
+        checked and put together once.  between: ints.
         """
         missing = self.kernel.arguments - len(before) - len(after)
         check(self.kernel, self.resident_blocks, 0, (*before, *[0] * missing, *after))

@@ -3,9 +3,9 @@
     E = log(sum_c exp(x_c - top)) + top - x_target           dE/dx_c = exp(x_c - top) / sum - (c is the target)
 
 `rows` gives each row to a warp, which keeps it in registers: a float32 logit is read once and its gradient written, 8
-bytes.  `wide_rows` gives it to a block, for which it is too long: the maximum and the sum are found in one pass, rescaled
-as the maximum grows (Milakov and Gimelshein 2018), and the row is read again, from the L2 cache if it is still there: 8 to
-12 bytes.  Sums over a row are in its own type and order; the rest of E is in float64.
+bytes.  `wide_rows` gives it to a block, for which it is too long: the maximum and the sum are found in one pass,
+rescaled as the maximum grows (Milakov and Gimelshein 2018), and the row is read again, from the L2 cache if it is still
+there: 8 to 12 bytes.  Sums over a row are in its own type and order; the rest of E is in float64.
 
 A row whose largest logit is inf, -inf or NaN comes out as NaN without being looked for: inf - inf is NaN.
 """
@@ -114,7 +114,8 @@ def _reduced(row_by_row, threads, memory, index, counted, totalled):
 def rows(_, *, dtype, index, columns, ignoring, counted, totalled):
     """logits (R, C), C <= 32 columns; targets (R,) of type `index` -> losses (R,) float64, dlogits (R, C) times scale.
 
-    ignoring: rows whose target is `ignore` are not read, and come out as 0.  counted: the gradient is divided by count (1,) too.
+    ignoring: rows whose target is `ignore` are not read, and come out as 0.  counted: count (1,) divides the
+    gradient too.
     totalled: total (1,) is assigned the sum of losses, in one order, divided by count or `divisor`.
     A target outside [0, C) makes its row NaN, and a fault of the first one.  done: see `last`.
     """

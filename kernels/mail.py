@@ -128,9 +128,10 @@ def counted(shape, tile, free_when_done):
 def collecting(shape, tile, load, waits, until_full, as_one=False):
     """Brings a box into shared memory, 16 bytes at a time, several on their way.
 
-    until_full: it waits until none of it is EMPTY, which is the largest of all words, and with as_one a warp waits as one: on an H200, threads that left such a loop one by one met the block's next barrier
-    apart, and it let them through too early.  Before sm_90 the assembler makes a vote in a loop a function call, which saves
-    registers to memory: there it stays as it was, seen by no chip yet.
+    until_full: it waits until none of it is EMPTY, which is the largest of all words, and with as_one a warp waits as
+    one: on an H200, threads that left such a loop one by one met the block's next barrier apart, and it let them
+    through too early.  Before sm_90 the assembler makes a vote in a loop a function call, which saves registers to
+    memory: there it stays as it was, seen by no chip yet.
     """
     lay = layout(shape, tile)
     THREADS, QUARTER, ROW = lay.threads, lay.words // 4, lay.stride * lay.size

@@ -1,6 +1,6 @@
 """Many small copies and fills in one launch: each by itself would take the device longer to begin than to do.
 
-Job after job, a thread has the same words of all of them: what a job reads may be what a later one writes, word for word.
+Job after job, a thread has the same words of all of them: what a job reads a later one may write, word for word.
 """
 
 from .build import Source
@@ -29,7 +29,8 @@ def move(_, *, size, dtype):
                 target[k] = word(u64(pattern) >> u64(8 * size * (k % each)))
 
     def move_all(
-        s0, t0, n0, p0, s1, t1, n1, p1, s2, t2, n2, p2, s3, t3, n3, p3, s4, t4, n4, p4, s5, t5, n5, p5, longest, out, a, b, count
+        s0, t0, n0, p0, s1, t1, n1, p1, s2, t2, n2, p2, s3, t3, n3, p3, s4, t4, n4, p4, s5, t5, n5, p5,
+        longest, out, a, b, count
     ):  # fmt: skip
         k = i64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         while k < longest:

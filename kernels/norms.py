@@ -1,8 +1,8 @@
 """The L2 norm of a flat buffer, and scaling by it, with nothing for the host to wait for.
 
-Two stages, each in one order: a block sums squares in float64, then the last block sums the blocks' sums.  A thread whose sum
-is not finite looks for its first wrong value; nobody else pays for that.  The norm reads 4 bytes a float32 value; scaling
-reads and writes them, or returns at once.
+Two stages, each in one order: a block sums squares in float64, then the last block sums the blocks' sums.  A thread
+whose sum is not finite looks for its first wrong value; nobody else pays for that.  The norm reads 4 bytes a float32
+value; scaling reads and writes them, or returns at once.
 
 float64's squares may overflow or vanish: values beyond 2^+-500 are summed apart, scaled (Blue 1978).
 """
@@ -41,11 +41,11 @@ def _block_sum(value, shared):
 
 
 def norm(_, *, dtype):
-    """out (2,) float64: assigned the norm of values (size,), and the factor that brings it down to max_norm; 1 where there
-    is no need.
+    """out (2,) float64: assigned the norm of values (size,), and the factor that brings it down to max_norm; 1 where
+    there is no need.
 
-    partial (KINDS, BLOCKS) float64: assigned each block's sums of squares.  The first value that is not finite is a fault,
-    named by `site`.  done: see `last`.
+    partial (KINDS, BLOCKS) float64: assigned each block's sums of squares.  The first value that is not finite is a
+    fault, named by `site`.  done: see `last`.
     """
     real = getattr(types, dtype)
     EACH, SCALED = WIDTH[dtype], dtype == "float64"

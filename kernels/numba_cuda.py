@@ -1,8 +1,8 @@
 """The one door to `numba.cuda`: everything here, and every test, imports it through this module.
 
 numba-cuda 0.30, the last of its line, builds its table of NumPy functions at the first compilation and looks up
-`np.row_stack`, which NumPy 2.5 removed; on the way there it makes a `timedelta64` without a unit, which NumPy 2.5 warns of.
-So the module that does both is imported here, once, with a `row_stack` lent to NumPy meanwhile and the warning off.
+`np.row_stack`, which NumPy 2.5 removed; on the way there it makes a `timedelta64` without a unit, which NumPy 2.5 warns
+of.  So the module that does both is imported here, once, with a `row_stack` lent to NumPy meanwhile, and no warning.
 Where it is loaded already there is nothing to do.
 """
 
@@ -43,8 +43,8 @@ except ImportError as error:  # Numba alone has a numba.cuda too, an older one
     if importlib.util.find_spec("numba_cuda") is not None:
         raise
     raise ModuleNotFoundError(
-        "CUDA kernels need numba-cuda, which is not installed: pip install 'gpurnn[cuda13]', or 'gpurnn[test]' to build "
-        "them without a GPU",
+        "CUDA kernels need numba-cuda, which is not installed: pip install 'gpurnn[cuda13]', or 'gpurnn[test]' "
+        "to build them without a GPU",
         name="numba-cuda",
     ) from error
 

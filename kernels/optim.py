@@ -1,9 +1,9 @@
 """One update of all parameters in one launch: each buffer is read once and written once.
 
 Bytes a float32 value: SGD 12, with momentum 20; RMSprop 20, and 8 more each for its mean and for momentum; Adam 28.
-`scalars` (3,) come from `faults.begin_update`: the step size, eps, and 1 - lr weight_decay, all for the update under way,
-so that a captured launch works for every update.  `numbers` are a, b, 1 - a, 1 - b and weight_decay: 1 - b of a rounded b
-would be off by more than a rounding.  Where the record holds a fault nothing changes.  A parameter that would
+`scalars` (3,) come from `faults.begin_update`: the step size, eps, and 1 - lr weight_decay, all for the update under
+way, so that a captured launch works for every update.  `numbers` are a, b, 1 - a, 1 - b and weight_decay: 1 - b of a
+rounded b would be off by more than a rounding.  Where the record holds a fault nothing changes.  A parameter that would
 not be finite keeps its value, and the first such position goes to the record's FIRST.
 """
 

@@ -11,7 +11,7 @@ THREADS = 256
 
 
 def pack(trace, *, shape: Shape, tile: Tile) -> Source:
-    """weight_hh (G*H, H), its gates in the order of the slots -> `tiles.packed_words` words, block after block; assigns."""
+    """Assigns weight_hh (G*H, H), gates in the order of the slots, as `tiles.packed_words` words, block after block."""
     return (_ffma if isinstance(tile, Ffma) else _mma)(shape, tile)
 
 

@@ -18,7 +18,7 @@ def _clipped(value, limit):
 
 
 def _at_step(SLOT_STEP, H):
-    """Device functions: where a step's slots, the states before it and its dy begin; and those of the step behind it."""
+    """Device functions: where a step's slots, the states before it and its dy begin; the same for the step behind."""
 
     @cuda.jit(device=True)
     def placed(arrays, strides, t):
@@ -43,7 +43,7 @@ def _at_step(SLOT_STEP, H):
 
 
 def _loading(KEPT, READ, S, H):
-    """Device functions: what a step of one pair needs, into registers, but for next states; and a step's states alone."""
+    """Device functions: loads what a step of one pair needs, but for next states; loads a step's states alone."""
     STATE, DY = KEPT, READ - 1
 
     @cuda.jit(device=True)
@@ -64,13 +64,13 @@ def _loading(KEPT, READ, S, H):
     return load, load_states
 
 
-def _going_back(trace, PAIRS, accuracy):
-    """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep their gradients."""
+def _going_back(trace, of):
+    """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep dL/dstate."""
     S, P, WRITTEN, KEPT = trace.cell.states, len(trace.cell.params), trace.cell.gates + trace.x_start, len(trace.kept)
     DY = KEPT + 2 * S  # of what a step needs, ready; of what the cell is given there are gradients of next states
     DNEXT, PARAM, READ = DY, DY + S, DY + 1
     INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
-    cell = pointwise.backward(trace, f32, accuracy)
+    cell, PAIRS = pointwise.backward(trace, f32, of.accuracy), of.pairs
 
     @cuda.jit(device=True)
     def go_back(step, length, ready, own, values, written, gradients):
@@ -115,31 +115,55 @@ def _sending(of, G, WRITTEN):
     return send_all
 
 
-def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
-    """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
+def _beginning(trace, of, shape, tile, placed, loads):
+    """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's."""
+    S, P, H, PAIRS, AHEAD = trace.cell.states, len(trace.cell.params), shape.H, of.pairs, of.ahead
+    NEXT, READ = len(trace.kept) + S, len(trace.kept) + 2 * S + 1
+    own_pair_of, (load, load_states) = own_pair(of, shape, tile, trace.slots), loads
+    settle_states, settle_params, settle_ready = (settling(PAIRS * count, AHEAD) for count in (S, P, READ))
 
-    dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
-    packed, lengths, mail, fault, row: as in `forward`.
-    """
-    G, S, P, SLOTS = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots
-    WRITTEN, KEPT, SLOT_STEP = G + trace.x_start, len(trace.kept), trace.slots * H
-    STATE, NEXT = KEPT, KEPT + S  # of what a step needs; its next states are those of the step before
-    READ = KEPT + 2 * S + 1
-    shape = Shape(H, G, True, blocks)
-    of = group_of(shape, tile, exchange, newer)
-    fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
-    open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
-    own_pair_of, send_all = own_pair(of, shape, tile, SLOTS), _sending(of, G, WRITTEN)
-    go_back = _going_back(trace, of.pairs, of.accuracy)
-    (placed, behind), (load, load_states) = _at_step(SLOT_STEP, H), _loading(KEPT, READ, S, H)
-    BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
-    WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
-    AT, BUFFERS, BUFFER, FLAGS_AT, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.flags, of.ahead, of.walks
-    OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
-    OWN_COMING = OWN_READ if AHEAD else 1
-    settle_states, settle_params, settle_ready = (
-        settling(count, AHEAD) for count in (OWN_STATE, OWN_PARAM if P else 0, OWN_READ)
-    )
+    @cuda.jit(device=True)
+    def begin_pairs(tid, corner, size, vector, spots, dy_row, given, stored, walked, fixed, moving):
+        steps, last = size
+        spot, slot_at, state_at, dy_at = spots
+        dstate, params, lengths = given
+        arrays, strides = stored
+        length, own, gradients = fixed
+        values, ready, coming = moving
+        places, h, rest, N, reverse = (slot_at, state_at, dy_at), arrays[1], arrays[2], strides[0], strides[1]
+        owner = False
+        for p in range(PAIRS):
+            owner, living, u, n = own_pair_of(tid, p, corner, N, vector, (spot, slot_at, state_at))
+            dy_at[p] = n * dy_row + u
+            length[p] = lengths[n] if living else 0
+            for s in range(S):
+                values[p * S + s] = dstate[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
+            for k in range(P):
+                own[p * P + k] = params[k * H + u]
+                gradients[p * P + k] = f64(0)
+            for k in range(READ):
+                ready[p * READ + k] = f32(0)
+                if AHEAD:
+                    coming[p * READ + k] = f32(0)
+            if length[p] > 0:
+                load(ready, p, places, walked, strides)
+                load_states(ready, p * READ + NEXT, state_at[p], advance(h, last), advance(rest, last), strides)
+                if AHEAD and steps > 1:
+                    load(coming, p, places, placed(arrays, strides, i64(1 if reverse else steps - 2)), strides)
+        settle_states(values)
+        settle_params(own)
+        settle_ready(ready)
+        settle_ready(coming)
+        return owner
+
+    return begin_pairs
+
+
+def _between_steps(trace, of, clip):
+    """Device functions: hand next states on, take what was loaded ahead, add the product to dL/dh of living rows."""
+    S, KEPT, PAIRS = trace.cell.states, len(trace.kept), of.pairs
+    STATE, NEXT, READ = KEPT, KEPT + S, KEPT + 2 * S + 1
+    OWN_COMING = PAIRS * READ if of.ahead else 1
 
     @written_out
     def hand_on(b, ready):
@@ -163,6 +187,32 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                 if clip:
                     for s in range(S):
                         values[p * S + s] = _clipped(values[p * S + s], limit)
+
+    return hand_on, take, add_product
+
+
+def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
+    """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
+
+    dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
+    packed, lengths, mail, fault, row: as in `forward`.
+    """
+    G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
+    WRITTEN, KEPT, SLOT_STEP = G + trace.x_start, len(trace.kept), trace.slots * H
+    READ = KEPT + 2 * S + 1  # what a pair needs of a step: kept values, states, next states, dy
+    shape = Shape(H, G, True, blocks)
+    of = group_of(shape, tile, exchange, newer)
+    fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
+    open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
+    (placed, behind), (load, load_states) = _at_step(SLOT_STEP, H), _loading(KEPT, READ, S, H)
+    begin_pairs = _beginning(trace, of, shape, tile, placed, (load, load_states))
+    go_back, send_all = _going_back(trace, of), _sending(of, G, WRITTEN)
+    hand_on, take, add_product = _between_steps(trace, of, clip)
+    BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
+    WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
+    AT, BUFFERS, BUFFER, FLAGS_AT, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.flags, of.ahead, of.walks
+    OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
+    OWN_COMING = OWN_READ if AHEAD else 1
 
     def persistent_backward(
         packed, slots, h, rest, dy, dstate, params, dparams, lengths, mail, fault, row, N, reverse, rest_state, dy_step,
@@ -194,29 +244,10 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         steps = lengths[first]
         walked = placed(arrays, strides, i64(0 if reverse else steps - 1))
         last = i64(0 if reverse else steps) * N * H  # where the last states begin
-        owner = False
-        for p in range(PAIRS):
-            owner, living, u, n = own_pair_of(tid, p, (first, base), N, vector, (spot, slot_at, state_at))
-            dy_at[p] = n * dy_row + u
-            length[p] = lengths[n] if living else 0
-            for s in range(S):
-                values[p * S + s] = dstate[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
-            for k in range(P):
-                own[p * P + k] = params[k * H + u]
-                gradients[p * P + k] = f64(0)
-            for k in range(READ):
-                ready[p * READ + k] = f32(0)
-                if AHEAD:
-                    coming[p * READ + k] = f32(0)
-            if length[p] > 0:
-                load(ready, p, places, walked, strides)
-                load_states(ready, p * READ + NEXT, state_at[p], advance(h, last), advance(rest, last), strides)
-                if AHEAD and steps > 1:
-                    load(coming, p, places, placed(arrays, strides, i64(1 if reverse else steps - 2)), strides)
-        settle_states(values)
-        settle_params(own)
-        settle_ready(ready)
-        settle_ready(coming)
+        owner = begin_pairs(
+            tid, (first, base), (steps, last), vector, (spot, slot_at, state_at, dy_at), dy_row,
+            (dstate, params, lengths), (arrays, strides), walked, (length, own, gradients), (values, ready, coming),
+        )  # fmt: skip
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):

@@ -31,12 +31,12 @@ def _initial(shape, tile, word):
     return initial
 
 
-def _advancing(trace, PAIRS, accuracy):
+def _advancing(trace, of):
     """A device function: one step of a thread's pairs, from their sums; rows that have ended keep their states."""
     G, S, P, START = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.x_start
-    GIVEN, OUTPUTS = G + START, S + len(trace.kept)
+    GIVEN, OUTPUTS, PAIRS = G + START, S + len(trace.kept), of.pairs
     INPUTS = GIVEN + S + P
-    cell = pointwise.forward(trace, f32, accuracy)
+    cell = pointwise.forward(trace, f32, of.accuracy)
 
     @cuda.jit(device=True)
     def advance_pairs(step, length, sums, x, fixed, values, results, outgoing):
@@ -65,39 +65,50 @@ def _advancing(trace, PAIRS, accuracy):
     return advance_pairs
 
 
-def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
-    """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
-
-    packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows that
-    have any step here.  lengths (N,): each row's steps, of which `start` lie before.  mail: `exchange.mail_words` for each
-    group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.  row: the first
-    batch row of this launch.  Without training only h and final are written.
-    """
-    G, S, P, SLOTS, START = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots, trace.x_start
-    GIVEN, KEPT, SLOT_STEP = G + START, len(trace.kept), trace.slots * H
-    shape = Shape(H, G, False, blocks)
-    of = group_of(shape, tile, exchange, newer)
-    fetch, word, multiply = of.make.fetch, of.make.word, of.make.multiply
-    post = of.post
-    open, send, tidy, release, left, wait, close = (
-        post.open, post.send, post.tidy, post.release, post.left, post.wait, post.close,
-    )  # fmt: skip
-    own_pair_of, initial = own_pair(of, shape, tile, SLOTS), _initial(shape, tile, word)
-    advance_pairs = _advancing(trace, of.pairs, of.accuracy)
-    BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
-    WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
-    AT, BUFFERS, BUFFER, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.ahead, of.walks
-    OUTPUTS = S + KEPT
-    OWN_BIAS, OWN_STATE, OWN_PARAM, OWN_SUMS = PAIRS * GIVEN, PAIRS * S, max(1, PAIRS * P), PAIRS * G
-    OWN_OUTPUTS, OWN_COMING = PAIRS * OUTPUTS, OWN_SUMS if AHEAD else 1
+def _beginning(trace, of, shape, tile):
+    """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's."""
+    G, S, P, START, H = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.x_start, shape.H
+    GIVEN, PAIRS, AHEAD = G + START, of.pairs, of.ahead
+    own_pair_of = own_pair(of, shape, tile, trace.slots)
     settle_biases, settle_states, settle_params, settle_x = (
-        settling(count, AHEAD) for count in (OWN_BIAS, OWN_STATE, OWN_PARAM if P else 0, OWN_SUMS)
+        settling(PAIRS * count, AHEAD) for count in (GIVEN, S, P, G)
     )
 
-    @written_out
-    def take(b, x, coming):
-        for k in range(OWN_COMING):
-            x[k] = coming[k]
+    @cuda.jit(device=True)
+    def begin_pairs(tid, corner, size, vector, places, given, fixed, moving):
+        N, T, start = size
+        bias, params, state, lengths, now = given
+        length, biases, own = fixed
+        values, x, coming = moving
+        slot_at, state_at = places[1], places[2]
+        owner = False
+        for p in range(PAIRS):
+            owner, living, u, n = own_pair_of(tid, p, corner, N, vector, places)
+            length[p] = max(0, min(T, lengths[n] - start)) if living else 0
+            for k in range(GIVEN):
+                biases[p * GIVEN + k] = bias[k * H + u]
+            for s in range(S):
+                values[p * S + s] = state[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
+            for k in range(P):
+                own[p * P + k] = params[k * H + u]
+            for g in range(G):
+                x[p * G + g] = now[slot_at[p] + (START + g) * H] if length[p] > 0 else f32(0)
+                if AHEAD:
+                    coming[p * G + g] = f32(0)
+        settle_biases(biases)
+        settle_states(values)
+        settle_params(own)
+        settle_x(x)
+        return owner
+
+    return begin_pairs
+
+
+def _moving(trace, of, H, training):
+    """Device functions: load what living pairs get of the next step's slots; send the new h; store a step's results."""
+    G, S, KEPT, START = trace.cell.gates, trace.cell.states, len(trace.kept), trace.x_start
+    PAIRS, SENT, OUTPUTS = of.pairs, of.sent, S + KEPT
+    word, send, tidy = of.make.word, of.post.send, of.post.tidy
 
     @cuda.jit(device=True)
     def load_x(x, following, length, slot_at):
@@ -126,6 +137,42 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
                         rest_after[s * rest_state + state_at[p]] = results[p * OUTPUTS + 1 + s]
                     for k in range(KEPT):
                         now[slot_at[p] + k * H] = results[p * OUTPUTS + S + k]
+
+    return load_x, send_all, store
+
+
+def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
+    """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
+
+    packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows
+    that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  mail: `exchange.mail_words`
+    for each group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.
+    row: the first batch row of this launch.  Without training only h and final are written.
+    """
+    G, S, P, SLOTS, SLOT_STEP = (
+        trace.cell.gates,
+        trace.cell.states,
+        len(trace.cell.params),
+        trace.slots,
+        trace.slots * H,
+    )
+    shape = Shape(H, G, False, blocks)
+    of = group_of(shape, tile, exchange, newer)
+    fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
+    open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
+    initial, begin_pairs = _initial(shape, tile, of.make.word), _beginning(trace, of, shape, tile)
+    advance_pairs, (load_x, send_all, store) = _advancing(trace, of), _moving(trace, of, H, training)
+    BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
+    WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
+    AT, BUFFERS, BUFFER, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.ahead, of.walks
+    OWN_BIAS, OWN_STATE, OWN_PARAM = PAIRS * (G + trace.x_start), PAIRS * S, max(1, PAIRS * P)
+    OWN_SUMS, OWN_OUTPUTS = PAIRS * G, PAIRS * (S + len(trace.kept))
+    OWN_COMING = OWN_SUMS if AHEAD else 1
+
+    @written_out
+    def take(b, x, coming):
+        for k in range(OWN_COMING):
+            x[k] = coming[k]
 
     def persistent_forward(
         packed, slots, bias, h, rest, params, state, final, lengths, mail, fault, T, start, row, N, reverse, rest_state
@@ -158,24 +205,10 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         h_after, rest_after = advance(h, after), advance(rest, after)
         states_on = -N * H if reverse else N * H  # from a step to the next
         slots_on = states_on * SLOTS
-        owner = False
-        for p in range(PAIRS):
-            owner, living, u, n = own_pair_of(tid, p, (first, base), N, vector, (spot, slot_at, state_at))
-            length[p] = max(0, min(T, lengths[n] - start)) if living else 0
-            for k in range(GIVEN):
-                biases[p * GIVEN + k] = bias[k * H + u]
-            for s in range(S):
-                values[p * S + s] = state[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
-            for k in range(P):
-                own[p * P + k] = params[k * H + u]
-            for g in range(G):
-                x[p * G + g] = now[slot_at[p] + (START + g) * H] if length[p] > 0 else f32(0)
-                if AHEAD:
-                    coming[p * G + g] = f32(0)
-        settle_biases(biases)
-        settle_states(values)
-        settle_params(own)
-        settle_x(x)
+        owner = begin_pairs(
+            tid, (first, base), (N, T, start), vector, (spot, slot_at, state_at), (bias, params, state, lengths, now),
+            (length, biases, own), (values, x, coming),
+        )  # fmt: skip
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):

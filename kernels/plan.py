@@ -3,8 +3,9 @@
 The model counts what one step costs, in cycles of an SM: issued products, shared memory (128 bytes a cycle), the cell's
 instructions, the latency of what has to follow one another, the exchange between the blocks of a group, by latency and
 by bytes, and memory where its latency shows.  FITTED constants are those with which it comes near to what 33 kernels
-took on one H200 (bench/results): 30 of them within 25 %, a test holds it to that.  It ranks; which of two ways is faster
-was measured for few shapes (in that test too), and `python -m bench model` prints its predictions beside what was measured.
+took on one H200 (bench/results): 30 of them within 25 %, a test holds it to that.  It ranks; which of two ways is
+faster was measured for few shapes (in that test too), and `python -m bench model` prints its predictions beside what
+was measured.
 """
 
 import math
@@ -24,18 +25,16 @@ UNROLLED = 6144  # multiplications of a thread and step: beyond, the loop outgro
 
 SHUFFLE, BARRIER, LOAD = 30, 30, 30  # cycles of latency; a load from shared memory takes 29
 PRODUCT = 18  # of a chained product on tensor cores: 24 before the first, less behind one another
-# FITTED, in cycles.  STEP: of any step, whatever it does.  LATENCY: a store seen by another SM, data that are their own flag
-# and data behind a counter, which takes a fence more; a cluster's grows with its blocks.  ROUND: of each further round of
-# loads of mail.  EXPOSED: memory's latency where a step waits for what it loads (mail through L2 takes as long); AT_LEAST:
-# a step whose loads were given out a step before takes as long as they do.
+# FITTED, in cycles.  STEP: of any step, whatever it does.  LATENCY: a store seen by another SM, data that are their own
+# flag and data behind a counter, which takes a fence more; a cluster's grows with its blocks.  ROUND: of each further
+# round of loads of mail.  EXPOSED: memory's latency where a step waits for what it loads (mail through L2 takes as
+# long); AT_LEAST: a step whose loads were given out a step before takes as long as they do.
 STEP = 400
 LATENCY, ROUND = {"flagged": (800, 1100), "counted": (1400, 1700)}, 200  # with slots in L2, and beyond
 CLUSTER, OF_BLOCK = 100, 35
 EXPOSED, AT_LEAST = {"alone": (150, 500), "clustered": (0, 500)}, (0, 1100)  # from L2, from beyond
-WORD, CROWD = (
-    0.5,
-    100,
-)  # cycles of a word between SMs of a cluster; with more blocks than CROWD/2 it takes longer for each
+# WORD: cycles of a word between SMs of a cluster; with more blocks than CROWD/2 it takes longer for each.
+WORD, CROWD = 0.5, 100
 LONG, NEAR = 512, 34e6  # steps, and bytes of slots in so many that stay in L2: nobody knows here how many there will be
 L2_OF_SM, L2_OF_ALL = 64, 32  # bytes a cycle, from L2 to one SM, to each of all of them: measured by others; FITTED
 
@@ -119,7 +118,7 @@ def best(found: Iterable[Choice]) -> Choice | None:
 
 
 def step_cycles(H: int, gates: int, N: int, precision: str, chip: Chip) -> float:
-    """Of one time step by cuBLAS and a kernel, in cycles: the host, two launches, and the product by whatever binds it."""
+    """Of one time step by cuBLAS and a kernel, in cycles: the host, two launches, the product by what binds it."""
     rate = {"float32": 0.8 * chip.lanes, "tf32": 1100 / chip.tensor}.get(precision, 2200 / chip.tensor)
     multiplied = N * gates * H * H / (rate * chip.multiprocessors)
     moved = (2 if precision in ("bfloat16", "float16") else 4) * gates * H * H / (L2_OF_ALL * chip.multiprocessors)
@@ -177,7 +176,7 @@ def shared_bytes(shape: Shape, tile: Tile, kind: str) -> int:
 
 
 def relaxed(shape: Shape, tile: Tile, kind: str, chip: Chip) -> Iterator[Tile]:
-    """The tile, then the same with fewer chunks of weights in registers and more in shared memory, while that holds them."""
+    """The tile, then the same with fewer chunks of weights in registers and more in shared memory, while they fit."""
     for kept in range(tile.kept, -1, -1):
         fewer = tile._replace(kept=kept)
         if kept == tile.kept or shared_bytes(shape, fewer, kind) <= chip.shared - RESERVED:
@@ -224,9 +223,8 @@ def _ffma_cycles(shape: Shape, tile: Ffma, chip: Chip) -> float:
     results = tile.units * shape.outputs
     reads = warps * lay.chunks * tile.rows * max(1, tile.lanes // 8) + tiles.spilled_bytes(shape, tile) / 128
     halved = pairs - own if pairs >= tile.lanes else pairs - 1 + (tile.lanes // pairs).bit_length() - 1
-    issued = (
-        -(-warps // 4) * results * tile.rows * 4 * lay.chunks * 128 / chip.lanes
-    )  # by the busiest of four schedulers
+    multiplied = results * tile.rows * 4 * lay.chunks
+    issued = -(-warps // 4) * multiplied * 128 / chip.lanes  # by the busiest of four schedulers
     reads += warps * halved * shape.outputs
     alike = -(-warps // 4)  # warps of a scheduler: one computes while another waits for what it has read
     return max(issued, reads) + min(issued, reads) / alike + SHUFFLE * (tile.lanes.bit_length() - 1) + LOAD
@@ -263,6 +261,6 @@ def _exchange_cycles(shape: Shape, tile: Tile, kind: str, N: int, groups: int, c
 
 
 def _free(threads: int) -> int:
-    """Registers of a thread for weights and results.  Each of the four schedulers has a quarter of them for its warps."""
+    """Registers of a thread for weights and results.  Each of the four schedulers has a quarter of them."""
     warps = -(-threads // 128)
     return min(MOST_OF_THREAD, REGISTERS // 4 // (32 * warps) // 8 * 8) - WORKING

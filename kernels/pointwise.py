@@ -1,8 +1,8 @@
 """A cell's mathematics in a kernel: an expression graph becomes straight-line code on one unit's registers.
 
 A graph has `nodes`, each with `op`, `args` and `value`, in an order in which each stands behind its arguments; gpurnn's
-cells are traced into such graphs.  The code reads its inputs from one small local array and writes its results to another:
-indices are constants, so both become registers.
+cells are traced into such graphs.  The code reads its inputs from one small local array and writes its results to
+another: indices are constants, so both become registers.
 """
 
 import math
@@ -13,9 +13,8 @@ from llvmlite import ir
 from .numba_cuda import cgutils, intrinsic, types
 
 APPROXIMATE = "approximate"  # float32 by the special function unit: tanh good to 2^-11, for products in bfloat16
-EXACT = (
-    "exact"  # NVIDIA's libdevice, within a few units in the last place; the logistic function within 3 and |x| of them
-)
+# NVIDIA's libdevice, within a few units in the last place; the logistic function within 3 and |x| of them.
+EXACT = "exact"
 
 
 class Scalar:
@@ -38,9 +37,8 @@ class Scalar:
         return self.builder.fmul(a, b)
 
     def div(self, a, b):
-        return (
-            self._ptx("div.full.f32", a, b) if self.single else self.builder.fdiv(a, b)
-        )  # good to 2 ulp, calls nothing
+        """In float32 good to 2 units in the last place, and no call."""
+        return self._ptx("div.full.f32", a, b) if self.single else self.builder.fdiv(a, b)
 
     def neg(self, a):
         return self.builder.fsub(self.constant(-0.0), a)  # NVVM's LLVM has no fneg
@@ -99,8 +97,8 @@ class Scalar:
 def with_sigmoids(nodes):
     """The nodes, with `sigmoid` of x for every 0.5 (1 + tanh(0.5 x)), as the logistic function is written in a cell.
 
-    That loses what is small to the 1: at x = -8 it is off by 700 units in the last place, and sigmoid by 15; for positive x
-    it is by 1, and sigmoid by 2.  An exact tanh is three times as long.
+    That loses what is small to the 1: at x = -8 it is off by 700 units in the last place, and sigmoid by 15; for
+    positive x it is by 1, and sigmoid by 2.  An exact tanh is three times as long.
     """
 
     def other(index, op, value):

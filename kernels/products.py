@@ -1,8 +1,8 @@
 """The product inside the time loop: a block's share of weight_hh, kept in registers and shared memory, times a vector.
 
 The vector (`tiles`: h forward, dL/dr backward, of a few batch rows) lies in shared memory, in one or two buffers.  A
-thread gets all results of its (unit, batch row) pairs, so the cell that follows runs in its registers.  What does not fit
-into registers is read from shared memory at every step, in the same order.
+thread gets all results of its (unit, batch row) pairs, so the cell that follows runs in its registers.  What does not
+fit into registers is read from shared memory at every step, in the same order.
 """
 
 from collections.abc import Callable
@@ -42,10 +42,11 @@ MMA = {"bfloat16": mma_bf16, "float16": mma_f16, "tf32": mma_tf32}
 class Product(NamedTuple):
     """Sizes, and the device functions that a time loop is written with.
 
-    place(tid, pair) -> unit of the block, batch row; the unit is `tiles.layout(...).units` where the pair is nobody's or
-    another thread's.  fetch(packed, registers): packed begins with this block's words.  word(values, k): the k-th word
-    that goes into the vector, from the values of `grain` pairs.  multiply(registers, vector, sums): sums[pair*outputs +
-    output]; `vector` is the address of a buffer.  All threads of the block call it: it may meet at barriers.
+    place(tid, pair) -> unit of the block, batch row; the unit is `tiles.layout(...).units` where the pair is nobody's
+    or another thread's.  fetch(packed, registers): packed begins with this block's words.  word(values, k): the k-th
+    word that goes into the vector, from the values of `grain` pairs.  multiply(registers, vector, sums):
+    sums[pair*outputs + output]; `vector` is the address of a buffer.  All threads of the block call it: it may have
+    barriers.
     """
 
     pairs: int  # of a thread
@@ -159,7 +160,7 @@ def ffma(shape, tile):
 
 
 def _reduction(pairs, lanes, outputs):
-    """Adds partial sums over a team.  While a lane has several pairs, it gives half of them away and keeps the other."""
+    """Adds partial sums over a team.  While a lane has several pairs, it gives half of them away."""
 
     @cuda.jit(device=True)
     def nothing(partial, lane):

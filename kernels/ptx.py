@@ -23,7 +23,7 @@ class Instruction:
     results   a tuple of types.
     pure      it neither reads nor writes memory, so equal calls may become one.
     tied      the first `tied` operands live in the registers of the first results.
-    A warp-wide instruction (`.sync`, `.aligned`) is convergent: LLVM may not make it depend on a condition it did not depend on.
+    A warp-wide instruction (`.sync`, `.aligned`) is convergent: LLVM may not put it under another condition.
     """
 
     def __init__(self, text, results, operands, pure, tied):
@@ -191,9 +191,8 @@ shuffle = instruction("shuffle", "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", (f32,
 larger = instruction("larger", "max.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
 early = instruction("early", "mov.u32 $0, $1;", (u32,), (u32,))  # computed here, not where it is needed
 settled = instruction("settled", "add.f32 $0, $1, 0f00000000;", (f32,), (f32,))  # the value, when it has been loaded
-behind_zero = instruction(
-    "behind_zero", "{ .reg .f32 z; mov.b32 z, $2; add.f32 $0, $1, z; }", (f32,), (f32, u32)
-)  # when the zero is there
+# The value, when it has been loaded and the zero is there.
+behind_zero = instruction("behind_zero", "{ .reg .f32 z; mov.b32 z, $2; add.f32 $0, $1, z; }", (f32,), (f32, u32))
 pack_bf16 = instruction("pack_bf16", "cvt.rn.bf16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
 pack_f16 = instruction("pack_f16", "cvt.rn.f16x2.f32 $0, $1, $2;", (u32,), (f32, f32), pure=True)  # (high, low)
 round_tf32 = instruction("round_tf32", "cvt.rna.tf32.f32 $0, $1;", (u32,), (f32,), pure=True)
@@ -211,9 +210,9 @@ global_timer = instruction("global_timer", "mov.u64 $0, %globaltimer;", (u64,), 
 sleep = instruction("sleep", "nanosleep.u32 $0;", (), (u32,))
 raise_flag = instruction("raise_flag", "st.relaxed.cta.shared::cta.u32 [$0], 1;", (), (u32,))  # several threads may
 
-# Between blocks of a cluster (sm_90), from one shared memory into another.  What an arrival publishes and a wait learns is
-# in shared memory only, and the two fences say so: `.release` and `.acquire` on the mbarrier's own instructions would wait
-# for every store to global memory, and drop all of L1.
+# Between blocks of a cluster (sm_90), from one shared memory into another.  What an arrival publishes and a wait learns
+# is in shared memory only, and the two fences say so: `.release` and `.acquire` on the mbarrier's own instructions
+# would wait for every store to global memory, and drop all of L1.
 cluster_arrive = instruction("cluster_arrive", "barrier.cluster.arrive.release.aligned;", (), ())
 cluster_wait = instruction("cluster_wait", "barrier.cluster.wait.acquire.aligned;", (), ())
 of_block = instruction("of_block", "mapa.shared::cluster.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
@@ -233,6 +232,7 @@ mbarrier_passed = instruction(
     (u32, u32),
 )
 fence_mbarrier_init = instruction("fence_mbarrier_init", "fence.mbarrier_init.release.cluster;", (), ())
+# Address, value, mbarrier of the block that has the address.
 store_async = instruction(
     "store_async", "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [$0], $1, [$2];", (), (u32, u32, u32)
-)  # address, value, mbarrier of the block that has the address
+)

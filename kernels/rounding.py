@@ -1,4 +1,4 @@
-"""float32 values as 16-bit ones, for products of cuBLAS: given those it runs 16-bit kernels, given float32 it runs TF32's.
+"""float32 values as 16-bit ones, of which cuBLAS multiplies by 16-bit kernels; float32 ones it does by TF32's.
 
 A thread has EACH values; 6 bytes a value.
 """
@@ -18,8 +18,8 @@ store_global_4u = instruction("store_global_4u", "st.global.v4.u32 [$0], {$1,$2,
 def rounded(_, *, kind):
     """values (count,) float32 -> out (count,) of `kind`, "bfloat16" or "float16", as its bits; assigns.
 
-    To nearest, ties to even; NaN stays NaN, and what is beyond the largest number of the kind becomes inf.  wide: 1 where
-    both begin on a multiple of WIDE, else 0.
+    To nearest, ties to even; NaN stays NaN, and what is beyond the largest number of the kind becomes inf.  wide: 1
+    where both begin on a multiple of WIDE, else 0.
     """
     pack = pack_bf16 if kind == "bfloat16" else pack_f16
 

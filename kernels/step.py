@@ -4,7 +4,7 @@
     backward   dL/dnext state, the slots, states -> in the slots dL/dr and dL/dx, and dL/dstate by the direct path
 
 One thread has one unit of one batch row, all its gates; units run along the threads, so every access is coalesced.
-The layout of the slots is that of a traced cell: `r of the split gates | joint gates | x of the split gates`, each H wide.
+The slots are laid out as a traced cell's: `r of the split gates | joint gates | x of the split gates`, each H wide.
 """
 
 from . import pointwise
@@ -15,9 +15,8 @@ THREADS = 256
 
 
 def forward(trace, *, dtype):
-    """slots (T, N, slots*H): overwritten.  bias (slots, H).  h (T+1, N, H), rest (S-1, T+1 or 1, N, H): written at one step.
-
-    params (P, H).  t: the step, of `rows` living batch rows.  reverse: 1 where time runs backwards.
+    """slots (T, N, slots*H): overwritten.  bias (slots, H).  h (T+1, N, H), rest (S-1, T+1 or 1, N, H): written
+    at one step.  params (P, H).  t: the step, of `rows` living batch rows.  reverse: 1 where time runs backwards.
     rest_state, rest_step: how far apart, in elements, states and steps stand in `rest`.
     """
     real = getattr(types, dtype)

@@ -46,7 +46,7 @@ class Ffma(NamedTuple):
 
 
 class Mma(NamedTuple):
-    """A warp has `groups` (an even number) of 8 units; `split` warps have the same; `kept` chunks of each in registers."""
+    """A warp has `groups` (an even number) of 8 units; `split` warps have the same; `kept` chunks are in registers."""
 
     kind: str
     groups: int

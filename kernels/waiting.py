@@ -1,10 +1,10 @@
 """How long a block waits for another, and how all of them leave when one has waited in vain.
 
 A wait is bounded by time.  Who has waited too long says so in the fault word, which every waiting block looks at
-now and then, and so does a block that begins: all leave, and the launches behind them run empty.  A block leaves as one.
-Its threads find out at different steps, so they raise one of two flags in shared memory, which take turns: a flag that is
-raised in a step's wait is looked at by all threads behind the next step's sends.  In between there is a barrier of the
-block, and before the flag's next turn another one.  A block that begins raises the second flag, for step 0.
+now and then, and so does a block that begins: all leave, and the launches behind them run empty.  A block leaves as
+one.  Its threads find out at different steps, so they raise one of two flags in shared memory, which take turns: a flag
+that is raised in a step's wait is looked at by all threads behind the next step's sends.  In between there is a barrier
+of the block, and before the flag's next turn another one.  A block that begins raises the second flag, for step 0.
 """
 
 from collections.abc import Callable

@@ -163,7 +163,7 @@ MORE_MUTANTS = {
     "ffma: chunks copied from one early": ("ffma forward", "products.ffma", Wrong,
         ("packed[KEPT * J", "packed[(KEPT - 1) * J")),
     "ffma: adds the wrong lane": ("ffma forward", "products._reduction", Wrong,
-        ("exchange(partial[k], u32(mask))", "exchange(partial[k], u32(2 * mask))")),
+        ("shuffle(partial[k], u32(mask))", "shuffle(partial[k], u32(2 * mask))")),
     "ffma: pairs placed elsewhere": ("ffma forward", "products.ffma", Race, ("(PAIRS >> (bit + 1))", "(PAIRS >> bit)")),
     "ffma: several lanes own a pair": ("ffma forward", "products.ffma", Race, ("lane < DOUBLE and unit", "unit")),
     "ffma: a wrong lane's halves": ("ffma forward", "products._reduction", Wrong,

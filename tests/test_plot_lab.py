@@ -41,7 +41,7 @@ def test_curves_in_panels(tmp_path, drawn):
     assert_both(tmp_path / "curves")
     left, right = drawn[0].axes
     assert left.get_xscale() == left.get_yscale() == "log" and right.get_yscale() == "linear"
-    assert left.lines[0].get_color() == style.CELLS["RNN"] and left.lines[2].get_color() == style.CELLS["LSTM"]
+    assert left.lines[0].get_color() == style.COLOUR_OF["RNN"] and left.lines[2].get_color() == style.COLOUR_OF["LSTM"]
     assert all(expected in text(drawn[0]) for expected in ("two", "always\nanswering", "T (steps)", "error", "loss"))
 
 

@@ -70,7 +70,7 @@ def layer(
     recurrent = _blocks(case, weights["weight_hh"])
     projected = (x.reshape(T * N, I) @ weights["weight_ih"].T + weights["bias_ih"]).reshape(T, N, G, H)
     bias_hh = weights["bias_hh"].reshape(G, H)
-    forward, backward = _CELLS[case.cell]
+    forward, backward = _STEPS[case.cell]
     states, saved = [state], []
     y = np.zeros((T, N, H), x.dtype)
     for t in range(T):
@@ -185,7 +185,7 @@ def _gru_backward(dnew, saved, state, new):
     return np.stack([dreset, dz, dn], 1), np.stack([dreset, dz, dn * reset], 1), (dnew[0] * z,)
 
 
-_CELLS = {
+_STEPS = {
     "rnn": (_rnn_forward, _rnn_backward),
     "lstm": (_lstm_forward, _lstm_backward),
     "gru": (_gru_forward, _gru_backward),

@@ -13,7 +13,7 @@ class Workload:
     """
 
     def prepare(self) -> None:
-        """Before each sample, untimed: sets this implementation's thread counts and flags.  RuntimeError where it cannot."""
+        """Before each sample, untimed: sets the implementation's thread counts and flags.  Or RuntimeError."""
 
     def step(self, k: int) -> None:
         """One step on input set k, modulo the number of sets.  May return before a device has finished."""
@@ -35,7 +35,7 @@ class Workload:
         return []
 
     def peak_bytes(self) -> int | None:
-        """Device memory that a step needs at most beyond weights and input sets; None where the device does not tell."""
+        """Device memory that a step needs at most beyond weights and input sets; None where nobody tells."""
         return None
 
     def flags(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, Self, get_args
 
 from gpurnn.executors import PRECISIONS
 
-CELLS = ("lstm", "gru", "rnn")
+CELL_NAMES = ("lstm", "gru", "rnn")
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -27,7 +27,7 @@ class TrainConfig:
     max_alphabet: int = _option("text", 512, "rarer characters than the most frequent so many become one")
     validation: float = _option("text", 0.05, "fraction of the text, its end, that is kept for validation")
 
-    cell: str = _option("model", "lstm", "recurrent cell", CELLS)
+    cell: str = _option("model", "lstm", "recurrent cell", CELL_NAMES)
     nonlinearity: str = _option("model", "tanh", "of the cell rnn", ("tanh", "relu", "sigmoid", "identity"))
     hidden_size: int = _option("model", 256, "units in a layer")
     num_layers: int = _option("model", 1, "recurrent layers")

@@ -15,7 +15,7 @@ from gpurnn.model import SequenceModel
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 HIDDEN = 32
-CELLS: dict[str, Callable[..., Recurrent]] = {
+LAYERS: dict[str, Callable[..., Recurrent]] = {
     "RNN": RNN,
     "GRU": functools.partial(GRU, update_bias=1.0),
     "LSTM": LSTM,
@@ -69,7 +69,7 @@ def _trained(
     watch: bool = False,
 ) -> Trained:
     rng = np.random.default_rng(seed)
-    found = Trained(with_head(CELLS[cell](inputs, HIDDEN, rng=rng), outputs, rng))
+    found = Trained(with_head(LAYERS[cell](inputs, HIDDEN, rng=rng), outputs, rng))
     x, targets = draw(np.random.default_rng(seed), BATCH)
 
     def look(update: int) -> None:
@@ -99,7 +99,7 @@ def experiment(page: Page) -> None:
         "the LSTM with its default, a forget bias of 1."
     )
     adding, copying = {}, {}
-    for cell in CELLS:
+    for cell in LAYERS:
         for T in lengths if cell in ADDERS else ():
             adding[cell, T] = done = add(cell, T, page.seed, updates, watch=T in lengths[-1:])
             page.progress(f"adding, {cell}, T = {T}: error {done.error:.4f} after {done.updates} updates")
@@ -112,7 +112,7 @@ def experiment(page: Page) -> None:
     )
     page.table(
         ["copying: information lost", *(f"lag {lag}" for lag in lags)],
-        [[cell, *(f"{copying[cell, lag].error:.1%}" for lag in lags)] for cell in CELLS],
+        [[cell, *(f"{copying[cell, lag].error:.1%}" for lag in lags)] for cell in LAYERS],
     )
     _curves(page, adding, copying, lengths, lags)
     _explain(page, {cell: adding[cell, max(lengths)] for cell in ADDERS}, max(lengths))
@@ -127,7 +127,7 @@ def _curves(page: Page, adding: dict, copying: dict, lengths: tuple[int, ...], l
         ),
         plot.Panel(
             "lag (steps)", "copying: share of the information lost",
-            {cell: (lags, [copying[cell, lag].error for lag in lags]) for cell in CELLS},
+            {cell: (lags, [copying[cell, lag].error for lag in lags]) for cell in LAYERS},
             {"guessing": 1.0, "solved": COPY_SOLVED}, log_x=True, log_y=True, marked=True,
         ),
     ]  # fmt: skip

@@ -75,12 +75,12 @@ def by_lag(
 
 def _looks(labels: list[str]) -> dict[str, tuple[str, str]]:
     """A colour and a line style for each label; where all are cells', the cell's colour, dashed from its second curve on."""
-    cells = [next((cell for cell in style.CELLS if label.startswith(cell)), "") for label in labels]
+    cells = [next((cell for cell in style.COLOUR_OF if label.startswith(cell)), "") for label in labels]
     if "" in cells:
         return {label: style.CURVES[place % len(style.CURVES)] for place, label in enumerate(labels)}
     earlier = [cells[:place].count(cell) for place, cell in enumerate(cells)]
     return {
-        label: (style.CELLS[cell], ("-", "--", ":")[count % 3])
+        label: (style.COLOUR_OF[cell], ("-", "--", ":")[count % 3])
         for label, cell, count in zip(labels, cells, earlier, strict=True)
     }
 

@@ -24,7 +24,7 @@ from gpurnn.files import StrPath, write_atomically
 # Okabe and Ito's blue and vermillion, and a darker green: they stay apart for colour-blind eyes.
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#00735C"
 INK, PALE = "#333333", "#767676"
-CELLS = {"RNN": GREEN, "GRU": VERMILLION, "LSTM": BLUE}
+COLOUR_OF = {"RNN": GREEN, "GRU": VERMILLION, "LSTM": BLUE}
 # For any curves: lightness and dashes tell them apart where colours do not.
 CURVES = [(BLUE, "-"), (VERMILLION, "-"), (GREEN, "-"), (INK, "--"), ("#CC79A7", "-"), ("#B38600", "--")]
 SIZE, DPI = (8.0, 5.0), 150  # inches, dots per inch

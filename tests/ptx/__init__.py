@@ -3,8 +3,8 @@
 It executes PTX text, as Numba's compiler emits it, with every block of the grid alive at once, and each instruction by
 NumPy over all threads that stand at it.  Beside the results it checks what a GPU does not: bounds, alignment, bytes and
 registers never written, races in shared and in global memory (happens-before by vector clocks), partial warps at
-warp-wide instructions, barriers that not everybody reaches, mbarriers used wrongly, shared memory of blocks that may have
-exited, and grids that make no progress.
+warp-wide instructions, barriers that not everybody reaches, mbarriers used wrongly, shared memory of blocks that may
+have exited, and grids that make no progress.
 
     module = parse(ptx_text)
     memory = Memory()

@@ -96,7 +96,7 @@ def bfi(m: Modifiers, x: Operands):
 
 
 def prmt(m: Modifiers, x: Operands):
-    """Each nibble of the selector picks one of the eight bytes of b:a; its top bit asks for that byte's sign instead."""
+    """Each nibble of the selector picks one of the eight bytes of b:a; its top bit asks for its sign."""
     m.type("b32")
     destination, a, b, c = m.operands(4)
     reads = x.read(a, "u32"), x.read(b, "u32"), x.read(c, "u32")

@@ -7,8 +7,8 @@ acquires, it gets a column or a row of its own.  A partial `bar.warp.sync` is ta
 
 Agents have columns too: what is done in nobody's program order is stamped by one (see mbarriers.py).
 
-A row has one line for each of `memories`: what holds for accesses to any memory, and, where a kernel has fences that are
-restricted to shared memory, what holds for accesses to that alone.  The second line knows all that the first one knows.
+A row has one line for each of `memories`: what holds for accesses to any memory, and, where a kernel has fences that
+are restricted to shared memory, what holds for accesses to that alone.  The second knows all that the first knows.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ def joined(a: np.ndarray, b: np.ndarray | None) -> np.ndarray:
 
 
 class Clocks:
-    """per_block: threads; those that fill up a block's last warp do not exist.  cluster: blocks.  memories: 1 or 2, see above."""
+    """per_block: threads; those that fill up a block's last warp do not exist.  cluster: blocks.  memories: 1 or 2."""
 
     def __init__(self, blocks: int, warps_per_block: int, per_block: int, cluster: int, memories: int = 1):
         warps, lanes = blocks * warps_per_block, 32 * warps_per_block
@@ -42,9 +42,7 @@ class Clocks:
         self.sizes = {BLOCK: lanes, CLUSTER: lanes * cluster, DEVICE: blocks * lanes}
         self.population = np.tile(np.minimum(32, per_block - 32 * np.arange(warps_per_block)), blocks)
         self.clock = np.ones(warps, np.int64)  # from 1 on: a stamp of 0 is nobody's
-        self.known = np.zeros(
-            (memories, warps, warps), np.int32
-        )  # [.., u, v]: the first tick of v that u knows nothing of
+        self.known = np.zeros((memories, warps, warps), np.int32)  # [.., u, v]: v's first tick of which u knows nothing
         self.home = np.arange(self.threads, dtype=np.int32) >> 5  # the column of a thread's warp, or of an agent
         self.column = np.full(self.threads, -1, np.int32)  # a thread's own, and its own row; -1: none
         self.row = np.full(self.threads, -1, np.int32)

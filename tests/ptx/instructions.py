@@ -17,7 +17,8 @@ from tests.ptx import (
 )
 
 FILES = (
-    arithmetic, functions, compare, moves, convert, bits, access, atomics, copies, warp, clusters, synchronise, asynchronous,
+    arithmetic, functions, compare, moves, convert, bits, access, atomics, copies, warp, clusters, synchronise,
+    asynchronous,
 )  # fmt: skip
 BUILDERS = {opcode: build for file in FILES for opcode, build in file.TABLE.items()}
 STEERING = ("bra", "call", "ret", "exit", "bar", "barrier", "trap")  # threads, by `program` itself

@@ -1,8 +1,8 @@
 """Runs a kernel: all blocks of the grid at once, every thread with a program counter of its own.
 
-The threads that stand at the lowest one execute together, up to the next place where others may join them.  A strong load
-lets others run first, so that a spin loop waits for the one that ends it.  With a seed, warps run one at a time, in random
-order, and it is left to chance whether a load yields: this finds what depends on the order.
+The threads that stand at the lowest one execute together, up to the next place where others may join them.  A strong
+load lets others run first, so that a spin loop waits for the one that ends it.  With a seed, warps run one at a time,
+in random order, and it is left to chance whether a load yields: this finds what depends on the order.
 """
 
 from typing import NamedTuple

@@ -18,7 +18,8 @@ ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?(?:0x[0-9a-fA-F]+|\d+)))?\s*
 ALIGN, NAME = r"(?:\.align\s+(\d+)\s+)?", r"([%\w$]+)"
 VARIABLE = re.compile(
     rf"(?:\.(?:visible|extern|weak|common)\s+)*\.(global|const|shared|local|param)\s+{ALIGN}"
-    rf"\.(\w+)\s+(?:\.ptr\s+(?:\.(?:global|shared|const|local)\s+)?(?:\.align\s+\d+\s+)?)?{NAME}\s*(\[\s*\d*\s*\])?\s*(?:=\s*(.*))?$",
+    rf"\.(\w+)\s+(?:\.ptr\s+(?:\.(?:global|shared|const|local)\s+)?(?:\.align\s+\d+\s+)?)?{NAME}"
+    r"\s*(\[\s*\d*\s*\])?\s*(?:=\s*(.*))?$",
     re.DOTALL,
 )
 

@@ -1,8 +1,8 @@
 """Which accesses to memory are ordered; the clocks that know it are in clocks.py.
 
 An access has a strength: 0 weak, otherwise the scope in which it is strong.  Two accesses that are strong in a scope
-that both threads belong to never race.  Of the readers of a word, global memory keeps the last; shared memory keeps the last
-of each warp of the cluster, and whether several of its lanes read the word with no order between them.
+that both threads belong to never race.  Of the readers of a word, global memory keeps the last; shared memory keeps the
+last of each warp of the cluster, and whether several of its lanes read the word with no order between them.
 """
 
 import numpy as np

@@ -139,7 +139,7 @@ class Operands:
         return lambda active: constant
 
     def write(self, operand, kind: str, wider: bool = False):
-        """(Active, values) -> None.  wider: a wider register takes the value extended, by sign where the type has one."""
+        """(Active, values) -> None.  wider: a wider register takes the value extended, by its sign if any."""
         if not isinstance(operand, Register):
             if getattr(operand, "name", None) == "_":
                 return lambda active, values: None

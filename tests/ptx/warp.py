@@ -225,7 +225,9 @@ def fragment_b(words: list[np.ndarray], kind: str, depth: int) -> np.ndarray:
 
 
 def ldmatrix(m: Modifiers, x: Operands):
-    """Lanes 8 k to 8 k + 7 hold the addresses of matrix k's rows; lane 4 g + q receives row g, columns 2 q and 2 q + 1."""
+    """Lanes 8 k to 8 k + 7 hold the addresses of matrix k's rows; lane 4 g + q receives row g, columns 2 q and 2 q +
+    1.
+    """
     warps_of = _aligned(x, m)
     m.type("b16")
     m.one("m8n8")
