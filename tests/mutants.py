@@ -191,7 +191,7 @@ def plant(patch, case, where, edits):
         patch.setattr(getattr(tiles, function), "__code__", getattr(mutated(name, function, edits), function).__code__)
         plant(patch, case, "group.", ())
     else:
-        made = _anew(name, function, edits)
+        made = anew(name, function, edits)
         if "exchange" in made:
             patch.setattr(passes, "exchange", made["exchange"])
         back = case.back and case.training if name not in PERSISTENT else name == PERSISTENT[True]
@@ -200,7 +200,7 @@ def plant(patch, case, where, edits):
         patch.setattr(on_chip, direction, getattr(on_chip, direction)._replace(factory=factory))
 
 
-def _anew(name, function, edits):
+def anew(name, function, edits):
     """The module with its edits, and those above it, by name: all as they import each other, none where others see it."""
     made = {}
     with pytest.MonkeyPatch.context() as meanwhile:
