@@ -105,7 +105,7 @@ def recipe(factory: Callable[..., Source], trace: Any = None, /, **constants: An
 
 
 def build(recipe: Recipe, capability: tuple[int, int], folder: Path | None = None) -> Kernel:
-    """From the folder if an earlier process built it there, else compiled and kept there.
+    """Takes the kernel from the folder if an earlier process left it there; else compiles it and leaves it there.
 
     Compiling takes a processor half a second, 3 to 4 s for a kernel that runs all steps; processes that want the same
     kernel at the same time do it once.  Raises RuntimeError with the tool's message where the code does not assemble.
@@ -124,7 +124,7 @@ def build(recipe: Recipe, capability: tuple[int, int], folder: Path | None = Non
 
 
 def entry(recipe: Recipe, capability: tuple[int, int], folder: Path) -> Path:
-    """Where a folder has that kernel, if it has it."""
+    """The file in which a folder has that kernel, if it has it."""
     return folder / f"{recipe.factory.__name__}-{_key(recipe, capability)}.cubin"
 
 
@@ -190,7 +190,7 @@ def _assembler() -> tuple[int, int]:
 
 
 def older(text: str) -> str:
-    """The PTX in words that every version knows which has what it is about."""
+    """The PTX with its newer words replaced by older ones (OLDER)."""
     for new, old in OLDER.items():
         text = text.replace(new, old)
     return text

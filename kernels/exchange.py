@@ -69,7 +69,7 @@ def launched(kind: str, shape: Shape) -> tuple[int, bool]:
 
 
 def beginning(kind: str) -> int:
-    """What all words of global memory have to be before a launch."""
+    """The value of every word of mail before a launch."""
     return EMPTY if kind == "flagged" else 0
 
 
@@ -82,7 +82,7 @@ def mail_words(kind: str, shape: Shape, tile: Tile) -> int:
 
 
 def buffers(kind: str, shape: Shape, free_when_done: bool) -> int:
-    """One where nobody can write to the vector before all have read it."""
+    """How many a block has of the vector: one where nobody can write to it before all have read it, else two."""
     free = {"clustered": False, "flagged": free_when_done, "counted": True}
     return 1 if shape.blocks > 1 and free[kind] else 2
 
@@ -104,17 +104,17 @@ def collected(kind: str, shape: Shape, tile: Tile) -> int:
 
 
 def at_once(shape: Shape, tile: Tile) -> int:
-    """Words of a thread on their way at once: in rounds as equal as can be."""
+    """Words of mail that a thread loads at once, in rounds as equal as can be."""
     return 4 * -(-_loads(shape, tile) // rounds(shape, tile))
 
 
 def rounds(shape: Shape, tile: Tile) -> int:
-    """In which a thread takes in its part of a box, one after the other."""
+    """How many rounds of loads, one after the other, bring a thread its part of a box."""
     return -(-_loads(shape, tile) // MOST_AT_ONCE)
 
 
 def _loads(shape: Shape, tile: Tile) -> int:
-    """Of 16 bytes, of the busiest thread."""
+    """How many loads of 16 bytes the busiest thread needs for its part of a box."""
     lay = layout(shape, tile)
     return -(-tile.rows * lay.words // 4 // lay.threads)
 

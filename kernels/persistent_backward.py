@@ -67,7 +67,7 @@ def _loading(KEPT, READ, S, H):
 def _going_back(trace, of):
     """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep dL/dstate."""
     S, P, WRITTEN, KEPT = trace.cell.states, len(trace.cell.params), trace.cell.gates + trace.x_start, len(trace.kept)
-    DY = KEPT + 2 * S  # of what a step needs, ready; of what the cell is given there are gradients of next states
+    DY = KEPT + 2 * S  # the place of dy among what is ready
     DNEXT, PARAM, READ = DY, DY + S, DY + 1
     INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
     cell, PAIRS = pointwise.backward(trace, f32, of.accuracy), of.pairs
@@ -174,7 +174,7 @@ def _between_steps(trace, of, clip):
 
     @written_out
     def take(b, ready, coming, zero):
-        """When the zero is there: the assembler would take first, and wait for memory before it looks for mail."""
+        """Takes once the zero is there: else the assembler would wait for memory before it looks for mail."""
         for k in range(OWN_COMING):
             if not NEXT <= k % READ < NEXT + S:
                 ready[k] = behind_zero.emit(b, coming[k], zero)[0]

@@ -67,9 +67,9 @@ class Chip(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one step, in cycles.  rounds: how often groups follow one another because not all can run at once.
+    """What one step costs, in cycles.  rounds: how often groups follow one another because not all can run at once.
 
-    loads: how long it waits for memory beyond that.
+    loads: cycles for which it waits for memory beyond that.
     """
 
     product: float
@@ -118,7 +118,7 @@ def best(found: Iterable[Choice]) -> Choice | None:
 
 
 def step_cycles(H: int, gates: int, N: int, precision: str, chip: Chip) -> float:
-    """Of one time step by cuBLAS and a kernel, in cycles: the host, two launches, the product by what binds it."""
+    """Cycles of one time step by cuBLAS and a kernel: the host, two launches, the product by what binds it."""
     rate = {"float32": 0.8 * chip.lanes, "tf32": 1100 / chip.tensor}.get(precision, 2200 / chip.tensor)
     multiplied = N * gates * H * H / (rate * chip.multiprocessors)
     moved = (2 if precision in ("bfloat16", "float16") else 4) * gates * H * H / (L2_OF_ALL * chip.multiprocessors)
@@ -184,7 +184,7 @@ def relaxed(shape: Shape, tile: Tile, kind: str, chip: Chip) -> Iterator[Tile]:
 
 
 def _accumulators(shape: Shape, tile: Tile) -> int:
-    """Registers for sums, and for the piece of the vector that is being multiplied."""
+    """Registers of a thread for sums, and for the piece of the vector that is being multiplied."""
     if isinstance(tile, Ffma):
         return tile.units * tile.rows * shape.outputs + (4 * tile.rows if tile.rows > 4 else 0)
     tensors, eights = tile.groups * shape.outputs // 2, tile.rows // 8
@@ -192,7 +192,7 @@ def _accumulators(shape: Shape, tile: Tile) -> int:
 
 
 def predicted(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip) -> Cost:
-    """Of a step of N rows.  pair: as for `choices`."""
+    """The cost of a step of N rows.  pair: as for `choices`."""
     lay = layout(shape, tile)
     warps = lay.threads // 32
     _, own = tiles.results(shape, tile)
@@ -206,7 +206,7 @@ def predicted(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip
 
 
 def _waiting_cycles(shape: Shape, tile: Tile, kind: str, N: int, step: float) -> float:
-    """For memory, beyond what a step takes anyway."""
+    """Cycles for which a step waits for memory, beyond what it takes anyway."""
     if tiles.ahead(shape, tile, kind):
         return max(0.0, AT_LEAST[_far(shape, N)] - step)
     return EXPOSED.get(kind, (0, 0))[_far(shape, N)]
@@ -245,7 +245,7 @@ def _mma_cycles(shape: Shape, tile: Mma, chip: Chip) -> float:
 
 
 def _exchange_cycles(shape: Shape, tile: Tile, kind: str, N: int, groups: int, chip: Chip) -> float:
-    """groups: that run at the same time."""
+    """Cycles of a step's exchange.  groups: how many run at the same time."""
     if kind == "alone":
         return BARRIER
     words = tile.rows * layout(shape, tile).words  # that a block takes in; within a cluster it sends as many

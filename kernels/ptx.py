@@ -107,7 +107,7 @@ def multiply_add(builder, a, b, c):
 
 
 def _of_arity(typer, name, count):
-    """`typer` under a name, with so many arguments behind the context as Numba is to read off its signature."""
+    """`typer` with a name and a signature of `count` arguments behind the context, as Numba reads it."""
     kind = inspect.Parameter.POSITIONAL_ONLY
     names = ["context", *(f"a{k}" for k in range(count))]
     typer.__name__ = typer.__qualname__ = name

@@ -27,12 +27,12 @@ class Shape(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """Results of a unit."""
+        """How many results a unit has."""
         return 1 if self.transposed else self.gates
 
     @property
     def parts(self) -> int:
-        """Of the vector, each with a value for every unit."""
+        """How many parts the vector has, each with a value for every unit."""
         return self.gates if self.transposed else 1
 
 
@@ -132,19 +132,19 @@ def registers(shape: Shape, tile: Tile) -> int:
 
 
 def spilled_bytes(shape: Shape, tile: Tile) -> int:
-    """Of a block's weights that are in shared memory because registers are full."""
+    """Bytes of a block's weights that are in shared memory because registers are full."""
     lay = layout(shape, tile)
     return max(0, lay.chunks - tile.kept) * (packed_words(shape, tile) // lay.chunks // shape.blocks) * 4
 
 
 def vector_bytes(shape: Shape, tile: Tile) -> int:
-    """Of one buffer of the vector."""
+    """Bytes of one buffer of the vector."""
     lay = layout(shape, tile)
     return tile.rows * lay.stride * lay.size
 
 
 def partial_bytes(shape: Shape, tile: Tile) -> int:
-    """Of the partial sums that warps leave for each other."""
+    """Bytes of the partial sums that a block's warps leave for each other."""
     if isinstance(tile, Ffma) or tile.split == 1:
         return 0
     return layout(shape, tile).threads * results(shape, tile)[0] * shape.outputs * 4

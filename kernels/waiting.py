@@ -48,7 +48,7 @@ def waiting(limit: int, look: int) -> Waiting:
 
     @cuda.jit(device=True)
     def open(flags, fault):
-        """A record that says so already: whoever begins now need not begin."""
+        """Lowers the flags; but raises the second where somebody has given up already: this block need not begin."""
         store_shared_u(flags, u32(0))
         store_shared_u(u32(flags + u32(4)), u32(load_relaxed_u(global_address(fault, 0)) == u32(GAVE_UP)))
 
