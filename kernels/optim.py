@@ -1,22 +1,64 @@
 """One update of all parameters in one launch: each buffer is read once and written once.
 
 Bytes a float32 value: SGD 12, with momentum 20; RMSprop 20, and 8 more each for its mean and for momentum; Adam 28.
-`scalars` (3,) come from `faults.begin_update`: the step size, eps, and 1 - lr weight_decay, all for the update under
-way, so that a captured launch works for every update.  `numbers` are a, b, 1 - a, 1 - b and weight_decay: 1 - b of a
-rounded b would be off by more than a rounding.  Where the record holds a fault nothing changes.  A parameter that would
-not be finite keeps its value, and the first such position goes to the record's FIRST.
+`scalars` (3,) come from `begin_update`: the step size, eps, and 1 - lr weight_decay, all for the update under way, so
+that a captured launch works for every update.  `numbers` are a, b, 1 - a, 1 - b and weight_decay: 1 - b of a rounded b
+would be off by more than a rounding.  Where the record holds a fault nothing changes.  A parameter that would not be
+finite keeps its value, and the first such position goes to the record's FIRST.
 """
 
+import math
+
 from .build import Source
-from .faults import FIRST, RECORD, SITE, VALUES, end_update
+from .faults import FIRST, NOW, RECORD, SITE, VALUES, WARP, note, settle_first
 from .last import is_last
 from .numba_cuda import cuda, types
 from .ptx import global_address, u64
 from .vectors import WIDTH, accesses, division, finite, least
 
-i64 = types.int64
+i64, f64 = types.int64, types.float64
 THREADS = 256
 LARGEST = {"float32": 2.0**63, "float64": 2.0**511}  # of a gradient, so that its square is finite
+
+
+def begin_update(_, *, dtype):
+    """Assigns the scalars of the update under way, from lr (1,) and the updates done, steps (1,) int64.
+
+    1 - beta^t takes log2(t) products, always the same ones: a run that is resumed at t computes the same bits.
+    loss (1,): a fault, named by `site`, where it is not finite; site 0: nobody looks.
+    """
+    real = getattr(types, dtype)
+
+    def begin_an_update(record, fractions, site, loss, steps, lr, scalars, beta1, beta2, eps, decay):
+        if cuda.threadIdx.x != 0:
+            return
+        if site != 0 and not finite(loss[0]):
+            note(record, fractions, site, i64(0), loss[0])
+        power1, power2 = f64(1), f64(1)
+        t = steps[0] + 1
+        while t > 0:
+            if t & 1:
+                power1 *= beta1
+                power2 *= beta2
+            beta1 *= beta1
+            beta2 *= beta2
+            t >>= 1
+        root = math.sqrt(1 - power2)
+        scalars[0] = real(lr[0] * root / (1 - power1))
+        scalars[1] = real(eps * root)
+        scalars[2] = real(1 - lr[0] * decay)
+
+    signature = (RECORD, VALUES, i64, VALUES, RECORD, VALUES, types.CPointer(real), f64, f64, f64, f64)
+    return Source(begin_an_update, signature, WARP)
+
+
+@cuda.jit(device=True)
+def end_update(record, fractions, site, params, steps):
+    """Counts the update; a fault where FIRST says that it left a parameter that is not finite.  By one thread."""
+    settle_first(record, fractions, site, params)
+    if record[SITE] == 0:
+        steps[0] += 1
+        record[NOW] += 1
 
 
 def sgd(_, *, dtype, momentum, nesterov):

@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from gpurnn.kernels import build, columns, dropout, embedding, faults, losses, moves, norms, optim, rounding
+from gpurnn.kernels import build, columns, dropout, embedding, losses, moves, norms, optim, rounding
 from tests.test_lint import NEWER, built, opcodes
 
 RECIPES = {
-    "begin_update": (faults.begin_update, {"dtype": "float32"}),
+    "begin_update": (optim.begin_update, {"dtype": "float32"}),
     "norm": (norms.norm, {"dtype": "float32"}),
     "norm, float64": (norms.norm, {"dtype": "float64"}),
     "move": (moves.move, {"size": 4, "dtype": "float32"}),

@@ -198,7 +198,7 @@ USERS = {  # of a module: whoever imports it
     "last": ("losses", "norms", "optim"),
 }
 PLACES = {
-    "faults": (on_device, "record"), "optim": (on_device, "optim"), "columns": (device, "columns"), "moves": (moving, "moves"),
+    "optim": (on_device, "optim"), "columns": (device, "columns"), "moves": (moving, "moves"),
     "rounding": (device, "rounding"),
 }  # fmt: skip
 
@@ -280,9 +280,9 @@ MUTANTS = {
     "rmsprop: not centered": ("rmsprop", "optim", Wrong, ("spread - moments[1] * moments[1]", "spread")),
     "adam: decayed as AdamW": ("adam", "optim", Wrong, ("            grad += decay * param\n        grad =", "            param *= scalars[2]\n        grad =")),
     "adam: 1 - b of a rounded b": ("adamw", "optim", Wrong, ("rest_b * (grad * grad)", "(types.float32(1) - b) * (grad * grad)")),
-    "begin_update: no correction": ("adam", "faults", Wrong, ("lr[0] * root / (1 - power1)", "lr[0] * root")),
-    "begin_update: a step too early": ("adam", "faults", Wrong, ("t = steps[0] + 1", "t = steps[0]")),
-    "end_update: steps are not counted": ("adam", "faults", Wrong, ("        steps[0] += 1\n", "        pass\n")),
+    "begin_update: no correction": ("adam", "optim", Wrong, ("lr[0] * root / (1 - power1)", "lr[0] * root")),
+    "begin_update: a step too early": ("adam", "optim", Wrong, ("t = steps[0] + 1", "t = steps[0]")),
+    "end_update: steps are not counted": ("adam", "optim", Wrong, ("        steps[0] += 1\n", "        pass\n")),
     "settle: forgets to clear": ("wrong targets", "faults", Wrong, ("        record[FIRST] = NOWHERE\n", "        record[FIRST] = NOWHERE - 1\n        record[POSITION] += 1\n")),
     "rows: a loss is left out of the sum": ("few classes", "losses", Wrong, ("for row in range(tid, R, threads):", "for row in range(tid + 1, R, threads):")),
     "rows: no barrier in the sum": ("few classes", "losses", Race, ("                    sums[tid] += sums[tid + half]\n                cuda.syncthreads()\n", "                    sums[tid] += sums[tid + half]\n")),
@@ -320,8 +320,8 @@ MORE_MUTANTS = {
     "rmsprop: momentum over the mean": ("rmsprop", "optim", Wrong, ("moments[LAST] = moments[LAST] * b + step", "moments[LAST] = moments[LAST - 1] * b + step")),
     "adam: betas swapped": ("adam", "optim", Wrong, ("rest_b * (grad * grad)", "rest_a * (grad * grad)")),
     "adamw: no decay": ("adamw", "optim", Wrong, ("param *= scalars[2]", "pass")),
-    "begin_update: the second power of the first": ("adam", "faults", Wrong, ("power2 *= beta2", "power2 *= beta1")),
-    "begin_update: lr of the update before": ("sgd", "faults", Wrong, ("scalars[0] = real(lr[0] * root", "scalars[0] = real(0.1 * root")),
+    "begin_update: the second power of the first": ("adam", "optim", Wrong, ("power2 *= beta2", "power2 *= beta1")),
+    "begin_update: lr of the update before": ("sgd", "optim", Wrong, ("scalars[0] = real(lr[0] * root", "scalars[0] = real(0.1 * root")),
 }
 # fmt: on
 

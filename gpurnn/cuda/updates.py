@@ -11,7 +11,6 @@ from gpurnn import backend
 from gpurnn.cuda import device, faults
 from gpurnn.cuda.faults import Site
 from gpurnn.cuda.launches import done
-from gpurnn.kernels import faults as record
 from gpurnn.kernels import optim
 from gpurnn.kernels.vectors import WIDTH
 from gpurnn.parameters import Parameters
@@ -58,7 +57,7 @@ class Updates:
         at = faults.pointers()
         pointers = [array.data.ptr for array in (self._steps, self._lr, self._scalars)]
         looked_at = (0, at[1]) if loss is None else (faults.number(Site("scalar", parts=(LOSS,))), loss.data.ptr)
-        begin = device.kernel(record.begin_update, dtype=dtype)
+        begin = device.kernel(optim.begin_update, dtype=dtype)
         begin(1, *at, *looked_at, *pointers, *map(np.float64, corrections), np.float64(decay))
         kernel = device.kernel(getattr(optim, rule), dtype=dtype, **settings.options())
         buffers = [buffer.flat.data.ptr for buffer in (params, model.grads, *moments.values())]
