@@ -116,7 +116,11 @@ def _sending(of, G, WRITTEN):
 
 
 def _beginning(trace, of, shape, tile, placed, loads):
-    """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's."""
+    """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's.
+
+    corner: as for `own_pair`.  given, stored: what is read, `walked` the first step's.  Assigned: `spots`; `fixed`,
+    which all steps read; `moving`.
+    """
     S, P, H, PAIRS, AHEAD = trace.cell.states, len(trace.cell.params), shape.H, of.pairs, of.ahead
     NEXT, READ = len(trace.kept) + S, len(trace.kept) + 2 * S + 1
     own_pair_of, (load, load_states) = own_pair(of, shape, tile, trace.slots), loads

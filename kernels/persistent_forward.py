@@ -66,7 +66,10 @@ def _advancing(trace, of):
 
 
 def _beginning(trace, of, shape, tile):
-    """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's."""
+    """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's.
+
+    corner, places: as for `own_pair`.  given: what is read.  Assigned: `fixed`, which all steps read, and `moving`.
+    """
     G, S, P, START, H = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.x_start, shape.H
     GIVEN, PAIRS, AHEAD = G + START, of.pairs, of.ahead
     own_pair_of = own_pair(of, shape, tile, trace.slots)
@@ -149,13 +152,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
     for each group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.
     row: the first batch row of this launch.  Without training only h and final are written.
     """
-    G, S, P, SLOTS, SLOT_STEP = (
-        trace.cell.gates,
-        trace.cell.states,
-        len(trace.cell.params),
-        trace.slots,
-        trace.slots * H,
-    )
+    G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
+    SLOTS, SLOT_STEP = trace.slots, trace.slots * H
     shape = Shape(H, G, False, blocks)
     of = group_of(shape, tile, exchange, newer)
     fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
