@@ -24,6 +24,9 @@ From below to above:
                                 the instructions, one small builder each; `instructions` is their table
     program                     a module as steps, and what steers threads: branches, calls, barriers
     launch, machine             the grid and its memories; scheduling
+    survey                      what a kernel uses, and what of it is not known: `python -m tests.ptx KERNEL.ptx`
+
+Its own tests are `tests/ptx_tests`; it imports nothing of the library.
 
 Not known, and refused: bulk copies, reductions that complete at an mbarrier, wgmma, surfaces, textures.
 """
