@@ -4,7 +4,7 @@ A record is WORDS int64.  The first fault is kept, and what comes behind it chan
 them looks at SITE first.  Threads that find something wrong in one tensor leave the smallest position in FIRST,
 whatever their order; one thread behind them all makes a fault of it.
 
-    SITE       0: nothing; GAVE_UP; else the number under which the host knows the tensor and the message
+    SITE       0: nothing; GAVE_UP; else the index under which the host knows the tensor and the message
     POSITION   of the first wrong value, counted flat            VALUE   that value, as float64
     FIRST      where positions meet; NOWHERE between kernels     NOW     updates done: a fault lets it stand
 """

@@ -45,8 +45,8 @@ _records: dict[tuple[Any, int, int], Array] = {}  # by backend, device, and the 
 _sites = {Site("waiting"): 1}  # `kernels.faults.GAVE_UP`
 
 
-def number(site: Site) -> int:
-    """Under which the device knows it."""
+def index_of(site: Site) -> int:
+    """The index under which the device knows a site."""
     found = _sites.get(site)
     if found is None:
         with _lock:

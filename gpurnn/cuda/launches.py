@@ -53,7 +53,7 @@ def cross_entropy(
     pointers = [array.data.ptr for array in (rows, given, errors, dlogits)]
     pointers.append(0 if isinstance(count, int) else count.data.ptr)
     divisor = np.float64(count if isinstance(count, int) else 1)
-    site = faults.number(Site("targets", targets.shape, C))
+    site = faults.index_of(Site("targets", targets.shape, C))
     kernel(
         max(1, blocks), *faults.pointers(), site, *pointers, len(rows), C, ignore or 0, 1 / divisor, done(), divisor,
         value.data.ptr,
@@ -68,7 +68,7 @@ def gather(weight: Array, tokens: Array) -> Array:
     if given.size:
         kernel = device.kernel(embedding.gather, dtype=weight.dtype.name, index=given.dtype.name)
         pointers = (weight.data.ptr, given.data.ptr, y.data.ptr)
-        site = faults.number(Site("tokens", tokens.shape, V))
+        site = faults.index_of(Site("tokens", tokens.shape, V))
         kernel(device.grid(given.size, embedding.WARPS) + 1, *faults.pointers(), site, *pointers, given.size, dim, V)
     return y
 
@@ -106,7 +106,7 @@ def norm(grads: Parameters, max_norm: float = np.inf) -> Array:
     flat, dtype = grads.flat, grads.dtype.name
     blocks = max(1, min(norms.BLOCKS, device.grid(flat.size, norms.THREADS * WIDTH[dtype])))
     partial, out = backend.xp.empty((norms.KINDS, norms.BLOCKS)), backend.xp.empty(2)
-    site = faults.number(Site("gradient", parts=grads.places))
+    site = faults.index_of(Site("gradient", parts=grads.places))
     arguments = (site, flat.data.ptr, partial.data.ptr, flat.size, np.float64(max_norm), out.data.ptr, done())
     device.kernel(norms.norm, dtype=dtype)(blocks, *faults.pointers(), *arguments)
     return out

@@ -56,14 +56,14 @@ class Updates:
         flat, dtype, real = params.flat, params.dtype.name, params.dtype.type
         at = faults.pointers()
         pointers = [array.data.ptr for array in (self._steps, self._lr, self._scalars)]
-        looked_at = (0, at[1]) if loss is None else (faults.number(Site("scalar", parts=(LOSS,))), loss.data.ptr)
+        looked_at = (0, at[1]) if loss is None else (faults.index_of(Site("scalar", parts=(LOSS,))), loss.data.ptr)
         begin = device.kernel(optim.begin_update, dtype=dtype)
         begin(1, *at, *looked_at, *pointers, *map(np.float64, corrections), np.float64(decay))
         kernel = device.kernel(getattr(optim, rule), dtype=dtype, **settings.options())
         buffers = [buffer.flat.data.ptr for buffer in (params, model.grads, *moments.values())]
         buffers += [0] * (5 - len(buffers))
         blocks = max(1, device.grid(flat.size, optim.THREADS * WIDTH[dtype]))
-        site = faults.number(Site("parameter", parts=params.places))
+        site = faults.index_of(Site("parameter", parts=params.places))
         kernel(
             blocks, *at, site, self._scalars.data.ptr, *buffers, flat.size, *map(real, (a, b, 1 - a, 1 - b, decay)),
             self._steps.data.ptr, done(),
