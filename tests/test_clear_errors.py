@@ -109,7 +109,7 @@ def test_without_numbas_compiler_a_run_is_slow_and_right(text, tmp_path, monkeyp
         import sys
         from gpurnn import plot
         from gpurnn.cli import main
-        plot.loss_curve = plot.by_lag = lambda *_, **__: None
+        plot.loss_curve = plot.gradient_flow = lambda *_, **__: None
         sys.exit(main(sys.argv[1:]))
     """
     train = ["train", "--data", str(text), *TINY, "--run"]
@@ -119,7 +119,7 @@ def test_without_numbas_compiler_a_run_is_slow_and_right(text, tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("NUMBA_DISABLE_JIT is set: layers run on NumPy alone") == 1
     monkeypatch.setenv("GPURNN_EXECUTOR", "numpy")
-    for figure in ("loss_curve", "by_lag"):
+    for figure in ("loss_curve", "gradient_flow"):
         monkeypatch.setattr(plot, figure, lambda *_, **__: None)
     assert main([*train, str(tmp_path / "numpy")]) == 0
     off, numpy = (checkpoint.load(tmp_path / name / "model.safetensors").tensors for name in ("off", "numpy"))
