@@ -94,16 +94,16 @@ def compare(cell, shape, executor, kind="float32", seed=None, **options):
 
 
 def test_step(any_cell):
-    compare(any_cell, (4, 3, 2, 5), "step")
+    compare(any_cell, (4, 3, 2, 5), "step", inference=any_cell.name in SOME)
 
 
 def test_step_in_double(some_cell):
-    compare(some_cell, (4, 3, 2, 5), "step", "float64")
+    compare(some_cell, (4, 3, 2, 5), "step", "float64", inference=False)
 
 
 def test_resident(some_cell):
     """A cell's own mathematics is the same code as in `test_step`."""
-    compare(some_cell, (4, 3, 2, 5), "resident", inference=some_cell.name in SOME)
+    compare(some_cell, (4, 3, 2, 5), "resident", inference=some_cell.name == SOME[0])
 
 
 @pytest.mark.parametrize(
@@ -328,13 +328,13 @@ def test_the_main_job_trains_on_the_kernels(tmp_path):
 
 
 def test_a_row_s_nan_stays_in_its_row():
-    for precision in ("float32", "bfloat16"):
+    for precision, H in (("float32", 33), ("bfloat16", 17)):
         with interpreted():
-            layer = gpurnn.GRU(2, 17, rng=1, executor="resident", precision=precision)
+            layer = gpurnn.LSTM(2, H, rng=1, executor="resident", precision=precision)
             x = np.zeros((3, 10, 2), np.float32)
             x[1, 4] = np.nan
             y, _, backward = layer(fake_cupy.asarray(x))
-            dx, _ = backward(fake_cupy.ones((3, 10, 17), np.float32))
+            dx, _ = backward(fake_cupy.ones((3, 10, H), np.float32))
             y, dx = y.get(), dx.get()
         others = [n for n in range(10) if n != 4]
         assert np.isfinite(y[:, others]).all() and np.isfinite(dx[:, others]).all()
