@@ -200,7 +200,7 @@ def test_the_cuda_table_away_from_a_gpu(monkeypatch):
         ("gpurnn-persistent", "float32"),
         pytest.param("gpurnn-persistent", "bfloat16", marks=pytest.mark.slow),
         ("gpurnn-step", "float32"),
-        ("gpurnn-step", "bfloat16"),
+        pytest.param("gpurnn-step", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_ours_on_cuda_gives_the_reference(on_a_gpu, name, dtype, monkeypatch):
@@ -220,7 +220,7 @@ def test_ours_on_cuda_gives_the_reference(on_a_gpu, name, dtype, monkeypatch):
     assert not vars(workload) and freed == [name], "the next implementation may want the memory"
 
 
-@pytest.mark.parametrize("name", ["gpurnn-resident", "gpurnn-step"])
+@pytest.mark.parametrize("name", ["gpurnn-resident", pytest.param("gpurnn-step", marks=pytest.mark.slow)])
 def test_our_character_model_on_cuda_takes_the_same_three_steps(on_a_gpu, name):
     made = problem.make(Case("train", "lstm", 3, 2, 5, 5))
     workload = _ours_on_cuda()[name].build(made, "training", "model")

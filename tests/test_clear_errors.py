@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import executors, files
+from gpurnn import executors, files, plot
 from gpurnn.app import checkpoint, data, metrics
 from gpurnn.cli import main
 from gpurnn.cpu import ops
@@ -103,26 +103,27 @@ def test_a_smaller_batch_behind_a_larger_one():
     bptt.step(tokens[:, :2], tokens[:, :2])
 
 
-def test_without_numbas_compiler_a_run_is_slow_and_right(text, tmp_path):
-    results = []
-    for name, given in (("off", {"NUMBA_DISABLE_JIT": "1"}), ("numpy", {"GPURNN_EXECUTOR": "numpy"})):
-        command = [
-            sys.executable,
-            "-m",
-            "gpurnn.cli",
-            "train",
-            "--data",
-            str(text),
-            *TINY,
-            "--run",
-            str(tmp_path / name),
-        ]
-        env = os.environ | {"PYTHONPATH": str(ROOT)} | given
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("NUMBA_DISABLE_JIT is set: layers run on NumPy alone") == (name == "off")
-        results.append(checkpoint.load(tmp_path / name / "model.safetensors").tensors)
-    assert all(np.array_equal(results[0][name], results[1][name]) for name in results[0]), "dropout's masks too"
+def test_without_numbas_compiler_a_run_is_slow_and_right(text, tmp_path, monkeypatch):
+    """No figures are drawn: they would take most of the time."""
+    code = """if True:
+        import sys
+        from gpurnn import plot
+        from gpurnn.cli import main
+        plot.loss_curve = plot.gradient_flow = lambda *_, **__: None
+        sys.exit(main(sys.argv[1:]))
+    """
+    train = ["train", "--data", str(text), *TINY, "--run"]
+    command = [sys.executable, "-c", code, *train, str(tmp_path / "off")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("NUMBA_DISABLE_JIT is set: layers run on NumPy alone") == 1
+    monkeypatch.setenv("GPURNN_EXECUTOR", "numpy")
+    for figure in ("loss_curve", "gradient_flow"):
+        monkeypatch.setattr(plot, figure, lambda *_, **__: None)
+    assert main([*train, str(tmp_path / "numpy")]) == 0
+    off, numpy = (checkpoint.load(tmp_path / name / "model.safetensors").tensors for name in ("off", "numpy"))
+    assert off and all(np.array_equal(off[name], numpy[name]) for name in numpy), "dropout's masks too"
 
 
 def test_a_forced_compiled_executor_needs_the_compiler(monkeypatch):

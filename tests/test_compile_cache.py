@@ -65,24 +65,55 @@ ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 
-def start(folder, scale=1, cwd=ROOT, **environment):
-    """A process that runs the program with `folder` as its cache."""
-    env = os.environ | {"GPURNN_CACHE_DIR": str(folder), "GPURNN_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env = {name: value for name, value in (env | environment).items() if value is not None}
-    code = textwrap.dedent(PROGRAM.format(scale=scale, names=set(ENTRIES)))
+# Calls one compiled function, from each of the folders that it is given; prints of each whether it was compiled.
+ONE_FUNCTION = """
+    import os, sys
+    import numpy as np
+    from numba.core import event
+    from gpurnn.cpu.rows import clamp
+
+    for folder in sys.argv[1:] or [None]:
+        if folder:
+            os.environ["GPURNN_CACHE_DIR"] = folder
+        with event.install_recorder("numba:compile") as compilations:
+            function = clamp.__wrapped__(np.dtype("float32"))
+        values, limit = np.linspace(-3, 3, 7, dtype="float32"), np.array([1.5])
+        function.python(1, 7, 1, values.ctypes.data, 28, 28, limit.ctypes.data)
+        assert values.tolist() == [-1.5, -1.5, -1, 0, 1, 1.5, 1.5]
+        print("compiled" if compilations.buffer else "loaded")
+"""
+
+
+def started(code, *arguments, cwd=ROOT, **environment):
+    """A process that runs `code`.  None in `environment`: a variable that is not set."""
+    env = os.environ | {"GPURNN_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=cwd,
+        env={name: value for name, value in env.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def answer(process, warned=None):
+def output(process, warned=None):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     if warned:
         assert err.count("Warning") == 1 and re.search(warned, err), err
     else:
         assert not err
-    compilations, results = out.strip().split("] ")
+    return out.strip()
+
+
+def start(folder, scale=1, **given):
+    """A process that runs the program with `folder` as its cache."""
+    return started(PROGRAM.format(scale=scale, names=set(ENTRIES)), GPURNN_CACHE_DIR=str(folder), **given)
+
+
+def answer(process, warned=None):
+    compilations, results = output(process, warned).split("] ")
     return compilations + "]", results
 
 
@@ -106,31 +137,14 @@ def copied(folder, target):
 
 
 def test_a_second_process_loads_what_the_first_compiled(filled):
+    """And leaves the compiler behind: what Numba imports for it, SciPy's linear algebra with it, takes longer than all else."""
     folder, results = filled
     before = contents(folder)
     assert sorted(name.split("-")[0] for name in before) == ENTRIES
-    assert answer(start(folder)) == (LOADED, results)
+    whether = "\nimport sys\nprint('numba.np.linalg' in sys.modules)"
+    program = textwrap.dedent(PROGRAM.format(scale=1, names=set(ENTRIES))) + whether
+    assert answer(started(program, GPURNN_CACHE_DIR=str(folder))) == (LOADED, f"{results}\nFalse")
     assert contents(folder) == before
-
-
-def test_loading_leaves_the_compiler_behind(filled):
-    """What Numba imports to compile, SciPy's linear algebra with it, takes longer than all the rest of a first call."""
-    program = (
-        textwrap.dedent(PROGRAM.format(scale=1, names=set(ENTRIES)))
-        + "\nimport sys\nprint('numba.np.linalg' in sys.modules)"
-    )
-    env = os.environ | {"GPURNN_CACHE_DIR": str(filled[0]), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert done.stdout.startswith(LOADED)
-    assert done.stdout.split()[-1] == "False"
 
 
 def test_other_mathematics_is_another_entry(filled, tmp_path):
@@ -170,26 +184,29 @@ def test_entries_of_several_processes_stay_apart_in_one(tmp_path):
     assert together.returncode == 0, together.stderr
 
 
-def test_damaged_entries_are_compiled_again(filled, tmp_path):
-    folder, results = filled
-    place = copied(folder, tmp_path)
-    for number, path in enumerate(sorted(place.iterdir())):
-        whole = path.read_bytes()
-        damaged = [
-            whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
-            whole[: len(whole) // 2],
-            b"not an entry of any kind",
-            whole[:31],
-            bytes(len(whole)),
-            b"",
-            whole[:33],
-            whole + b"more",
-            whole[: len(whole) - 1],
-            whole[:40],
-        ]
-        path.write_bytes(damaged[number % len(damaged)])
-    assert answer(start(place)) == (COMPILED, results)
-    assert answer(start(place)) == (LOADED, results)
+def test_damaged_entries_are_compiled_again(tmp_path):
+    whole = tmp_path / "whole"
+    assert output(started(ONE_FUNCTION, whole, whole)) == "compiled\nloaded"
+    (entry,) = whole.iterdir()
+    content = entry.read_bytes()
+    damaged = [
+        content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+        content[: len(content) // 2],
+        b"not an entry of any kind",
+        content[:31],
+        bytes(len(content)),
+        b"",
+        content[:33],
+        content + b"more",
+        content[:-1],
+        content[:40],
+    ]
+    folders = [tmp_path / str(number) for number in range(len(damaged))]
+    for folder, wrong in zip(folders, damaged, strict=True):
+        folder.mkdir(mode=0o700)
+        (folder / entry.name).write_bytes(wrong)
+    assert output(started(ONE_FUNCTION, whole, *folders)).split() == ["loaded"] + ["compiled"] * len(folders)
+    assert output(started(ONE_FUNCTION, *folders)).split() == ["loaded"] * len(folders)
 
 
 def test_what_else_lies_in_the_folder_does_no_harm(filled, tmp_path):
@@ -212,13 +229,13 @@ def test_two_processes_at_once(filled, tmp_path):
     assert answer(start(tmp_path)) == (LOADED, filled[1])
 
 
-def test_without_a_folder_everything_works(filled, tmp_path):
+def test_without_a_folder_everything_works(tmp_path):
     """The name of a file, and a home that does not exist: nothing can be kept, nothing breaks."""
     taken = tmp_path / "file"
     taken.write_text("")
     nowhere = {"HOME": str(taken), "XDG_CACHE_HOME": None, "GPURNN_CACHE_DIR": None}
-    processes = [start(taken / "below"), start("", **nowhere)]
-    assert [answer(process, "is not kept in .*Not a directory") for process in processes] == [(COMPILED, filled[1])] * 2
+    for process in (started(ONE_FUNCTION, *[taken / "below"] * 2), started(ONE_FUNCTION, **nowhere)):
+        assert set(output(process, "is not kept in .*Not a directory").split()) == {"compiled"}
     assert taken.read_text() == ""
 
 
@@ -401,10 +418,12 @@ def test_installed_without_files_of_source(filled, tmp_path, form):
     assert answer(start(folder, PYTHONPATH=str(place), cwd=tmp_path)) == (LOADED, filled[1])
 
 
-@pytest.mark.parametrize("module", ["gpurnn", "gpurnn.recurrent", "gpurnn.executors", "gpurnn.diagnose.check"])
-def test_importing_leaves_numba_alone(module):
-    code = f"import sys, {module}; print([name for name in ('numba', 'llvmlite', 'cupy', 'matplotlib') if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.strip() == "[]"
+def test_importing_leaves_numba_alone():
+    code = """
+        import importlib, sys
+
+        for module in ("gpurnn", "gpurnn.recurrent", "gpurnn.executors", "gpurnn.diagnose.check"):
+            importlib.import_module(module)
+            print([name for name in ("numba", "llvmlite", "cupy", "matplotlib") if name in sys.modules])
+    """
+    assert output(started(code)).split() == ["[]"] * 4

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 import gpurnn
-from gpurnn import cli, optim
+from gpurnn import cli, optim, plot
 from gpurnn.app import checkpoint, train_command
 from gpurnn.app.metrics import read_metrics
 from tests import fake_cupy
@@ -421,6 +421,8 @@ def tensors(run: Any) -> dict[str, bytes]:
 @pytest.mark.parametrize("cell", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
 def test_train_resume_and_sample(cell, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_command, "SAMPLE_LENGTH", 5)
+    for figure in ("loss_curve", "gradient_flow"):  # they would take most of the time
+        monkeypatch.setattr(plot, figure, lambda *_, **__: None)
     text, whole, pieces, host = (tmp_path / name for name in ("text.txt", "whole", "pieces", "host"))
     text.write_text("the quick brown fox, die schnelle Füchsin.\n" * 12, "utf-8")
     command = ["train", "--data", str(text), "--cell", cell, "--schedule", "constant", *SMALL]

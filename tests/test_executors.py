@@ -298,7 +298,7 @@ def test_narrower_vectors_everywhere():
 
 def nested(*arguments):
     """Runs tests with each of the narrower vectors, side by side."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *arguments]
     started = [
         subprocess.Popen(
             command, cwd=ROOT, env=os.environ | {"GPURNN_VECTOR_BYTES": width}, stdout=subprocess.PIPE, text=True

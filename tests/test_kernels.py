@@ -1,6 +1,6 @@
 """The CUDA executors without a GPU: the kernels that Numba emits, run in the interpreter, against the NumPy executor.
 
-A kernel takes seconds to build: tests that need no size of their own share their kernels, of 5 units or of 17.
+A kernel takes seconds to build: tests that need no size of their own share their kernels, of 5 units, 17 or 33.
 Every launch is also checked for bounds, alignment, races between threads and blocks, divergence, deadlock and reads of
 memory that nobody wrote; `tests/ptx` says how.
 """
@@ -94,31 +94,46 @@ def compare(cell, shape, executor, kind="float32", seed=None, **options):
 
 
 def test_step(any_cell):
-    compare(any_cell, (4, 3, 2, 5), "step")
+    compare(any_cell, (4, 3, 2, 5), "step", inference=any_cell.name in SOME)
 
 
 def test_step_in_double(some_cell):
-    compare(some_cell, (4, 3, 2, 5), "step", "float64")
+    compare(some_cell, (4, 3, 2, 5), "step", "float64", inference=False)
 
 
-def test_resident(any_cell):
-    compare(any_cell, (4, 3, 2, 5), "resident", inference=any_cell.name in SOME)
+def test_resident(some_cell):
+    """A cell's own mathematics is the same code as in `test_step`."""
+    compare(some_cell, (4, 3, 2, 5), "resident", inference=some_cell.name == SOME[0])
 
 
-def test_resident_on_tensor_cores(some_cell):
-    if some_cell.name == "every_function":
-        pytest.skip("its kinks are crossed by rounding alone")
-    compare(some_cell, (3, 9, 2, 17), "resident", "bfloat16", inference=some_cell.name == SOME[0])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("lstm", "three_states")))  # gru: see the lengths
+        for name in CELLS | USER_CELLS
+        if name != "every_function"  # whose kinks are crossed by rounding alone
+    ],
+)
+def test_resident_on_tensor_cores(name):
+    compare((CELLS | USER_CELLS)[name], (3, 9, 2, 17), "resident", "bfloat16", inference=name == "lstm")
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (3, 1, 4, 33), (0, 2, 3, 4), (2, 0, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "executor"),
+    [(shape, executor) for shape in ((1, 1, 1, 5), (0, 2, 3, 5), (2, 0, 3, 5)) for executor in EXECUTORS]
+    + [((3, 1, 4, 33), "step"), ((3, 1, 4, 33), "resident")]
+    + [pytest.param((3, 1, 4, 33), "persistent", marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_odd_sizes(shape, executor):
-    compare(GRU_CELL, shape, executor)
+    compare(LSTM_CELL, shape, executor)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "both directions"])
+@pytest.mark.parametrize(
+    "reverse",
+    [pytest.param(False, id="forward", marks=pytest.mark.slow), pytest.param(True, id="both directions")],
+)
 def test_lengths_clipping_and_flow(executor, reverse):
     options = {"lengths": [2, 0, 5, 3, 5], "clip_in_time": 0.3, "bidirectional": reverse, "keep": True}
     compare(LSTM_CELL, (5, 5, 3, 5), executor, **options)
@@ -128,7 +143,7 @@ def test_lengths_clipping_and_flow(executor, reverse):
 
 def test_lengths_on_tensor_cores():
     options = {"lengths": [2, 0, 4, 3, 4, 1, 1, 4, 4, 2], "clip_in_time": 0.3, "bidirectional": True}
-    compare(GRU_CELL, (4, 10, 3, 9), "resident", "bfloat16", **options)
+    compare(GRU_CELL, (4, 10, 3, 17), "resident", "bfloat16", inference=False, **options)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -139,16 +154,18 @@ def test_layers_and_trained_initial_states(executor):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_any_order_of_warps(kind, seed):
-    compare(LSTM_CELL, (3, 9, 2, 17), "resident", kind, seed, lengths=[3, 3, 1, 0, 2, 3, 2, 2, 3])
+    H = 33 if kind == "float32" else 17  # several warps of a block
+    compare(LSTM_CELL, (3, 9, 2, H), "resident", kind, seed, lengths=[3, 3, 1, 0, 2, 3, 2, 2, 3], inference=False)
 
 
 RNN = CELLS["rnn_tanh"]
+SLOW = pytest.mark.slow  # every value of each number, cell and precision stands in a faster case too
 TILES = [
     (RNN, Ffma(1, 1, 1, 0)),
-    (RNN, Ffma(4, 8, 1, 1)),
+    pytest.param(RNN, Ffma(4, 8, 1, 1), marks=SLOW),
     (RNN, Ffma(4, 2, 4, 2)),
-    (RNN, Mma("bfloat16", 4, 1, 8, 1)),
-    (GRU_CELL, Ffma(2, 4, 2, 1)),
+    pytest.param(RNN, Mma("bfloat16", 4, 1, 8, 1), marks=SLOW),
+    pytest.param(GRU_CELL, Ffma(2, 4, 2, 1), marks=SLOW),
     (GRU_CELL, Ffma(1, 8, 4, 0)),
     (GRU_CELL, Mma("tf32", 2, 1, 8, 0)),
     (LSTM_CELL, Mma("bfloat16", 2, 8, 8, 1)),  # more warps than words to keep
@@ -181,15 +198,15 @@ GROUPS = [
     (RNN, Ffma(1, 2, 2, 1), 3, "flagged"),
     (RNN, Ffma(2, 8, 1, 0), 2, "counted"),
     (RNN, Ffma(1, 4, 4, 1), 2, "clustered"),
-    (GRU_CELL, Ffma(1, 4, 4, 1), 2, "flagged"),
-    (LSTM_CELL, Ffma(1, 4, 2, 1), 4, "clustered"),
+    pytest.param(GRU_CELL, Ffma(1, 4, 4, 1), 2, "flagged", marks=SLOW),
+    pytest.param(LSTM_CELL, Ffma(1, 4, 2, 1), 4, "clustered", marks=SLOW),
     (LSTM_CELL, Mma("bfloat16", 2, 1, 8, 0), 2, "flagged"),  # two buffers
-    (LSTM_CELL, Mma("bfloat16", 2, 2, 8, 1), 3, "flagged"),  # one
-    (LSTM_CELL, Mma("bfloat16", 2, 2, 8, 1), 3, "clustered"),
+    pytest.param(LSTM_CELL, Mma("bfloat16", 2, 2, 8, 1), 3, "flagged", marks=SLOW),  # one
+    pytest.param(LSTM_CELL, Mma("bfloat16", 2, 2, 8, 1), 3, "clustered", marks=SLOW),
     (GRU_CELL, Mma("float16", 2, 1, 16, 0), 2, "counted"),
-    (GRU_CELL, Mma("tf32", 2, 2, 8, 1), 2, "clustered"),
-    (RNN, Mma("tf32", 4, 4, 8, 1), 2, "flagged"),
-    (USER_CELLS["three_states"], Mma("bfloat16", 2, 2, 8, 1), 2, "clustered"),
+    pytest.param(GRU_CELL, Mma("tf32", 2, 2, 8, 1), 2, "clustered", marks=SLOW),
+    (RNN, Mma("tf32", 4, 4, 8, 1), 2, "flagged"),  # one
+    (USER_CELLS["three_states"], Mma("bfloat16", 2, 2, 8, 1), 3, "clustered"),
     (USER_CELLS["peephole_lstm"], Ffma(1, 4, 2, 1), 2, "flagged"),
 ]
 
@@ -216,14 +233,14 @@ def test_words_come_round():
 def test_groups_in_any_order_of_warps(kind, seed):
     tile = Mma("bfloat16", 2, 2, 8, 0) if kind != "flagged" else Ffma(1, 4, 2, 1)
     with forced(tile, 2, kind):
-        compare(GRU_CELL, (6, 3, 2, 20), "persistent", kind_of(tile), seed, lengths=[3, 6, 1], inference=False)
+        compare(RNN, (6, 3, 2, 20), "persistent", kind_of(tile), seed, lengths=[3, 6, 1], inference=False)
 
 
 def test_more_groups_than_run_at_once(monkeypatch):
     """Blocks that wait for each other are launched as many as run together; the rest of the batch follows."""
     monkeypatch.setattr("tests.interpreted.RUNNING", 5)
     with forced(Ffma(1, 4, 1, 1), 2, "flagged"):
-        compare(RNN, (4, 5, 2, 9), "persistent", lengths=[4, 4, 2, 3, 4])
+        compare(RNN, (4, 5, 2, 9), "persistent", lengths=[4, 4, 2, 3, 4], inference=False)
     with forced(Ffma(1, 4, 1, 1), 3, "counted"):
         compare(RNN, (4, 3, 2, 9), "persistent", inference=False)
 
@@ -311,13 +328,13 @@ def test_the_main_job_trains_on_the_kernels(tmp_path):
 
 
 def test_a_row_s_nan_stays_in_its_row():
-    for precision in ("float32", "bfloat16"):
+    for precision, H in (("float32", 33), ("bfloat16", 17)):
         with interpreted():
-            layer = gpurnn.GRU(2, 17, rng=1, executor="resident", precision=precision)
+            layer = gpurnn.LSTM(2, H, rng=1, executor="resident", precision=precision)
             x = np.zeros((3, 10, 2), np.float32)
             x[1, 4] = np.nan
             y, _, backward = layer(fake_cupy.asarray(x))
-            dx, _ = backward(fake_cupy.ones((3, 10, 17), np.float32))
+            dx, _ = backward(fake_cupy.ones((3, 10, H), np.float32))
             y, dx = y.get(), dx.get()
         others = [n for n in range(10) if n != 4]
         assert np.isfinite(y[:, others]).all() and np.isfinite(dx[:, others]).all()
@@ -343,7 +360,7 @@ def _dividing():
 @pytest.mark.parametrize(
     ("tile", "blocks", "kind"),
     [
-        (Ffma(2, 4, 2, 1), 1, "alone"),
+        pytest.param(Ffma(2, 4, 2, 1), 1, "alone", marks=SLOW),
         (Ffma(2, 4, 2, 1), 2, "flagged"),
         (Mma("bfloat16", 2, 1, 8, 0), 2, "clustered"),
     ],

@@ -1,6 +1,8 @@
 """Kernels built on this machine, for architectures it does not have: registers, spills, shared memory, instructions.
 
-The list below is what is published as checked; `-m slow` builds the long one.  A GPU is not needed, its tools are.
+The lists below are what is published as checked.  A kernel takes seconds to build, so without `-m slow` each kind of product,
+precision and exchange is built once, most for the newer chip: what an older one has of its own (fences, less room) shows
+in one kernel of each kind.  `-m slow` builds all of them, and the long list.  A GPU is not needed, its tools are.
 """
 
 import functools
@@ -16,6 +18,7 @@ from gpurnn.cells import CELLS
 from gpurnn.cuda.tuning import registers
 from gpurnn.kernels import build, packing, persistent, plan, step, tiles
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
+from tests.conftest import USER_CELLS
 from tests.mutants import anew
 
 ARCHITECTURES = ((8, 0), (9, 0))
@@ -35,6 +38,11 @@ PERSISTENT = [
     ("rnn_tanh", 1024, 64, "bfloat16"), ("lstm", 768, 16, "float16"), ("lstm", 1024, 64, "bfloat16"),
     ("gru", 512, 64, "tf32"), ("gru", 1024, 32, "bfloat16"), ("lstm", 512, 32, "float32"),
 ]  # fmt: skip
+NO_ROOM = [("lstm", 128, 256, "float32"), ("lstm", 512, 32, "float32")]  # on the older chip: in one block, in all
+SLOW = {
+    (9, 0): [RESIDENT[1], RESIDENT[2], RESIDENT[5], PERSISTENT[0], PERSISTENT[1], PERSISTENT[4]],
+    (8, 0): [case for case in RESIDENT + PERSISTENT if case not in (RESIDENT[1], RESIDENT[5], PERSISTENT[2])],
+}
 LONG = [
     (cell, H, N, precision)
     for cell in ("rnn_tanh", "lstm", "gru")
@@ -42,6 +50,12 @@ LONG = [
     for N in (8, 64)
     for precision in ("float32", "tf32", "bfloat16")
 ]
+
+
+def cases(table):
+    """(capability, cell, H, batch, precision) for each chip that has room for it."""
+    every = [(chip, case) for chip in ARCHITECTURES for case in table if chip != (8, 0) or case not in NO_ROOM]
+    return [pytest.param(chip, *case, marks=[pytest.mark.slow] * (case in SLOW[chip])) for chip, case in every]
 
 
 def opcodes(cubin, tmp_path):
@@ -73,9 +87,12 @@ def check(recipe, capability, tmp_path):
     return codes, text
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES, ids=str)
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("cell", "capability"),
+    [("rnn_tanh", (9, 0)), ("lstm", (9, 0)), ("gru", (9, 0)), ("lstm", (8, 0))]
+    + [pytest.param(cell, (8, 0), marks=pytest.mark.slow) for cell in ("rnn_tanh", "gru")],
+)
 def test_step(cell, dtype, capability, tmp_path):
     for recipe in (
         build.recipe(step.forward, CELLS[cell].trace, dtype=dtype),
@@ -86,10 +103,17 @@ def test_step(cell, dtype, capability, tmp_path):
         assert codes["LDG"] and codes["STG"]
 
 
-def test_step_of_a_user_s_cell(user_cell, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("hoarder", "every_function", "three_states")))
+        for name in USER_CELLS
+    ],
+)
+def test_step_of_a_user_s_cell(name, tmp_path):
     for recipe in (
-        build.recipe(step.forward, user_cell.trace, dtype="float32"),
-        build.recipe(step.backward, user_cell.trace, dtype="float32", clip=False),
+        build.recipe(step.forward, USER_CELLS[name].trace, dtype="float32"),
+        build.recipe(step.backward, USER_CELLS[name].trace, dtype="float32", clip=False),
     ):
         check(recipe, (9, 0), tmp_path)
 
@@ -98,17 +122,23 @@ def chip_of(capability):
     return plan.Chip(0, capability, MULTIPROCESSORS[capability], SHARED[capability])
 
 
+def planned(name, H, N, precision, alone, kind, capability):
+    """(shape, choice) forward and backward, as the executor would choose them; None where a direction does not fit."""
+    cell, chip, found = CELLS[name], chip_of(capability), []
+    for transposed in (False, True):
+        choices = plan.choices(H, cell.gates, transposed, N, precision, registers(cell, transposed), chip, alone)
+        choice = min((c for c in choices if kind in (None, c.exchange)), key=lambda c: c.cost.cycles, default=None)
+        found.append(choice and (Shape(H, cell.gates, transposed, choice.blocks), choice))
+    return found
+
+
 def on_chip_recipes(name, H, N, precision, alone, kind, capability):
-    """(recipe, tile, shape) forward and backward, as the executor would choose them; less where a direction does not fit."""
+    """(recipe, tile, shape) forward and backward; less where a direction does not fit."""
     cell, chip, recipes = CELLS[name], chip_of(capability), []
-    for transposed, factory, constants in (
-        (False, persistent.forward, {"training": True}),
-        (True, persistent.backward, {"clip": True}),
-    ):
-        found = plan.choices(H, cell.gates, transposed, N, precision, registers(cell, transposed), chip, alone)
-        choice = min((c for c in found if kind in (None, c.exchange)), key=lambda c: c.cost.cycles, default=None)
-        if choice is not None:
-            shape = Shape(H, cell.gates, transposed, choice.blocks)
+    ways = ((persistent.forward, {"training": True}), (persistent.backward, {"clip": True}))
+    for found, (factory, constants) in zip(planned(name, H, N, precision, alone, kind, capability), ways, strict=True):
+        if found is not None:
+            shape, choice = found
             recipes.append((*shipped(factory, cell, choice, shape, constants, chip), shape))
     return recipes
 
@@ -222,25 +252,30 @@ def _products(shape, tile):
     return tile.groups * shape.outputs // 2 * tile.rows // 8 * 2 * lay.chunks
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES, ids=str)
-@pytest.mark.parametrize(("cell", "H", "N", "precision"), RESIDENT)
-def test_resident(cell, H, N, precision, capability, tmp_path):
-    fits = check_on_chip(cell, H, N, precision, True, capability, tmp_path)
-    assert fits == (0 if capability == (8, 0) and (cell, H, N, precision) in TOO_LARGE_FOR_SM_80 else 2)
+@pytest.mark.parametrize(("capability", "cell", "H", "N", "precision"), cases(RESIDENT))
+def test_resident(capability, cell, H, N, precision, tmp_path):
+    assert check_on_chip(cell, H, N, precision, True, capability, tmp_path) == 2
 
 
-@pytest.mark.parametrize(
-    ("capability", "cell", "H", "N", "precision"),
-    [*(((9, 0), *case) for case in PERSISTENT), *(((8, 0), *case) for case in PERSISTENT[2:5])],
-)
+@pytest.mark.parametrize(("capability", "cell", "H", "N", "precision"), cases(PERSISTENT))
 def test_persistent(capability, cell, H, N, precision, tmp_path):
-    fits = check_on_chip(cell, H, N, precision, False, capability, tmp_path)
-    assert fits == 2
+    assert check_on_chip(cell, H, N, precision, False, capability, tmp_path) == 2
+
+
+@pytest.mark.parametrize(("case", "alone"), [(NO_ROOM[0], True), (NO_ROOM[1], False)], ids=str)
+def test_no_room_on_the_older_chip(case, alone):
+    assert planned(*case, alone, None, (8, 0)) == [None, None]
+    assert None not in planned(*case, alone, None, (9, 0))
 
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("flagged", "float32"), ("counted", "bfloat16"), ("clustered", "float32"), ("clustered", "tf32")],
+    [
+        ("counted", "bfloat16"),
+        ("clustered", "float32"),
+        pytest.param("clustered", "tf32", marks=pytest.mark.slow),
+        pytest.param("flagged", "float32", marks=pytest.mark.slow),  # as `test_persistent` has it
+    ],
 )
 def test_every_exchange(kind, precision, tmp_path):
     assert check_on_chip("lstm", 200, 16, precision, False, (9, 0), tmp_path, kind) == 2
@@ -278,8 +313,8 @@ def test_long_list(cell, H, N, precision, capability, tmp_path):
 
 def test_pack_kernels(tmp_path):
     for precision in ("float32", "tf32", "bfloat16", "float16"):
-        for _, tile, shape in on_chip_recipes("lstm", 100, 16, precision, False, None, (9, 0)):
-            check(build.recipe(packing.pack, shape=shape, tile=tile), (9, 0), tmp_path)
+        for shape, choice in planned("lstm", 100, 16, precision, False, None, (9, 0)):
+            check(build.recipe(packing.pack, shape=shape, tile=choice.tile), (9, 0), tmp_path)
 
 
 def test_lint_notices_spills_and_an_empty_disassembly(tmp_path):

@@ -36,8 +36,16 @@ def rows(C, R, dtype, seed=0):
     return (3 * rng.standard_normal((R, C))).astype(dtype), rng.integers(0, C, R)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("C", [2, 31, 33, 65, 515, LONG])
+CLASSES = (2, 31, 33, 65, 515, LONG)  # each has kernels of its own, which take seconds to build
+
+
+@pytest.mark.parametrize(
+    ("C", "dtype"),
+    [(C, "float32") for C in CLASSES]
+    + [(33, "float16"), (LONG, "float16"), (515, "float64"), (LONG, "float64")]
+    + [pytest.param(C, "float16", marks=pytest.mark.slow) for C in (2, 31, 65, 515)]
+    + [pytest.param(C, "float64", marks=pytest.mark.slow) for C in (2, 31, 33, 65)],
+)
 def test_cross_entropy(C, dtype):
     logits, targets = rows(C, 11, dtype)
     some = np.where(np.arange(11) % 5 == 4, -7, targets)
@@ -288,8 +296,14 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rule", RULES)
+MOST_OF_ALL = ("nesterov", "rmsprop, all", "adam, all", "adamw")  # the others do less of the same
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [(rule, "float32") for rule in RULES]
+    + [pytest.param(rule, "float64", marks=[pytest.mark.slow] * (rule not in MOST_OF_ALL)) for rule in RULES],
+)
 def test_optimisers(rule, dtype):
     kind, options = RULES[rule]
 
