@@ -4,7 +4,9 @@ import ast
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from bench.__main__ import main
 from bench.calibrate import measure
 from bench.calibrate.measure import Case, Experiment, Settings, Way
 from gpurnn import backend, environment
-from gpurnn.cpu import cache, costs
+from gpurnn.cpu import barrier, cache, combine, compiled, costs, crew, gemm, reduction
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
@@ -109,13 +111,42 @@ def test_this_process_has_its_cpus_row():
     tree = {node.target.id: node.value for node in source("costs").body if isinstance(node, ast.AnnAssign)}
     own = costs.differing(environment.cpu_family())
     for name in costs.NAMES:
-        assert getattr(costs, name) == own.get(name, eval(ast.unparse(tree[name]))), name
+        assert costs.KEPT[name] == own.get(name, eval(ast.unparse(tree[name]))), name
 
 
 def test_the_compile_cache_tells_constants_apart(monkeypatch):
     before = cache._environment_key.__wrapped__()
-    monkeypatch.setattr(costs, "SUM_ROWS", costs.SUM_ROWS + 1)
+    monkeypatch.setattr(costs, "KEPT", costs.KEPT | {"SUM_ROWS": costs.SUM_ROWS + 1})
     assert cache._environment_key.__wrapped__() != before
+
+
+FLOAT32 = np.dtype(np.float32)
+COMPILED_IN = [
+    ("CHAINS", gemm.make_gemm, FLOAT32),
+    ("COMBINE_COLUMNS", combine.combine, FLOAT32),
+    ("SUM_ROWS", reduction.reduction, FLOAT32),
+    ("SUM_COLUMNS", reduction.reduction, FLOAT32),
+    ("FEW_SUM_COLUMNS", reduction.reduction, FLOAT32),
+    ("LINGER_TURNS", crew._serve),
+    ("LINGER_TURNS", crew._make_hire),
+    ("SPIN_TURNS", barrier.make_pause),
+    ("SPIN_TURNS", barrier.make_meet),
+]
+
+
+@pytest.mark.parametrize("constant, factory, given", [(name, factory, given) for name, factory, *given in COMPILED_IN])
+def test_what_is_compiled_in_is_in_the_functions_key(monkeypatch, constant, factory, given):
+    factory(*given)  # what it calls is made here
+    keys = []
+
+    def external(function, *key, record=None):
+        keys.append(key)
+        return SimpleNamespace(python=None)
+
+    monkeypatch.setattr(cache, "external", external)
+    for value in (costs.KEPT[constant], costs.KEPT[constant] + 1):
+        measure.fresh(factory, *given, **{constant: value})
+    assert len(keys) == 2 and keys[0] != keys[1]
 
 
 def training_step():
@@ -128,11 +159,8 @@ def training_step():
     return model.params.flat.tobytes()
 
 
-COMPILED_IN = {"CHAINS", "COMBINE_COLUMNS", "SUM_ROWS", "SUM_COLUMNS", "FEW_SUM_COLUMNS", "LINGER_TURNS", "SPIN_TURNS"}
-
-
 @pytest.mark.parametrize(
-    "constant", [name for name in costs.NAMES if not COSTS[name].order and name not in COMPILED_IN]
+    "constant", [name for name in costs.NAMES if not COSTS[name].order and name not in {row[0] for row in COMPILED_IN}]
 )
 def test_what_is_not_said_to_change_the_order_of_sums_leaves_all_bits(monkeypatch, constant):
     monkeypatch.setenv("GPURNN_NUM_THREADS", "2")
@@ -144,8 +172,6 @@ def test_what_is_not_said_to_change_the_order_of_sums_leaves_all_bits(monkeypatc
 
 @pytest.mark.parametrize("constant, shape", [("COMBINE_COLUMNS", (1, 1, 40, 80)), ("FEW_SUM_COLUMNS", (4, 1, 40, 80))])
 def test_nor_do_the_sizes_of_blocks_that_are_compiled_in(monkeypatch, constant, shape):
-    from gpurnn.cpu import combine, compiled, reduction
-
     T, N, I, H = shape
 
     def gradients():
@@ -155,7 +181,7 @@ def test_nor_do_the_sizes_of_blocks_that_are_compiled_in(monkeypatch, constant, 
 
     expected = gradients()
     for name, module in (("combine", combine), ("reduction", reduction)):
-        made = measure.fresh(getattr(module, name), np.dtype(np.float32), **{constant: 16})
+        made = measure.fresh(getattr(module, name), FLOAT32, **{constant: 16})
         monkeypatch.setattr(compiled, name, measure.always(made))
     monkeypatch.setattr(costs, constant, 16)
     assert gradients() == expected
@@ -182,14 +208,14 @@ def test_what_a_value_costs_is_arithmetic(monkeypatch):
 def test_each_way_is_timed_with_its_own_costs_and_they_come_back():
     kept, seen = costs.BLOCK_BYTES, []
     case = measure.sized("sizes", lambda: seen.append(costs.BLOCK_BYTES), "BLOCK_BYTES", (1, 2))
-    samples = measure.timed(case, Settings(rounds=3, seconds=0.0))
+    samples = measure.timed(case, Settings(rounds=3, seconds=0.0), time.perf_counter)
     assert {way: len(times) for way, times in samples.items()} == {1: 3, 2: 3}
     assert seen == [1, 1, 2, 2, 2, 2, 1, 1, 1, 1, 2, 2]  # untimed and timed, beginning with another way each round
     assert kept == costs.BLOCK_BYTES
 
 
 def test_calibrate_measures_every_constant(capsys):
-    before = costs.values()
+    before = {name: getattr(costs, name) for name in costs.NAMES}
     assert main(["calibrate", "--quick"]) == 0
     out = capsys.readouterr().out
     for name in costs.NAMES:
@@ -197,7 +223,7 @@ def test_calibrate_measures_every_constant(capsys):
         assert COSTS[name].unit in line or "not measured" in line
     assert " ".join(environment.cpu_family()) in out.splitlines()[0]
     assert "other processes took" in out.splitlines()[-1]
-    assert costs.values() == before
+    assert {name: getattr(costs, name) for name in costs.NAMES} == before
 
 
 def test_calibrate_takes_an_experiment_or_a_constant_by_name(capsys):

@@ -14,7 +14,7 @@ from gpurnn.cpu.simd import address
 
 CHAINS = (2, 4, 8, 16)
 COLUMNS = (128, 256, 512, 1024, 2048)
-SUM_ROWS, SUM_COLUMNS, FEW_COLUMNS = (128, 256, 512, 1024), (48, 96, 192, 384), (4, 8, 16, 32, 64)
+SUM_ROWS, SUM_COLUMNS, FEW_COLUMNS = (128, 256, 512, 1024), (48, 96, 192, 384), (8, 16, 32, 64, 128)
 
 
 def _chains(quick: bool) -> list[Case]:

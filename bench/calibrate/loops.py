@@ -161,5 +161,5 @@ EXPERIMENTS = {
     "packing": Experiment(("PACKING_ROWS", "LYING_ROWS", "DOT_TERMS"), _packing),
     "copying": Experiment(("COPYING_ROWS",), _copying),
     "few_rows": Experiment(("FEW_SUM_ROWS",), _few_rows),
-    "projected": Experiment(("PROJECTED_ROWS",), _projected, {"PROJECTED_ROWS": PROJECTED}),
+    "projected": Experiment(("PROJECTED_ROWS",), _projected, {"PROJECTED_ROWS": PROJECTED}, threads=2),
 }

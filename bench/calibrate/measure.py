@@ -62,7 +62,7 @@ def sized(name: str, run: Callable[[], Any], constant: str, values: Iterable[int
 class Experiment(NamedTuple):
     """cases: for `quick` or not.  values: of each constant that are tried; by FACTORS where it says nothing of one.
 
-    threads: how many it needs.
+    threads: how many it needs.  For one, time is its own CPU time, without what other processes take.
     """
 
     constants: tuple[str, ...]
@@ -91,7 +91,8 @@ Samples = dict[Hashable, list[float]]  # seconds of the fastest run in each roun
 
 def found(experiment: Experiment, settings: Settings) -> list[Found]:
     cases = experiment.cases(settings.quick)
-    return judged(experiment, cases, [timed(case, settings) for case in cases])
+    clock = time.thread_time if experiment.threads == 1 else time.perf_counter
+    return judged(experiment, cases, [timed(case, settings, clock) for case in cases])
 
 
 def judged(experiment: Experiment, cases: Sequence[Case], samples: Sequence[Samples]) -> list[Found]:
@@ -115,7 +116,7 @@ def judged(experiment: Experiment, cases: Sequence[Case], samples: Sequence[Samp
     return lines
 
 
-def timed(case: Case, settings: Settings) -> Samples:
+def timed(case: Case, settings: Settings, clock: Callable[[], float]) -> Samples:
     """Seconds of the fastest run of each way in each round, every round beginning with another one."""
     samples: Samples = {way: [] for way in case.ways}
     for round in range(settings.rounds):
@@ -123,7 +124,7 @@ def timed(case: Case, settings: Settings) -> Samples:
         for place in range(len(names)):
             name = names[(place + round) % len(names)]
             with patched(case.ways[name].patches):
-                samples[name].append(_sample(case.ways[name].run, case.asleep, settings.seconds))
+                samples[name].append(_sample(case.ways[name].run, case.asleep, settings.seconds, clock))
     return samples
 
 
@@ -156,17 +157,16 @@ def always(value: Any) -> Callable[..., Any]:
     return lambda *_: value
 
 
-def _sample(run: Callable[[], Any], asleep: bool, seconds: float) -> float:
+def _sample(run: Callable[[], Any], asleep: bool, seconds: float, clock: Callable[[], float]) -> float:
     run()
     fastest, end = math.inf, time.perf_counter() + seconds
     while True:
         if asleep:
             time.sleep(ASLEEP)
-        begun = time.perf_counter()
+        begun = clock()
         run()
-        now = time.perf_counter()
-        fastest = min(fastest, now - begun)
-        if now >= end:
+        fastest = min(fastest, clock() - begun)
+        if time.perf_counter() >= end:
             return fastest
 
 

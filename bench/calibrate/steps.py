@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import gpurnn
-from bench.calibrate.loops import FLOAT32, NEVER, Pass
+from bench.calibrate.loops import ALONE, FLOAT32, NEVER, Pass
 from bench.calibrate.measure import Case, Experiment, Way, always, either, fresh, patched, settings_of, sized, some
 from gpurnn.cpu import barrier, cache, clear, costs, crew, dropout, ops, threads
 from gpurnn.cpu.records import Record
@@ -114,11 +114,16 @@ def _streamed(size: int) -> Case:
 
 
 def _allocating(quick: bool) -> list[Case]:
-    """The arrays of whole passes."""
+    """The arrays of whole passes, on one thread."""
     sizes = [(10, 4, 32), (20, 8, 64), (50, 16, 128), (100, 32, 256)]
     passes = [Pass("lstm", T, N, H, H) for T, N, H in (sizes[:1] if quick else sizes)]
     values = some(ALLOCATED, costs.BLOCK_BYTES, quick)
-    return [sized(own.name, own.train, "BLOCK_BYTES", values) for own in passes]
+    return [
+        Case(
+            own.name, {v: Way(own.train, ALONE + settings_of(BLOCK_BYTES=v)) for v in values}, lambda: costs.BLOCK_BYTES
+        )
+        for own in passes
+    ]
 
 
 def _dropping(quick: bool) -> list[Case]:
@@ -183,7 +188,7 @@ def _meetings(turns: int) -> Any:
     """meetings(values, part): its threads meet `steps` times, and wait for one another with this many turns."""
     pause = always(fresh(barrier.make_pause, SPIN_TURNS=turns))
     with patched(((barrier, "make_pause", pause),)):
-        meet = barrier.make_meet.__wrapped__()
+        meet = fresh(barrier.make_meet, SPIN_TURNS=turns)
     read = MEETINGS.read
 
     def meetings(values, part):
@@ -202,7 +207,7 @@ EXPERIMENTS = {
     "blas_products": Experiment(("BLAS_PRODUCT",), _blas_products, threads=2),
     "blas_sums": Experiment(("BLAS_SUM",), _blas_sums, {"BLAS_SUM": SUM_BLOCKS}, threads=2),
     "clearing": Experiment(("CLEAR_BYTES",), _clearing, threads=2),
-    "streaming": Experiment(("STREAMED_BYTES",), _streaming),
+    "streaming": Experiment(("STREAMED_BYTES",), _streaming, threads=2),
     "allocating": Experiment(("BLOCK_BYTES",), _allocating, {"BLOCK_BYTES": ALLOCATED}),
     "dropping": Experiment(("DROPOUT_VALUES",), _dropping, threads=2),
     "updating": Experiment(("UPDATE_VALUES",), _updating, {"UPDATE_VALUES": UPDATE_BLOCKS}),

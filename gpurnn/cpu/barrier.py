@@ -70,7 +70,7 @@ def make_pause():
 @functools.cache
 def make_meet():
     """meet(barrier, arrivals): waits until `arrivals` threads in all have come, its own coming being one; for 1, nothing."""
-    pause = make_pause()
+    pause, spins = make_pause(), costs.SPIN_TURNS
 
     def meet(barrier, arrivals):
         if arrivals == 1 or _arrive(barrier) >= arrivals:
@@ -80,4 +80,4 @@ def make_meet():
             pause(turn)
             turn += 1
 
-    return cache.external(meet, host())
+    return cache.external(meet, host(), spins)

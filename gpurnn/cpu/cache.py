@@ -111,7 +111,7 @@ def _environment_key() -> str:
     sources = [entries.sources(package, __version__, modules) for package, modules in parts]
     features = binding.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:3])
-    cpu = f"{binding.get_process_triple()} {binding.get_host_cpu_name()} {features} {costs.values()}"
+    cpu = f"{binding.get_process_triple()} {binding.get_host_cpu_name()} {features} {costs.KEPT}"
     return f"{sources} {versions} {cpu}"
 
 

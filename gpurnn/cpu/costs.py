@@ -97,9 +97,7 @@ def differing(cpu: tuple[str, str, str]) -> dict[str, int | float]:
     return BY_CPU.get(cpu[:2], {}) | BY_CPU.get(cpu, {})
 
 
-def values() -> tuple[int | float, ...]:
-    """Of all constants as they are now, for the compile cache: some are compiled in."""
-    return tuple(globals()[name] for name in NAMES)
-
-
 globals().update(differing(cpu_family()))
+KEPT = {
+    name: globals()[name] for name in NAMES
+}  # on this CPU; some are compiled in, so the compile cache's key has them
