@@ -105,7 +105,7 @@ def _platform() -> str:
 
 
 def cpu_family(cpuinfo: Path = CPUINFO) -> tuple[str, str, str]:
-    """The CPU's vendor, family and model as the system calls them: ("GenuineIntel", "6", "85"); "" for what it does not say."""
+    """The CPU's vendor, family and model as the system calls them: ("GenuineIntel", "6", "85"); "" where it is silent."""
     found = _first_cpu(cpuinfo)
     names = ("vendor_id", "cpu family", "model"), ("cpu implementer", "cpu architecture", "cpu part")
     vendor, family, model = (found.get(x86) or found.get(arm, "") for x86, arm in zip(*names, strict=True))

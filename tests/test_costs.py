@@ -205,13 +205,24 @@ def test_what_a_value_costs_is_arithmetic(monkeypatch):
     assert line.best == (20, float("inf")) and line.costs == (1.0, 1.0, 1.0)
 
 
-def test_each_way_is_timed_with_its_own_costs_and_they_come_back():
+@pytest.mark.parametrize("clock", [measure.by_the_wall, measure.by_its_own_time])
+def test_each_way_is_timed_with_its_own_costs_and_they_come_back(monkeypatch, clock):
+    monkeypatch.setattr(time, "thread_time", iter(range(1, 100)).__next__)
     kept, seen = costs.BLOCK_BYTES, []
     case = measure.sized("sizes", lambda: seen.append(costs.BLOCK_BYTES), "BLOCK_BYTES", (1, 2))
-    samples = measure.timed(case, Settings(rounds=3, seconds=0.0), time.perf_counter)
+    samples = measure.timed(case, Settings(rounds=3, seconds=0.0), clock)
     assert {way: len(times) for way, times in samples.items()} == {1: 3, 2: 3}
     assert seen == [1, 1, 2, 2, 2, 2, 1, 1, 1, 1, 2, 2]  # untimed and timed, beginning with another way each round
     assert kept == costs.BLOCK_BYTES
+
+
+def test_own_time_is_the_mean_of_all_runs_and_never_nothing(monkeypatch):
+    """Of a run that the system has not booked yet there are more."""
+    runs = []
+    monkeypatch.setattr(time, "thread_time", iter([5.0, 5.0, 5.0, 5.6]).__next__)
+    case = Case("one", {}, int)
+    assert measure.by_its_own_time(case, lambda: runs.append(1), 0.0) == pytest.approx(0.2)
+    assert len(runs) == 4  # one untimed
 
 
 def test_calibrate_measures_every_constant(capsys):

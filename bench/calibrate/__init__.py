@@ -1,8 +1,9 @@
 """`python -m bench calibrate`: the CPU side's measured constants (`gpurnn/cpu/costs.py`), measured again on this machine.
 
 An experiment runs both sides of a choice, or all sizes of a block, with our own code: in turn, several rounds, of each the
-fastest run (on one thread by its own CPU time, where it takes several by the clock on the wall).  What a value of a constant costs is then arithmetic: in each case the library's own rule picks a side, and its
-time over the fastest one's is what that costs; over all cases the geometric mean.
+fastest run (on one thread by its own CPU time, where it takes several by the clock on the wall).  What a value costs is then
+arithmetic: in each case the library's own rule picks a side, and its time over the fastest one's is what that costs; over
+all cases the geometric mean.
 
   kept           the value in `costs`, for this CPU
   measured here  the values that cost the least, within CLOSE, of those tried: which ones, says `measure`

@@ -17,7 +17,7 @@ FACTORS = [2.0 ** (k / 2) for k in range(-10, 11)]  # of the kept value: those t
 
 
 class Settings(NamedTuple):
-    """rounds: samples of each way.  seconds: of a sample, in which the fastest run counts.  quick: with few cases."""
+    """rounds: samples of each way.  seconds: of a sample.  quick: with few cases."""
 
     rounds: int
     seconds: float
@@ -86,12 +86,13 @@ class Found(NamedTuple):
     where: str
 
 
-Samples = dict[Hashable, list[float]]  # seconds of the fastest run in each round
+Samples = dict[Hashable, list[float]]  # seconds of a run, in each round
+Clock = Callable[[Case, Callable[[], Any], float], float]
 
 
 def found(experiment: Experiment, settings: Settings) -> list[Found]:
     cases = experiment.cases(settings.quick)
-    clock = time.thread_time if experiment.threads == 1 else time.perf_counter
+    clock = by_its_own_time if experiment.threads == 1 else by_the_wall
     return judged(experiment, cases, [timed(case, settings, clock) for case in cases])
 
 
@@ -116,15 +117,15 @@ def judged(experiment: Experiment, cases: Sequence[Case], samples: Sequence[Samp
     return lines
 
 
-def timed(case: Case, settings: Settings, clock: Callable[[], float]) -> Samples:
-    """Seconds of the fastest run of each way in each round, every round beginning with another one."""
+def timed(case: Case, settings: Settings, clock: Clock) -> Samples:
+    """Seconds of a run of each way in each round, every round beginning with another one."""
     samples: Samples = {way: [] for way in case.ways}
     for round in range(settings.rounds):
         names = list(case.ways)
         for place in range(len(names)):
             name = names[(place + round) % len(names)]
             with patched(case.ways[name].patches):
-                samples[name].append(_sample(case.ways[name].run, case.asleep, settings.seconds, clock))
+                samples[name].append(clock(case, case.ways[name].run, settings.seconds))
     return samples
 
 
@@ -157,17 +158,31 @@ def always(value: Any) -> Callable[..., Any]:
     return lambda *_: value
 
 
-def _sample(run: Callable[[], Any], asleep: bool, seconds: float, clock: Callable[[], float]) -> float:
+def by_the_wall(case: Case, run: Callable[[], Any], seconds: float) -> float:
+    """Seconds of the fastest run."""
     run()
     fastest, end = math.inf, time.perf_counter() + seconds
     while True:
-        if asleep:
+        if case.asleep:
             time.sleep(ASLEEP)
-        begun = clock()
+        begun = time.perf_counter()
         run()
-        fastest = min(fastest, clock() - begun)
-        if time.perf_counter() >= end:
+        now = time.perf_counter()
+        fastest = min(fastest, now - begun)
+        if now >= end:
             return fastest
+
+
+def by_its_own_time(case: Case, run: Callable[[], Any], seconds: float) -> float:
+    """Seconds of CPU time of this thread, the mean of all runs: what a host takes from a guest is not booked at once."""
+    run()
+    count, begun, end = 0, time.thread_time(), time.perf_counter() + seconds
+    while True:
+        run()
+        count += 1
+        spent = time.thread_time() - begun
+        if spent > 0 and time.perf_counter() >= end:
+            return spent / count
 
 
 def _picked(constant: str, value: float, cases: Sequence[Case]) -> list[Hashable]:

@@ -2,8 +2,8 @@
 
 Numba's `cache=True` looks at one function's bytecode: it misses closures over intrinsics, and does not notice an edit
 in another file.  Our key is everything that decides the machine code: the cell's traced mathematics, the element type,
-the vector width, the sources of this package and of the trace, what `costs` are on this CPU, the versions of Numba, LLVM
-and Python, and the CPU.
+the vector width, the sources of this package and of the trace, this CPU's `costs`, the versions of Numba, LLVM and
+Python, and the CPU.
 Processes may share the folder; a damaged entry is compiled again.
 """
 

@@ -1,13 +1,13 @@
 """Every measured constant of the CPU side: the size from which something pays, or of a block that stays in a cache.
 
 `kernels/plan.py` is the same for GPUs.  In each annotation: its unit, the experiment that measures it again (`python -m
-bench calibrate --only EXPERIMENT`), the modules of this room that read it, and ORDER where another value adds up numbers in
-another order.  Two runs have the same bits where device, versions and thread count are the same: what is measured is kept
-here, by CPU model where one differs, and nothing is measured while the library runs.
+bench calibrate --only EXPERIMENT`), the modules of this room that read it, and ORDER where another value adds up numbers
+in another order.  Two runs have the same bits where device, versions and thread count are the same: what is measured is
+kept here, by CPU where one differs, and nothing is measured while the library runs.
 
-Fitted on a 2-core AMD EPYC with AVX-512; BY_CPU says what other CPUs have otherwise.  No costs, and so with their code:
-what follows from a CPU's registers and lanes (tiles, panels, rows side by side), what accuracy asks for (`sums.CHUNK`), and
-what is a choice (how much memory `memory` keeps, how long `crew` rests between two looks at who is free).
+The values were fitted on a 2-core AMD EPYC with AVX-512 (2026-11-21); BY_CPU has what other CPUs have otherwise.  No costs,
+and so with their code, are what follows from a CPU's registers and lanes (tiles, panels, rows side by side), what accuracy
+asks for (`sums.CHUNK`), and what is a choice (how much `memory` keeps, how long `crew` rests between two looks).
 """
 
 from typing import Annotated, NamedTuple
@@ -40,8 +40,8 @@ ENOUGH_ROWS: Annotated[float, Cost("rows/thread", "loops", "sharing", ORDER)] = 
 ENOUGH_ROWS_CACHED: Annotated[float, Cost("rows/thread", "loops", "sharing", ORDER)] = 3.0
 CACHED_BYTES: Annotated[int, Cost("bytes", "loops", "sharing", ORDER)] = 1 << 20
 
-# products: whether weights are packed.  As they lie a product loses the time of LYING_ROWS + its rows in each step; packing
-# takes that of PACKING_ROWS, COPYING_ROWS where nothing has to be transposed.
+# products: whether weights are packed.  As they lie a product loses the time of LYING_ROWS + its rows in each step;
+# packing takes that of PACKING_ROWS, or of COPYING_ROWS where nothing has to be transposed.
 LYING_ROWS: Annotated[int, Cost("rows", "packing", "products", ORDER)] = 12
 PACKING_ROWS: Annotated[int, Cost("rows", "packing", "products", ORDER)] = 400
 COPYING_ROWS: Annotated[int, Cost("rows", "copying", "products", ORDER)] = 300
@@ -88,7 +88,7 @@ UPDATE_VALUES: Annotated[int, Cost("values", "updating", "updates")] = 1 << 16
 
 NAMES = tuple(name for name, value in list(globals().items()) if name.isupper() and type(value) in (int, float))
 
-# What differs, by a CPU's vendor and family, and where it is known to differ within one, its model: see `bench calibrate`.
+# What differs: by a CPU's vendor and family, or where it differs within a family by vendor, family and model.
 BY_CPU: dict[tuple[str, ...], dict[str, int | float]] = {}
 
 

@@ -1,9 +1,9 @@
 """Threads that do one call's work together, in compiled code from its beginning to its end.
 
 Waking a thread takes as long as tens of millions of floating-point operations.  So a worker waits for its next job in
-compiled code, without Python and its lock, for `costs.LINGER_TURNS`; only then it goes to sleep.  A call hires its workers, has
-them for itself until all have done their parts, and frees them: all that is one step for Python, which no interrupt from
-the keyboard can end halfway.  Workers live as long as the process; a forked child has none and starts its own.
+compiled code, without Python and its lock, for `costs.LINGER_TURNS`; only then it goes to sleep.  A call hires its workers,
+has them for itself until all have done their parts, and frees them: all that is one step for Python, which no interrupt
+from the keyboard can end halfway.  Workers live as long as the process; a forked child has none and starts its own.
 """
 
 import ctypes
