@@ -61,6 +61,8 @@ def main(options: argparse.Namespace) -> int:
         for line in found(experiment, settings):
             print(row(line), flush=True)
         disturbed += _taken(before, quiet.mark())
+    if options.quick:
+        print("quick: that it runs is all that this says")
     wall = time.perf_counter() - begun
     print(f"{wall:.0f} s; other processes took {disturbed / wall:.2f} CPUs of them meanwhile")
     return 0
@@ -85,8 +87,9 @@ def row(line: Found) -> str:
         here = _number(low) if low == high else f"{_number(low)} to {_number(high)}"
     else:
         here = f"{_number(low)} or more" if low > 0 else f"{_number(high)} or less" if high < math.inf else "any"
-    unit, (whole, first, second) = annotations()[line.constant].unit, line.costs
-    return f"| {line.constant} | {unit} | {_number(kept)} | {here} | {whole:.2f} ({first:.2f}, {second:.2f}) | {line.worst:.2f}, {line.where} |"
+    whole, first, second = line.costs
+    cells = line.constant, annotations()[line.constant].unit, _number(kept), here
+    return f"| {' | '.join(cells)} | {whole:.2f} ({first:.2f}, {second:.2f}) | {line.worst:.2f}, {line.where} |"
 
 
 def _number(value: float) -> str:

@@ -98,6 +98,5 @@ def differing(cpu: tuple[str, str, str]) -> dict[str, int | float]:
 
 
 globals().update(differing(cpu_family()))
-KEPT = {
-    name: globals()[name] for name in NAMES
-}  # on this CPU; some are compiled in, so the compile cache's key has them
+# On this CPU.  Some are compiled in, so the compile cache's key has them.
+KEPT = {name: globals()[name] for name in NAMES}
