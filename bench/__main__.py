@@ -1,4 +1,4 @@
-"""`python -m bench`: gpu, run, plot, report, compare, profile, build, smoke, tune, host, model, sass."""
+"""`python -m bench`: gpu, run, plot, report, compare, profile, build, smoke, tune, calibrate, host, model, sass."""
 
 import argparse
 import importlib
@@ -16,6 +16,7 @@ COMMANDS = {
     "build": "build the kernels of cases, of the smoke test or of the GPU tests ahead, on all CPUs; no GPU needed",
     "smoke": "every executor, precision and exchange on this GPU against NumPy, in a minute",
     "tune": "measure the plan's choices on this GPU and keep the fastest",
+    "calibrate": "the measured constants of the CPU side, measured again on this machine",
     "host": "what the host spends on a time step of the executor step, without a GPU",
     "model": "what the kernels' model predicts for a GPU, without one",
     "sass": "the machine code of a case's kernels: instructions by pipe, and how long a step may take",

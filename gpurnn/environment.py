@@ -1,6 +1,7 @@
 """What a run ran on: printed by `gpurnn info`, recorded in checkpoints, compared when one is resumed elsewhere."""
 
 import functools
+import itertools
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from gpurnn._version import __version__
 from gpurnn.variables import MAX_THREADS as MAX_THREADS
 
 NOT_INSTALLED = "not installed"
+CPUINFO = Path("/proc/cpuinfo")
 
 # The distributions that may bring a package, the first installed one counts.
 _DISTRIBUTIONS = {
@@ -102,15 +104,32 @@ def _platform() -> str:
     return f"{platform.system()} {platform.machine()}, {library if library.strip() else platform.release()}"
 
 
-def _cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def cpu_family(cpuinfo: Path = CPUINFO) -> tuple[str, str, str]:
+    """The CPU's vendor, family and model as the system calls them: ("GenuineIntel", "6", "85"); "" where it is silent."""
+    found = _first_cpu(cpuinfo)
+    names = ("vendor_id", "cpu family", "model"), ("cpu implementer", "cpu architecture", "cpu part")
+    vendor, family, model = (found.get(x86) or found.get(arm, "") for x86, arm in zip(*names, strict=True))
+    return vendor, family, model
+
+
+def _cpu_model(cpuinfo: Path = CPUINFO) -> str:
+    return _first_cpu(cpuinfo).get("model name") or platform.processor() or platform.machine() or "unknown"
+
+
+def _first_cpu(cpuinfo: Path) -> dict[str, str]:
+    """What the system says of the first CPU, by names in small letters; nothing where this is not Linux.
+
+    The rest is not read: to ask hundreds of CPUs takes milliseconds.
+    """
+    found: dict[str, str] = {}
     try:
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip().lower() == "model name" and value.strip():
-                return value.strip()
+        with cpuinfo.open(errors="replace") as lines:
+            for line in itertools.takewhile(str.strip, lines):
+                key, _, value = line.partition(":")
+                found[key.strip().lower()] = value.strip()
     except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine() or "unknown"
+        pass
+    return found
 
 
 def _installed(distributions: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.cpu import clear, crew, threads
+from gpurnn.cpu import costs, crew
 from gpurnn.parameters import Parameters
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on CUDA it is one launch")
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on CUDA it is on
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_everything_and_nothing_beside_it(monkeypatch, count, dtype, streamed):
     monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
-    monkeypatch.setattr(threads, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr(clear, "STREAMED", 0 if streamed else 1 << 62)
+    monkeypatch.setattr(costs, "CLEAR_BYTES", 0)
+    monkeypatch.setattr(costs, "STREAMED_BYTES", 0 if streamed else 1 << 62)
     for size in (1, 16, 17, 1000, 5001):
         parts = [Parameters({"a": (37,), "b": (size,)}, dtype) for _ in range(3)]
         whole = Parameters.join(dict(zip("xyz", parts, strict=True)))
@@ -34,6 +34,6 @@ def test_small_buffers_wake_no_thread_and_nan_goes(monkeypatch):
     small.flat[...] = np.nan
     backend.ops.clear(small.flat)
     assert not calls and not small.flat.any()
-    large = Parameters({"a": (threads.PARALLEL_BYTES // 4,)}, "float32")
+    large = Parameters({"a": (costs.CLEAR_BYTES // 4,)}, "float32")
     backend.ops.clear(large.flat)
     assert len(calls) == 1

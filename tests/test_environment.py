@@ -85,6 +85,15 @@ def test_report_is_aligned(monkeypatch):
     assert [(line[:column].rstrip(), line[column:]) for line in lines] == list(entries.items())
 
 
+def test_cpu_family(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n\nmodel\t: 18\n")
+    assert environment.cpu_family(cpuinfo) == ("AuthenticAMD", "25", "17")
+    cpuinfo.write_text("processor : 0\nCPU implementer : 0x41\nCPU architecture: 8\nCPU part : 0xd0c\n")
+    assert environment.cpu_family(cpuinfo) == ("0x41", "8", "0xd0c")
+    assert environment.cpu_family(tmp_path / "absent") == ("", "", "")
+
+
 def test_cpu_model(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: Vendor: Fast 9\n\nmodel name\t: other\n")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.cpu import compiled, memory, products
+from gpurnn.cpu import compiled, costs, memory
 from gpurnn.executors import choose, numpy_loop
 from gpurnn.executors.contract import Backward, Weights
 from gpurnn.sequence import prepare_lengths, run
@@ -111,7 +111,7 @@ def compare(cell, shape, dtype="float64", *, bias=True, seed=0, **options):
     """The compiled executor in `dtype`, with weights packed and as they lie, against the oracle in float64."""
     expected = results(problem(cell, *shape, bias=bias, seed=seed), "numpy", **options)
     for never_worth_it in (0, 10**9):
-        with mock.patch.multiple(products, PACKING=never_worth_it, COPYING=never_worth_it):
+        with mock.patch.multiple(costs, PACKING_ROWS=never_worth_it, COPYING_ROWS=never_worth_it):
             got = results(problem(cell, *shape, bias=bias, seed=seed, dtype=dtype), "compiled", **options)
         assert all(value.dtype == dtype for name, value in got.items() if not name.startswith("flow"))
         assert_agree(got, expected, TOLERANCES[dtype])
@@ -208,7 +208,7 @@ def test_dy_of_any_strides():
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_chunks_of_time(monkeypatch, dtype):
     """Several chunks of steps, both ways, rows that end in each of the chunks."""
-    monkeypatch.setattr(compiled, "PROJECTED_ROWS", 20)
+    monkeypatch.setattr(costs, "PROJECTED_ROWS", 20)
     for reverse in (False, True):
         compare(LSTM_CELL, (11, 5, 3, 7), dtype, reverse=reverse)
         compare(GRU_CELL, (11, 5, 3, 7), dtype, reverse=reverse, lengths=[11, 2, 0, 7, 5])

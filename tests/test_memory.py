@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.cpu import memory
+from gpurnn.cpu import costs, memory
 from gpurnn.parameters import ALIGNMENT
 from gpurnn.recurrent import LSTM
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
 FLOAT32 = np.dtype(np.float32)
-SIZE = memory.LARGE  # elements; four times as many bytes
+SIZE = costs.BLOCK_BYTES  # elements; four times as many bytes
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_blocks_far_too_large_are_not_taken(blocks):
 
 
 def test_what_is_small_is_left_to_the_allocator(blocks):
-    assert memory.empty((memory.LARGE // 4 - 1,), FLOAT32).base is None and memory.empty((0, 3), FLOAT32).size == 0
+    assert memory.empty((costs.BLOCK_BYTES // 4 - 1,), FLOAT32).base is None and memory.empty((0, 3), FLOAT32).size == 0
     assert held(blocks) == 0
 
 

@@ -23,7 +23,7 @@ def public(module):
     }
 
 
-IMPORTED = {"Any", "ALIGNMENT", "SUM_BLOCK", "FEW_MULTIPLICATIONS", "Array", "Cell", "Moves", "Parameters", "all_finite", "annotations"} | {
+IMPORTED = {"Any", "ALIGNMENT", "Array", "Cell", "Moves", "Parameters", "all_finite", "annotations"} | {
     "column_sums", "compiles", "raise_where_not_finite", "segment_sums",
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
-from gpurnn.cpu import updates
+from gpurnn.cpu import costs
 from gpurnn.layers import Linear
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop
 from gpurnn.parameters import Parameters
@@ -67,7 +67,7 @@ def test_blocks_gradients_and_padding(kind, options, monkeypatch):
     """Blocks of 11 cut across tensors; gradients stay as they are; the padding between tensors stays zero."""
     whole = Model("float32")
     whole_opt = kind(whole, **options)
-    monkeypatch.setattr(updates, "BLOCK", 11)
+    monkeypatch.setattr(costs, "UPDATE_VALUES", 11)
     cut = Model("float32")
     cut_opt = kind(cut, **options)
     for _ in range(3):

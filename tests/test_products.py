@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.cpu import crew
-from gpurnn.cpu.combine import COLUMNS, combine
+from gpurnn.cpu import costs, crew
+from gpurnn.cpu.combine import combine
 from gpurnn.cpu.dot import dot
 from gpurnn.cpu.gemm import make_gemm, may_lie
 from gpurnn.cpu.packing import make_pack_gates, make_pack_rows, packed_size, panel_columns
-from gpurnn.cpu.reduction import FEW_ROWS, few_are_summed, reduction, reduction_size
+from gpurnn.cpu.reduction import few_are_summed, reduction, reduction_size
 from gpurnn.cpu.simd import address, host
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
@@ -18,7 +18,7 @@ TOLERANCES = {"float64": 1e-12, "float32": 2e-5}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 16, 17, 40, 512, 513, 1100])
+@pytest.mark.parametrize("rows", [1, 3, costs.FEW_SUM_ROWS, costs.FEW_SUM_ROWS + 1, 16, 17, 40, 512, 513, 1100])
 def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     """Around the edges of a vector, a block of time and batch, a block of a gate's units.
 
@@ -133,7 +133,7 @@ def test_products_with_weights_as_they_lie(dtype, m, n):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("n", [1, 15, 64, COLUMNS - 1, COLUMNS + 40])
+@pytest.mark.parametrize("n", [1, 15, 64, costs.COMBINE_COLUMNS - 1, costs.COMBINE_COLUMNS + 40])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9, 16])
 def test_combinations_of_rows(dtype, m, n):
     """Between NaN: nothing beside the matrices is read into a sum, nor what C holds where it is not wanted."""

@@ -8,7 +8,7 @@ import pytest
 
 import gpurnn
 from gpurnn import backend
-from gpurnn.cpu import threads
+from gpurnn.cpu import costs, threads
 from gpurnn.executors import random
 from gpurnn.executors.random import Masks
 
@@ -70,10 +70,9 @@ def test_calls_beyond_32_bits_and_any_layout():
 
 @pytest.mark.parametrize("count", ["1", "3"])
 def test_threads_share_the_values_out(monkeypatch, count):
-    from gpurnn.cpu import dropout
 
     monkeypatch.setenv("GPURNN_NUM_THREADS", count)
-    monkeypatch.setattr(dropout, "ALONE", 8)
+    monkeypatch.setattr(costs, "DROPOUT_VALUES", 8)
     calls, run = [], threads.run
     monkeypatch.setattr(threads, "run", lambda work, parts: (calls.append(len(parts)), run(work, parts)))
     masks, x = Masks(np.random.default_rng(3)), np.ones(1001, np.float32)

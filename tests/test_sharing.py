@@ -12,7 +12,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS
-from gpurnn.cpu import crew, products, sharing, threads
+from gpurnn.cpu import costs, crew, sharing, threads
 from gpurnn.cpu.simd import host
 from gpurnn.initializers import normal
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
@@ -37,14 +37,14 @@ def points(cuts):
 @pytest.mark.parametrize("H", [1, 33, 200, 1000])
 def test_a_loop_is_shared_without_gaps(monkeypatch, rows, count, H):
     monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
-    monkeypatch.setattr(sharing, "PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(costs, "LOOP_FLOPS", 0)
     seen = set()
     for cell in CELLS:
         for batch in (9, 30, 100):
             for flops, enough in ((0.1, 10**9), (1e18, 4)):
-                monkeypatch.setattr(sharing, "UNITS_FLOPS", flops)
-                monkeypatch.setattr(sharing, "ENOUGH_ROWS", enough)
-                monkeypatch.setattr(sharing, "ENOUGH_ROWS_CACHED", enough)
+                monkeypatch.setattr(costs, "UNITS_FLOPS", flops)
+                monkeypatch.setattr(costs, "ENOUGH_ROWS", enough)
+                monkeypatch.setattr(costs, "ENOUGH_ROWS_CACHED", enough)
                 plan = sharing.plan_loop(cell, np.array(rows, np.int64), len(rows), batch, 7, H, FLOAT32)
                 assert len(plan.shares) <= count
                 parts, units, inputs = zip(*plan.shares, strict=True)
@@ -70,7 +70,7 @@ def test_ragged_batches_are_cut_into_equal_work(monkeypatch):
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_a_sum_is_shared_without_gaps(monkeypatch, cell):
-    monkeypatch.setattr(sharing, "PARALLEL_SUM_FLOPS", 0)
+    monkeypatch.setattr(costs, "SUM_FLOPS", 0)
     for count in (1, 2, 3, 20):
         monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
         for I in (1, 500):
@@ -112,11 +112,11 @@ def test_what_is_short_stays_with_one_thread_and_few_rows_share_units(monkeypatc
 def test_shared_work_gives_what_numpy_gives(monkeypatch, layer, T, N, I, H, lengths, clip, count, packing, by_units):
     """Both directions, training and inference, gradient flow included, weights packed and as they lie."""
     monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
-    for name in ("PARALLEL_FLOPS", "PARALLEL_SUM_FLOPS", "ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"):
-        monkeypatch.setattr(sharing, name, (1e18 if by_units else 1) if name.startswith("ENOUGH") else 0)
-    monkeypatch.setattr(sharing, "UNITS_FLOPS", 1 if by_units else 1e18)
-    for name in ("PACKING", "COPYING"):
-        monkeypatch.setattr(products, name, packing)
+    for name in ("LOOP_FLOPS", "SUM_FLOPS", "ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"):
+        monkeypatch.setattr(costs, name, (1e18 if by_units else 1) if name.startswith("ENOUGH") else 0)
+    monkeypatch.setattr(costs, "UNITS_FLOPS", 1 if by_units else 1e18)
+    for name in ("PACKING_ROWS", "COPYING_ROWS"):
+        monkeypatch.setattr(costs, name, packing)
     plan = sharing.plan_loop(LSTM_CELL, full(T, N), T, N, I, H, FLOAT32)
     assert plan.by_units == by_units and len(plan.shares) == min(count, H // host().width(FLOAT32) if by_units else N)
     rng = np.random.default_rng(T)
@@ -138,10 +138,10 @@ def test_shared_work_gives_what_numpy_gives(monkeypatch, layer, T, N, I, H, leng
 @pytest.mark.parametrize("by_units", [False, True])
 def test_a_cells_own_parameters_learn_from_every_thread(monkeypatch, request, by_units):
     monkeypatch.setenv("GPURNN_NUM_THREADS", "3")
-    for name, value in (("PARALLEL_FLOPS", 0), ("PARALLEL_SUM_FLOPS", 0), ("UNITS_FLOPS", 1 if by_units else 1e18)):
-        monkeypatch.setattr(sharing, name, value)
+    for name, value in (("LOOP_FLOPS", 0), ("SUM_FLOPS", 0), ("UNITS_FLOPS", 1 if by_units else 1e18)):
+        monkeypatch.setattr(costs, name, value)
     for name in ("ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"):
-        monkeypatch.setattr(sharing, name, 1e18 if by_units else 1)
+        monkeypatch.setattr(costs, name, 1e18 if by_units else 1)
     cell, (T, N, I, H) = request.config.user_cells["peephole_lstm"], (4, 7, 3, 96)
     plan = sharing.plan_loop(cell, full(T, N), T, N, I, H, np.dtype(np.float64))
     assert len(plan.shares) == 3 and plan.by_units == by_units

@@ -17,7 +17,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from gpurnn import backend
-from gpurnn.cpu import crew, threads
+from gpurnn.cpu import costs, crew, threads
 from gpurnn.layers import Dropout
 from gpurnn.recurrent import LSTM
 
@@ -99,7 +99,7 @@ def test_shares_are_never_empty(count):
 
 def test_matmul_in_parts(monkeypatch):
     monkeypatch.setenv("GPURNN_NUM_THREADS", "3")
-    monkeypatch.setattr(threads, "PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(costs, "PRODUCT_FLOPS", 0)
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((31, 17)), rng.standard_normal((17, 12))
     np.testing.assert_allclose(threads.matmul(a, b), a @ b, rtol=1e-13)

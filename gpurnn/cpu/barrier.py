@@ -11,12 +11,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from gpurnn.cpu import cache
+from gpurnn.cpu import cache, costs
 from gpurnn.cpu.instructions import instruction, number, pointer
 from gpurnn.cpu.simd import I64, host
 
 CACHE_LINE = 128  # bytes: two of them, where processors fetch lines in pairs
-SPINS = 1000  # before the CPU is offered: some ten microseconds
 
 yield_cpu = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
 
@@ -57,20 +56,21 @@ def _relax(builder):
 @functools.cache
 def make_pause():
     """pause(turn): what stands in a loop that waits, `turn` its number."""
+    spins = costs.SPIN_TURNS
 
     def pause(turn):
-        if turn % SPINS == 0:
+        if turn % spins == 0:
             yield_cpu()
         else:
             _relax()
 
-    return cache.external(pause, host())
+    return cache.external(pause, host(), spins)
 
 
 @functools.cache
 def make_meet():
     """meet(barrier, arrivals): waits until `arrivals` threads in all have come, its own coming being one; for 1, nothing."""
-    pause = make_pause()
+    pause, spins = make_pause(), costs.SPIN_TURNS
 
     def meet(barrier, arrivals):
         if arrivals == 1 or _arrive(barrier) >= arrivals:
@@ -80,4 +80,4 @@ def make_meet():
             pause(turn)
             turn += 1
 
-    return cache.external(meet, host())
+    return cache.external(meet, host(), spins)

@@ -2,7 +2,8 @@
 
 Numba's `cache=True` looks at one function's bytecode: it misses closures over intrinsics, and does not notice an edit
 in another file.  Our key is everything that decides the machine code: the cell's traced mathematics, the element type,
-the vector width, the sources of this package and of the trace, the versions of Numba, LLVM and Python, and the CPU.
+the vector width, the sources of this package and of the trace, this CPU's `costs`, the versions of Numba, LLVM and
+Python, and the CPU.
 Processes may share the folder; a damaged entry is compiled again.
 """
 
@@ -28,6 +29,7 @@ from numba.extending import intrinsic
 
 from gpurnn import locks
 from gpurnn._version import __version__
+from gpurnn.cpu import costs
 from gpurnn.files import code_folder
 from gpurnn.kernels import entries
 
@@ -109,7 +111,8 @@ def _environment_key() -> str:
     sources = [entries.sources(package, __version__, modules) for package, modules in parts]
     features = binding.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:3])
-    return f"{sources} {versions} {binding.get_process_triple()} {binding.get_host_cpu_name()} {features}"
+    cpu = f"{binding.get_process_triple()} {binding.get_host_cpu_name()} {features} {costs.KEPT}"
+    return f"{sources} {versions} {cpu}"
 
 
 class _File(_Cache):

@@ -6,7 +6,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from gpurnn.cpu import cache, crew
+from gpurnn.cpu import cache, costs, crew
 from gpurnn.cpu.cache import Compiled
 from gpurnn.cpu.instructions import instruction
 from gpurnn.cpu.records import Record
@@ -15,7 +15,6 @@ from gpurnn.cpu.threads import shares
 from gpurnn.parameters import ALIGNMENT
 
 LINES = Record("", "begin end")
-STREAMED = 1 << 25  # bytes; more would not stay in a cache, and written past it memory is not read first
 
 
 @functools.cache
@@ -55,4 +54,4 @@ def clear(buffer: np.ndarray) -> None:
     begin = address(buffer)
     cuts = crew.cut(lambda parts: shares(buffer.nbytes // ALIGNMENT, parts))
     lines = [(begin + cut.start * ALIGNMENT, begin + cut.stop * ALIGNMENT) for cut in cuts]
-    crew.run(_clear(buffer.nbytes > STREAMED), (), lines)
+    crew.run(_clear(buffer.nbytes > costs.STREAMED_BYTES), (), lines)

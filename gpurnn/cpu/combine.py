@@ -11,12 +11,11 @@ import itertools
 import numpy as np
 from llvmlite import ir
 
-from gpurnn.cpu import cache
+from gpurnn.cpu import cache, costs
 from gpurnn.cpu.cache import Compiled
 from gpurnn.cpu.instructions import instruction, least, switch
 from gpurnn.cpu.simd import I64, Emitter, host, vector_loop
 
-COLUMNS = 512  # of C at once: what is read of W, and for few rows all of C, stays in the first-level cache
 SIDE_BY_SIDE = 4  # rows of W
 
 
@@ -55,6 +54,7 @@ def combine(dtype: np.dtype) -> Compiled:
     in bytes.  Loops are given its address: only a short pass has it compiled.
     """
     most, size = 4 if host().registers >= 32 else 2, dtype.itemsize  # rows of C whose factors stay in registers
+    columns = costs.COMBINE_COLUMNS
 
     @instruction
     def add(b, rows, terms, *numbers):
@@ -63,8 +63,8 @@ def combine(dtype: np.dtype) -> Compiled:
         switch(b, b.add(b.mul(rows, I64(8)), terms), cases)
 
     def combine(a, lda, m, w, ldw, k, n, c, ldc, accumulate):
-        for column in range(0, n, COLUMNS):
-            count, term = least(COLUMNS, n - column), 0
+        for column in range(0, n, columns):
+            count, term = least(columns, n - column), 0
             while term < k:
                 terms, row, from_w = SIDE_BY_SIDE if k - term >= SIDE_BY_SIDE else 1, 0, w + term * ldw + column * size
                 while row < m:
@@ -74,4 +74,4 @@ def combine(dtype: np.dtype) -> Compiled:
                     row += rows
                 term += terms
 
-    return cache.external(combine, dtype.str, host())
+    return cache.external(combine, dtype.str, host(), columns)

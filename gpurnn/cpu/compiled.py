@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.cpu import crew, memory, sharing
+from gpurnn.cpu import costs, crew, memory, sharing
 from gpurnn.cpu.combine import combine
 from gpurnn.cpu.dot import dot
 from gpurnn.cpu.loops import backward_loop, forward_loop, orders
@@ -26,7 +26,6 @@ from gpurnn.executors.contract import Backward, States, Weights
 from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
 
 BYTES = np.dtype(np.uint8)
-PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
 
 
 class Tape(NamedTuple):
@@ -188,4 +187,4 @@ def _numbers(*cuts: slice) -> list[int]:
 
 def _chunk(T: int, N: int) -> int:
     """Steps whose inputs, or gradients of inputs, are one product."""
-    return max(1, min(T, PROJECTED_ROWS // max(1, N)))
+    return max(1, min(T, costs.PROJECTED_ROWS // max(1, N)))

@@ -1,9 +1,9 @@
 """Threads that do one call's work together, in compiled code from its beginning to its end.
 
 Waking a thread takes as long as tens of millions of floating-point operations.  So a worker waits for its next job in
-compiled code, without Python and its lock, for LINGER turns; only then it goes to sleep.  A call hires its workers, has
-them for itself until all have done their parts, and frees them: all that is one step for Python, which no interrupt from
-the keyboard can end halfway.  Workers live as long as the process; a forked child has none and starts its own.
+compiled code, without Python and its lock, for `costs.LINGER_TURNS`; only then it goes to sleep.  A call hires its workers,
+has them for itself until all have done their parts, and frees them: all that is one step for Python, which no interrupt
+from the keyboard can end halfway.  Workers live as long as the process; a forked child has none and starts its own.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gpurnn import locks
-from gpurnn.cpu import cache, threads
+from gpurnn.cpu import cache, costs, threads
 from gpurnn.cpu.barrier import CACHE_LINE, make_pause, seen, show, swapped
 from gpurnn.cpu.cache import Compiled, call
 from gpurnn.cpu.instructions import put, word
@@ -26,7 +26,6 @@ from gpurnn.cpu.subnormals import flush, restore
 from gpurnn.environment import MAX_THREADS, cpu_threads
 
 ASLEEP, IDLE, HIRED, CALLED, JOB, DONE = range(6)  # CALLED: hired in its sleep, and to be woken
-LINGER = 20_000  # turns: half a millisecond
 FOR_EVER, REST = -1, 100  # us: how long a lock is waited for
 LOCK, ACQUIRE, RELEASE = 32, 40, 48  # where these words of a worker stand
 
@@ -134,8 +133,8 @@ def cut(work: Callable[[int], list]) -> list:
 
 @functools.cache
 def _serve():
-    """serve(worker): its jobs one after the other, for ever; it sleeps when none has come for LINGER turns."""
-    pause = make_pause()
+    """serve(worker): its jobs one after the other, for ever; it sleeps when none has come for LINGER_TURNS."""
+    pause, linger = make_pause(), costs.LINGER_TURNS
 
     def serve(worker):
         flush()
@@ -146,14 +145,14 @@ def _serve():
                 call(word(worker + 8), word(worker + 16), word(worker + 24))
                 show(worker, DONE)
                 turn = 1
-            elif turn > LINGER and state == IDLE and swapped(worker, IDLE, ASLEEP):
+            elif turn > linger and state == IDLE and swapped(worker, IDLE, ASLEEP):
                 call(word(worker + ACQUIRE), word(worker + LOCK), FOR_EVER, 0)
                 turn = 1
             else:
                 pause(turn)
                 turn += 1
 
-    return cache.external(serve, host()).python
+    return cache.external(serve, host(), linger).python
 
 
 @functools.cache
@@ -161,7 +160,7 @@ def _make_hire():
     """hire(taken, count, table, present, desk): the addresses of `count` workers, nobody else's from now on; those asleep are
     CALLED.  Calls of several Python threads wait until they can have all the workers that they need at once.
     """
-    pause = make_pause()
+    pause, linger = make_pause(), costs.LINGER_TURNS
 
     def hire(taken, count, table, present, desk):
         turn = 1
@@ -180,13 +179,13 @@ def _make_hire():
                 show(desk, 0)
             if found == count:
                 return
-            if turn > LINGER:
+            if turn > linger:
                 call(word(desk + 16), word(desk + 8), REST, 0)
             else:
                 pause(turn)
             turn += 1
 
-    return cache.external(hire, host())
+    return cache.external(hire, host(), linger)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from gpurnn.cpu import cache, threads
+from gpurnn.cpu import cache, costs, threads
 from gpurnn.cpu.cache import Compiled
 from gpurnn.cpu.simd import address
 from gpurnn.environment import cpu_threads
@@ -14,7 +14,6 @@ from gpurnn.kernels import philox
 
 u32, u64, i64 = types.uint32, types.uint64, types.int64
 EACH = 4  # values that share the words of one counter
-ALONE = 1 << 16  # values that one thread drops before another has woken up
 
 
 @functools.cache
@@ -60,5 +59,5 @@ def drop(x: np.ndarray, seed: int, number: int, threshold: int, scale: np.floati
         work(address(x), address(y), begin, end, number, seed, threshold, address(factor))
 
     if x.size:
-        threads.run(part, threads.shares(blocks, min(cpu_threads(), -(-x.size // ALONE))))
+        threads.run(part, threads.shares(blocks, min(cpu_threads(), -(-x.size // costs.DROPOUT_VALUES))))
     return y

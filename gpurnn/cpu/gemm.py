@@ -12,20 +12,19 @@ from functools import partial
 import numpy as np
 from llvmlite import ir
 
-from gpurnn.cpu import cache
+from gpurnn.cpu import cache, costs
 from gpurnn.cpu.instructions import instruction, least, switch
 from gpurnn.cpu.packing import panel_columns, panel_vectors
 from gpurnn.cpu.simd import I64, Emitter, host
 
 TILE_ROWS = (6, 4, 3, 2, 1)
-PARALLEL_CHAINS = 8  # a fused multiply-add takes 4 cycles and two start in each: fewer chains leave the unit idle
 
 
 def _emit_tile(b: ir.IRBuilder, emit: Emitter, rows: int, vectors: int, masked: bool, numbers) -> None:
     """C[rows, vectors*width] = A[rows, k] B + (C if accumulate else 0); masked: columns from `count` on are left alone."""
     a, lda, w, ldw, k, c, ldc, count, accumulate = numbers
     chains = 1
-    while rows * vectors * chains < PARALLEL_CHAINS:
+    while rows * vectors * chains < costs.CHAINS:
         chains *= 2
     width, size = emit.width, emit.dtype.itemsize
     tile = [(r, v) for r in range(rows) for v in range(vectors)]
@@ -142,7 +141,7 @@ def make_gemm(dtype: np.dtype):
                 w += panel * size if ldw else k * panel * size
                 column += panel
 
-    return cache.external(gemm, dtype.str, host())
+    return cache.external(gemm, dtype.str, host(), costs.CHAINS)
 
 
 def may_lie(n: int, dtype: np.dtype) -> bool:

@@ -13,10 +13,10 @@ import sys
 import numpy as np
 
 from gpurnn import locks
+from gpurnn.cpu import costs
 from gpurnn.cpu.simd import address
 from gpurnn.parameters import ALIGNMENT
 
-LARGE = 1 << 16  # bytes; what is smaller the allocator keeps by itself
 KEPT = 1 << 28  # bytes
 FITS = 2  # times as large as what is asked for a block may be
 
@@ -77,7 +77,7 @@ def release() -> None:
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """`np.empty`."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LARGE:
+    if size < costs.BLOCK_BYTES:
         return np.empty(shape, dtype)
     block = _blocks.take(size + ALIGNMENT)
     return np.ndarray(shape, dtype, block, -address(block) % ALIGNMENT)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gpurnn import executors, locks
 from gpurnn.cells import Cell
-from gpurnn.cpu import threads
+from gpurnn.cpu import costs, threads
 from gpurnn.cpu.cross_entropy import cross_entropy as cross_entropy
 from gpurnn.cpu.cross_entropy import exponentials as exponentials
 from gpurnn.cpu.sums import column_sums, segment_sums
@@ -26,11 +26,6 @@ from gpurnn.parameters import ALIGNMENT, Parameters, all_finite, raise_where_not
 
 LOOKING_WAITS = False  # whether the host, to look at a value, waits for work that was given away
 GRAPHS = False  # whether a step can be recorded and given again as a whole
-
-FEW_MULTIPLICATIONS = (
-    1 << 13
-)  # OpenBLAS starts its threads from 9216 on, for a matrix by a vector; to hold it takes 13 us
-SUM_BLOCK = 1 << 13  # values: OpenBLAS starts its threads for longer dot products, which costs more than it gains
 
 
 def zeros(size: int, dtype: np.dtype) -> np.ndarray:
@@ -49,7 +44,7 @@ def memory_bytes() -> int:
 
 def clear(buffer: np.ndarray) -> None:
     """buffer[...] = 0, for a buffer of `Parameters`."""
-    if buffer.nbytes < threads.PARALLEL_BYTES or not compiles():
+    if buffer.nbytes < costs.CLEAR_BYTES or not compiles():
         buffer[...] = 0
     else:
         _compiled("clear").clear(buffer)
@@ -73,7 +68,7 @@ def restart(step: int) -> None:
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a b for matrices, each with unit stride along one axis."""
-    if a.shape[0] * a.shape[1] * b.shape[1] <= FEW_MULTIPLICATIONS:
+    if a.shape[0] * a.shape[1] * b.shape[1] <= costs.BLAS_PRODUCT:
         return a @ b
     with threads.one_blas_thread:
         return threads.matmul(a, b)
@@ -158,10 +153,10 @@ def _compiled(name: str) -> Any:
 def _sum_of_squares(flat: np.ndarray, unit: float = 1.0) -> float:
     """Sum of (flat / unit)^2 in float64: not finite where a value is not, or where float64's squares overflow."""
     total = 0.0
-    work: np.ndarray = np.empty(min(flat.size, SUM_BLOCK))
+    work: np.ndarray = np.empty(min(flat.size, costs.BLAS_SUM))
     with np.errstate(all="ignore"):
-        for start in range(0, flat.size, SUM_BLOCK):
-            block = flat[start : start + SUM_BLOCK]
+        for start in range(0, flat.size, costs.BLAS_SUM):
+            block = flat[start : start + costs.BLAS_SUM]
             wide = work[: block.size]
             wide[...] = block
             if unit != 1.0:

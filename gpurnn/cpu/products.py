@@ -1,7 +1,8 @@
 """Products of the rows of a few time steps with a layer's weights, whose gates are rows (G*H, K) in any order.
 
 The weights are packed, gates in the order asked for; or they lie as they are, where so few rows meet them that packing
-would take longer than it saves.
+would take longer than it saves (`costs`: of whole passes, RNN and LSTM of 64 to 1400 units, batches of 1 to 64, 1 to 64
+steps).
 """
 
 import functools
@@ -9,28 +10,22 @@ import functools
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.cpu import cache
+from gpurnn.cpu import cache, costs
 from gpurnn.cpu.cache import call
 from gpurnn.cpu.gemm import make_gemm, may_lie
 from gpurnn.cpu.instructions import word
 from gpurnn.cpu.packing import packed_size
 from gpurnn.cpu.simd import host
 
-# Whether packing pays: a product with weights as they lie loses STEP + its rows in each step; packing takes PACKING, or
-# COPYING where nothing has to be transposed.  All are in units of whole passes measured, RNN and LSTM of 64 to 1400 units,
-# batches of 1 to 64, 1 to 64 steps.
-STEP, PACKING, COPYING = 12, 400, 300
-SHORT = 300  # terms of a dot product in whose time it begins, and adds up its lanes
-
 
 def packing_pays(steps: int, rows: int, k: int) -> bool:
     """Whether weights (n, k) should be packed that `rows` rows meet in each of `steps` steps; `dot` reads them else."""
-    return steps * (STEP + rows) * (k + SHORT) >= PACKING * k
+    return steps * (costs.LYING_ROWS + rows) * (k + costs.DOT_TERMS) >= costs.PACKING_ROWS * k
 
 
 def packing_pays_backwards(steps: int, rows: int, n: int, dtype: np.dtype) -> bool:
     """The same for weights (k, n), which `gemm` reads else, or `combine` for one row."""
-    return steps * (STEP + rows) >= COPYING or not may_lie(n, dtype)
+    return steps * (costs.LYING_ROWS + rows) >= costs.COPYING_ROWS or not may_lie(n, dtype)
 
 
 @functools.cache

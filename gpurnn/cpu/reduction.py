@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from gpurnn.cpu import cache
+from gpurnn.cpu import cache, costs
 from gpurnn.cpu.cache import Compiled, call
 from gpurnn.cpu.gemm import make_gemm
 from gpurnn.cpu.instructions import instruction, least, word
@@ -15,22 +15,19 @@ from gpurnn.cpu.packing import make_pack_rows, make_transpose, packed_size
 from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import add_wide, host, vector_loop
 
-ROWS, COLUMNS = 512, 192  # of a block of gradients: transposed, it stays in the second-level cache
 REDUCTION = Record("K H I S gates split combine slots orders h x sums weight_hh weight_ih", "first last work")
-FEW_ROWS = 8  # a sum of so few takes as long as its gradients' memory, and goes along that
-FEW_COLUMNS = 16  # of a block then
 SIDE_BY_SIDE = 4  # rows that are added up in their own type; their sums are, in float64
 
 
 def few_are_summed(K: int) -> bool:
     """Whether K rows are summed by `combine.combine`, from where they lie."""
-    return K <= FEW_ROWS
+    return K <= costs.FEW_SUM_ROWS
 
 
 def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
     """Elements of a reduction's workspace: for a block of d transposed, of h and of x packed."""
-    rows = min(K, ROWS)
-    return COLUMNS * ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
+    rows = min(K, costs.SUM_ROWS)
+    return costs.SUM_COLUMNS * costs.SUM_ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
 
 
 def _make_add_rows(dtype: np.dtype, count: int):
@@ -90,6 +87,7 @@ def reduction(dtype: np.dtype) -> Compiled:
     add_rows = _make_add_rows(dtype, SIDE_BY_SIDE)
     size, width, apart = dtype.itemsize, host().width(dtype), REDUCTION.stride
     read, read_share = REDUCTION.read, REDUCTION.read_share
+    sizes = most_rows, most_columns, few_columns = costs.SUM_ROWS, costs.SUM_COLUMNS, costs.FEW_SUM_COLUMNS
 
     def reduce(values, part):
         (
@@ -98,9 +96,9 @@ def reduction(dtype: np.dtype) -> Compiled:
         ) = read(values)  # fmt: skip
         first, last, work = read_share(values + shares + part * apart)
         stride, x_orders = S * H * size, orders + (gates - split) * 8
-        blocks = (K + ROWS - 1) // ROWS
-        packed_h = work + COLUMNS * ROWS * size
-        packed_x = packed_h + least(K, ROWS) * ((H + width - 1) // width) * width * size
+        blocks = (K + most_rows - 1) // most_rows
+        packed_h = work + most_columns * most_rows * size
+        packed_x = packed_h + least(K, most_rows) * ((H + width - 1) // width) * width * size
         for block in range(blocks):
             begin, end = K * block // blocks, K * (block + 1) // blocks
             k, h_rows, x_rows = end - begin, h + begin * H * size, x + begin * I * size
@@ -108,7 +106,7 @@ def reduction(dtype: np.dtype) -> Compiled:
             if not combine:
                 pack(h_rows, H * size, 0, 1, k, H, 0, 1, packed_h)
                 pack(x_rows, I * size, 0, 1, k, I, 0, 1, packed_x)
-            column, most = first, FEW_COLUMNS if combine else COLUMNS
+            column, most = first, few_columns if combine else most_columns
             while column < last:
                 slot = column // H
                 unit = column - slot * H
@@ -128,4 +126,4 @@ def reduction(dtype: np.dtype) -> Compiled:
                     add(combine, work, d_stride, count, k, x_rows, packed_x, I, to)
                 column += count
 
-    return cache.external(reduce, dtype.str, host(), record=REDUCTION)
+    return cache.external(reduce, dtype.str, host(), *sizes, record=REDUCTION)

@@ -2,7 +2,8 @@
 
 Rows are independent: each thread runs through time by itself, and reads all weights.  Units need every unit of the step
 before: the threads meet after each step, but each reads its own part of the weights alone.  So units are shared where
-rows are few.  The limits were measured, two threads against one, on layers of 32 to 1024 units and batches of 1 to 32.
+rows are few.  The limits (`costs`) were measured, two threads against one, on layers of 32 to 1024 units and batches
+of 1 to 32.
 """
 
 import itertools
@@ -12,22 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.cpu import crew
+from gpurnn.cpu import costs, crew
 from gpurnn.cpu.packing import panel_columns
 from gpurnn.cpu.products import packing_pays
 from gpurnn.cpu.simd import host
 from gpurnn.cpu.threads import shares
 from gpurnn.environment import cpu_threads
 from gpurnn.executors.layout import is_ragged, lengths_of
-
-PARALLEL_FLOPS = 12_000_000  # of a pass: a second thread pays from 5 million on if it is awake, asleep from 30
-PARALLEL_SUM_FLOPS = 30_000_000  # of a sum behind a loop that had one thread: the others sleep
-FEWEST_ROWS = 8  # to read a weight takes as long as to use it for so many
-PACKING_FLOPS = 25  # so many are done in the time in which one weight is packed
-UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more than a second thread gains
-ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
-ENOUGH_ROWS_CACHED = 3.0  # the same where the second-level cache of each thread has room for all of W_hh
-CACHED = 1 << 20  # bytes
 
 
 class Share(NamedTuple):
@@ -52,10 +44,10 @@ class Plan(NamedTuple):
 def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
     """Who does what in a pass through time: as many threads as pay, and can be had."""
     weights = cell.gates * H * (H + I)
-    flops = 2 * max(T * N, FEWEST_ROWS) * weights
-    with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
+    flops = 2 * max(T * N, costs.FEWEST_ROWS) * weights
+    with_packing = flops + (costs.PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
     whole = Share(slice(0, N), slice(0, H), slice(0, I))
-    if with_packing < PARALLEL_FLOPS:
+    if with_packing < costs.LOOP_FLOPS:
         return Plan([whole])
     plan = _shared(cell, rows, whole, flops, dtype, cpu_threads())
     had = crew.hands(len(plan.shares))
@@ -66,15 +58,16 @@ def _shared(cell: Cell, rows: np.ndarray, whole: Share, flops: int, dtype: np.dt
     """The whole, cut for at most so many threads."""
     N, H, I = (cut.stop for cut in whole)
     recurrent = cell.gates * H * H
-    enough = ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
+    cached = recurrent * dtype.itemsize <= costs.CACHED_BYTES
+    enough = costs.ENOUGH_ROWS_CACHED if cached else costs.ENOUGH_ROWS
     by_rows = min(most, int(N / enough))
-    by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
+    by_units = min(most, 2 * N * recurrent // costs.UNITS_FLOPS, H // host().width(dtype))
     if by_rows < most and by_units > 1:
         columns = (_between_vectors(count, by_units, dtype) for count in (H, I))
         return Plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
     if by_rows < 2:  # slow products, but two threads for them
         by_rows, flops = min(most, N // 2), flops // 2
-    if by_rows < 2 or flops < PARALLEL_FLOPS:
+    if by_rows < 2 or flops < costs.LOOP_FLOPS:
         return Plan([whole])
     cuts = _of_equal_work(lengths_of(rows, N).tolist(), 1, by_rows) if is_ragged(rows, N) else shares(N, by_rows)
     return Plan([whole._replace(rows=cut) for cut in cuts])
@@ -84,7 +77,7 @@ def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slic
     """The columns, of those slots that hold gradients, for each thread that sums K rows: those awake from the loop, or more."""
     slots, parts = cell.trace.x_start + cell.gates, len(after.shares)
     work = [H * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
-    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= PARALLEL_SUM_FLOPS:
+    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= costs.SUM_FLOPS:
         return crew.cut(lambda parts: _of_equal_work(work, H, parts))
     return _of_equal_work(work, H, parts)
 

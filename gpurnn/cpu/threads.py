@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 
 from gpurnn import locks
+from gpurnn.cpu import costs
 from gpurnn.environment import cpu_threads
-
-PARALLEL_FLOPS = 40_000_000  # a product below this is not worth waking another thread for
-PARALLEL_BYTES = 1 << 22  # nor fewer zeros; the forward pass behind them has use for a thread that is awake
 
 
 def start(work: Callable[[], None]) -> None:
@@ -168,7 +166,7 @@ def shares(count: int, parts: int) -> list[slice]:
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a @ b for matrices, the rows of the result split over threads where that pays.  Call inside `one_blas_thread`."""
     out = np.empty((a.shape[0], b.shape[1]), a.dtype)
-    if 2 * a.shape[0] * a.shape[1] * b.shape[1] < PARALLEL_FLOPS:
+    if 2 * a.shape[0] * a.shape[1] * b.shape[1] < costs.PRODUCT_FLOPS:
         np.matmul(a, b, out=out)
         return out
 

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from gpurnn.arguments import wrong_update
+from gpurnn.cpu import costs
 from gpurnn.parameters import Parameters
-
-BLOCK = 1 << 16  # values: some of the L2 cache
 
 
 class Updates:
@@ -28,7 +27,7 @@ class Updates:
         self.steps, self.lr = 0, 0.0
         self.most = float(np.finfo(params.dtype).max)  # of settings beyond it, 0 times one is 0 and not NaN
         self.limit = math.sqrt(self.most) / 2  # of a gradient whose square is to be finite
-        self._work = np.empty((2, min(params.flat.size, BLOCK)), params.dtype)
+        self._work = np.empty((2, min(params.flat.size, costs.UPDATE_VALUES)), params.dtype)
         self._flagged = False  # whether an operation ever overflowed: from then on updates look closely
 
     def run(self, rule: str, settings: Any, model: Any, moments: dict[str, Parameters], loss: Any) -> None:

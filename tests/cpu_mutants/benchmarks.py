@@ -4,8 +4,21 @@ HARNESS, COMPARE, STATISTICS, RUN = "bench/harness", "bench/compare", "bench/sta
 RESULTS, CHECK = "bench/results", "bench/check"
 NAMED = "bench_reports::compare_names_what_is_missing_broken_new_or_throttled"
 
+CALIBRATE, COSTS = "bench/calibrate/measure", "gpurnn/cpu/costs"
+
 # fmt: off
 MUTANTS = {
+    "order: a family's row counts more than its model's": (COSTS,
+        "BY_CPU.get(cpu[:2], {}) | BY_CPU.get(cpu, {})", "BY_CPU.get(cpu, {}) | BY_CPU.get(cpu[:2], {})",
+        "costs::another_cpu_has_what_its_family_and_its_model_say"),
+    "scale: a kept value is held against its own time": (CALIBRATE, "math.exp(loss[kept] - loss[fastest])",
+        "math.exp(loss[kept] - loss[kept])", "costs::what_a_value_costs_is_arithmetic"),
+    "order: the slowest way counts as the best": (CALIBRATE, "fastest[way] / min(fastest.values())",
+        "fastest[way] / max(fastest.values())", "costs::what_a_value_costs_is_arithmetic"),
+    "order: every round of a calibration begins with the same": (CALIBRATE, "names[(place + round) % len(names)]",
+        "names[place]", "costs::each_way_is_timed_with_its_own_costs_and_they_come_back"),
+    "lost: the halves of the rounds are the same": (CALIBRATE, "slice(1, None, 2))", "slice(0, None, 2))",
+        "costs::what_a_value_costs_is_arithmetic"),
     "passed: a line that failed is no regression": (COMPARE, 'return len(self.broken) + verdicts.count("slower")',
         'return verdicts.count("slower")', "bench_reports::a_line_that_failed_is_a_regression"),
     "passed: a line that failed is only missing": (COMPARE,

@@ -46,8 +46,8 @@ MUTANTS = {
 
     "formula: the norm without its root": (OPS, "return math.sqrt(squares)", "return squares",
         "optim::clip_grad_norm"),
-    "bound: only the first block is in the norm": (OPS, "for start in range(0, flat.size, SUM_BLOCK):",
-        "for start in range(0, min(flat.size, SUM_BLOCK), SUM_BLOCK):", "optim::clip_grad_norm"),
+    "bound: only the first block is in the norm": (OPS, "for start in range(0, flat.size, costs.BLAS_SUM):",
+        "for start in range(0, min(flat.size, costs.BLAS_SUM), costs.BLAS_SUM):", "optim::clip_grad_norm"),
     "scale: the norm of tiny gradients in the wrong unit": (OPS, "else peak * math.sqrt(_sum",
         "else math.sqrt(_sum", "optim::grad_norm_beyond_the_squares_of_float64"),
     "sign: gradients under the limit are scaled up": (OPS, "if found > max_norm:",
