@@ -13,7 +13,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.executors import choose
-from gpurnn.executors.contract import Backward, Weights
+from gpurnn.executors.contract import Backward, Job, Weights
 from gpurnn.types import Array
 
 State = tuple[Array, ...]
@@ -89,7 +89,9 @@ def run(
         x = xp.where(lengths.padding, zero, x)[:, lengths.order]
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
         given, state = state, tuple(xp.where(lengths.empty, zero, part)[lengths.order] for part in state)
-    states, tape = engine.forward(cell, xp.ascontiguousarray(x), weights, state, rows, reverse, training, precision)
+    states, tape = engine.forward(
+        Job(cell, xp.ascontiguousarray(x), weights, state, rows, reverse, training, precision)
+    )
     y = states.h[:T] if reverse else states.h[1:]
     final = states.final
     if lengths is not None:

@@ -7,7 +7,6 @@ versions and the architecture.  Processes may share the folder; a damaged entry 
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -225,7 +224,7 @@ def _without_device(capability: tuple[int, int]) -> Iterator[None]:
 
 def _key(recipe: Recipe, capability: Sequence[int]) -> str:
     text = f"{recipe.text}\n{tuple(capability)}\n{environment()}\n{_walk(recipe.trace)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return entries.key(text)
 
 
 @functools.cache
