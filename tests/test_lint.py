@@ -33,7 +33,6 @@ RESIDENT = [
     ("lstm", 128, 256, "float32"), ("gru", 33, 300, "float32"), ("rnn_tanh", 256, 64, "bfloat16"), ("lstm", 128, 64, "bfloat16"),
     ("gru", 128, 64, "float16"),
 ]  # fmt: skip
-TOO_LARGE_FOR_SM_80 = [("lstm", 128, 256, "float32")]  # for one block
 PERSISTENT = [
     ("rnn_tanh", 1024, 64, "bfloat16"), ("lstm", 768, 16, "float16"), ("lstm", 1024, 64, "bfloat16"),
     ("gru", 512, 64, "tf32"), ("gru", 1024, 32, "bfloat16"), ("lstm", 512, 32, "float32"),
