@@ -83,7 +83,9 @@ class OnEngine(nn.RNNBase):
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """y, state = module(input, hx), as torch.nn's layers are called."""
         if torch.compiler.is_compiling():
-            return self._in_a_graph(input, hx)
+            return _outside(self, hx, *input) if isinstance(input, PackedSequence) else self._in_a_graph(input, hx)
+        if _dynamo_watches() is not None:
+            return _outside(self, hx, *(input if isinstance(input, PackedSequence) else [input]))
         self._update_flat_weights()
         foreign = self._foreign(input)
         if foreign is not None:
@@ -112,7 +114,7 @@ class OnEngine(nn.RNNBase):
             return f"dtype: on a CPU the engine runs float32 and float64, got {data.dtype}"
         if torch.is_autocast_enabled("cpu"):
             return "autocast: on a CPU the engine runs float32 and float64"
-        if type(data) not in _PLAIN or any(type(weight) not in _PLAIN for weight in weights):
+        if not torch.compiler.is_compiling() and any(type(part) not in _PLAIN for part in (data, *weights)):
             return "a tensor of a class of its own, whose memory the engine does not know"
         if any(weight.dtype != data.dtype or weight.device != data.device for weight in weights):
             return f"input and parameters differ in dtype or device: {data.dtype} on {data.device}"
@@ -124,7 +126,7 @@ class OnEngine(nn.RNNBase):
         if isinstance(input, PackedSequence):
             if input.data.dim() != 2:
                 return None
-            x, lengths = pad_packed_sequence(input._replace(sorted_indices=None, unsorted_indices=None))
+            x, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
             order = input.sorted_indices
         elif input.dim() == 2:
             x = input.unsqueeze(1)
@@ -138,7 +140,7 @@ class OnEngine(nn.RNNBase):
         if hx is None:
             return Call(x, (x.new_zeros(shape),) * S, lengths)
         state = (hx,) if S == 1 else hx
-        if not isinstance(state, tuple | list) or len(state) != S or not all(type(part) in _PLAIN for part in state):
+        if not isinstance(state, tuple | list) or len(state) != S or not all(isinstance(part, Tensor) for part in state):
             return None
         if lengths is None and input.dim() == 2:
             state = [part.unsqueeze(1) for part in state if part.dim() == 2]
@@ -169,20 +171,19 @@ class OnEngine(nn.RNNBase):
                 y, final, _, _ = run(stack, rows, noise, x, (*state, *weights), False)
         return y, final
 
-    def _in_a_graph(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+    def _in_a_graph(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
         """For torch.compile and torch.export: what runs is decided while they trace."""
         call = None if self._foreign(input) else self._call(input, hx)
         if call is None:
             return self._elsewhere(input, hx, None)
         x, state, weights, stack = call.x, call.state, self._flat_weights, self._stack()
-        rows = None if call.live is None else call.live.sum(1)
         wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *state, *weights))
         training = self.training if torch.compiler.is_exporting() else wanted
         y, final, _ = torch.ops.gpurnn.sweep(
             name_of(stack.cell),
             *stack[1:4],
             training,
-            rows,
+            None,
             call.noises(stack),
             x.contiguous(),
             list(state),
@@ -196,7 +197,7 @@ class OnEngine(nn.RNNBase):
         """y and the final states in the form in which input and states came."""
         out: Tensor | PackedSequence
         if isinstance(input, PackedSequence):
-            out = input._replace(data=pack_padded_sequence(y, call.lengths).data)
+            out = PackedSequence(pack_padded_sequence(y, call.lengths).data, *input[1:])
             if input.unsorted_indices is not None:
                 final = [part.index_select(1, input.unsorted_indices) for part in final]
         elif input.dim() == 2:
@@ -327,6 +328,21 @@ def _transform() -> str | None:
     return None
 
 
+@torch.compiler.disable
+def _outside(module: OnEngine, hx: Any, *parts: Any) -> tuple[Any, Any]:
+    """The call out of Dynamo's sight, which would look into every function of the engine.
+
+    Into torch.nn's LSTM, GRU and RNN it does not look either.  How many numbers a packed sequence has, no graph knows.
+    """
+    return module.forward(parts[0] if len(parts) == 1 else PackedSequence(*parts), hx)
+
+
+def _never() -> None:
+    return None
+
+
+# What Dynamo has been told to do with the next function of this thread; None: nothing.
+_dynamo_watches = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", _never)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _told: set[str] = set()
 

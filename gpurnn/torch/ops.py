@@ -149,7 +149,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None], _: Any) 
     ends = [torch.zeros_like(part) if d is None else d for d, part in zip(dfinal, state, strict=True)]
     found = torch.ops.gpurnn.sweep_backward(*ctx.static, rows, noises, x, state, weights, saved, dy, ends)
     dstate, dweights = found[1 : 1 + len(state)], found[1 + len(state) :]
-    return None, None, None, None, None, None, None, found[0], dstate, dweights
+    return None, None, None, None, None, None, [None] * len(noises), found[0], dstate, dweights
 
 
 sweep.register_autograd(_backward, setup_context=_set_up)
