@@ -5,7 +5,7 @@ What PyTorch decides by flags is set before each sample: TF32 by the case's dtyp
 kernels are chosen by rules, not by trial).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class TorchWorkload(Workload):
 class TorchLayer(TorchWorkload):
     """`torch-cpu-<threads>` and `torch-cudnn`."""
 
-    layers: dict[str, type[torch.nn.RNNBase]] = LAYERS
+    layers: ClassVar[dict[str, type[torch.nn.RNNBase]]] = LAYERS
 
     def __init__(self, problem: Problem, phase: str, device: str, threads: int | None = None):
         super().__init__(problem.case, device, threads)

@@ -7,6 +7,14 @@
 Needs PyTorch: pip install 'gpurnn[torch]'.  `module.reason(input)` says why a call is PyTorch's own and not the engine's.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"gpurnn.torch needs PyTorch: pip install 'gpurnn[torch]' ({error})", name=error.name
+    ) from error
+
+# isort: split
 from gpurnn.torch.convert import from_torch, to_torch
 from gpurnn.torch.modules import GRU, LSTM, RNN, Recurrent
 

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.environment import at_most_threads
 from gpurnn.torch import composite
-
 from gpurnn.torch.ops import name_of
 from gpurnn.torch.stack import ENGINE_DTYPES, Stack, full_rows
 from gpurnn.torch.sweep import Sweep, run
@@ -140,7 +139,11 @@ class OnEngine(nn.RNNBase):
         if hx is None:
             return Call(x, (x.new_zeros(shape),) * S, lengths)
         state = (hx,) if S == 1 else hx
-        if not isinstance(state, tuple | list) or len(state) != S or not all(isinstance(part, Tensor) for part in state):
+        if (
+            not isinstance(state, tuple | list)
+            or len(state) != S
+            or not all(isinstance(part, Tensor) for part in state)
+        ):
             return None
         if lengths is None and input.dim() == 2:
             state = [part.unsqueeze(1) for part in state if part.dim() == 2]
