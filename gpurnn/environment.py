@@ -4,8 +4,7 @@ import functools
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,14 +62,17 @@ def set_num_threads(threads: int | None) -> None:
     _chosen[:] = [] if threads is None else [int(threads)]
 
 
-@contextmanager
-def at_most_threads(most: int) -> Iterator[None]:
+class at_most_threads:
     """No more threads than that in this Python thread's calls, where nobody has said how many there shall be."""
-    before, _threads.most = _threads.most, most
-    try:
-        yield
-    finally:
-        _threads.most = before
+
+    def __init__(self, most: int):
+        self._most = most
+
+    def __enter__(self) -> None:
+        self._before, _threads.most = _threads.most, self._most
+
+    def __exit__(self, *_: object) -> None:
+        _threads.most = self._before
 
 
 @functools.cache

@@ -241,7 +241,6 @@ def test_threads():
 
     def work():
         mine = copy.deepcopy(module)
-        y, state = mine(x.clone().requires_grad_())
         for _ in range(5):
             mine.zero_grad()
             outs = leaves(mine(x))

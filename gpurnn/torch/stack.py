@@ -49,7 +49,10 @@ class Stack(NamedTuple):
 
 def array(tensor: Tensor) -> np.ndarray:
     """A tensor's memory, contiguous; of a tensor that is not, a copy."""
-    return tensor.detach().resolve_neg().contiguous().numpy()
+    tensor = tensor.detach()
+    if tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_neg().contiguous()
+    return tensor.numpy()
 
 
 @functools.lru_cache(maxsize=64)

@@ -101,16 +101,20 @@ def go_back(
     (T, N, _), H, dtype = levels[0].shape, tensors[0].shape[2], levels[0].dtype
     gradients = [np.zeros(part.shape, dtype) for part in arrays]
     dstate = [np.empty(tuple(part.shape), dtype) for part in tensors[:S]]
-    nothing = np.zeros((), dtype)
-    ends = [np.broadcast_to(nothing, dstate[0].shape) if part is None else array(part) for part in dfinal]
-    down = np.broadcast_to(nothing, (T, N, D * H)) if dy is None else dy.detach().resolve_neg().numpy()
+    ends = None
+    if any(part is not None for part in dfinal):
+        ends = [
+            _nothing(whole.shape, dtype) if part is None else array(part)
+            for whole, part in zip(dstate, dfinal, strict=True)
+        ]
+    down = _nothing((T, N, D * H), dtype) if dy is None else dy.detach().resolve_neg().numpy()
     options = Backward(keep=keep)
     for layer in reversed(range(stack.layers)):
         below = []
         for direction in range(D):
             at = layer * D + direction
             job = Job(stack.cell, levels[layer], stack.weights(arrays, at), (), rows, direction == 1, True)
-            last = None if all(part is None for part in dfinal) else tuple(part[at] for part in ends)
+            last = None if ends is None else tuple(part[at] for part in ends)
             dx, initial = engine.backward(
                 tapes[at]._replace(job=job),
                 down[..., direction * H : (direction + 1) * H],
@@ -125,6 +129,10 @@ def go_back(
         if 0 < layer <= len(noises):
             down = down * noises[layer - 1].numpy()
     return [torch.from_numpy(part) for part in (down, *dstate, *gradients)]
+
+
+def _nothing(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def buffers_of(tapes: Sequence[Any]) -> list[Tensor]:
