@@ -18,7 +18,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import LSTM_CELL
-from gpurnn.executors.contract import Backward, Weights
+from gpurnn.executors.contract import Backward, Job, Weights
 
 SHORT, LONG = 100, 600  # steps
 N, H = 3, 16
@@ -47,11 +47,12 @@ def _seconds(T: int, repeats: int) -> dict[str, float]:
 
     xp = backend.xp
     weights = Weights(xp.empty((4 * H, H)), xp.empty((4 * H, H)), None, None, ())
-    x, state, rows = xp.empty((T, N, H)), (xp.empty((N, H)),) * 2, np.full(T, N)
+    x, state = xp.empty((T, N, H)), (xp.empty((N, H)),) * 2
+    job = Job(LSTM_CELL, x, weights, state, np.full(T, N), False, True)
     fastest = {"forward": np.inf, "backward": np.inf}
     for _ in range(repeats):
         begun = time.perf_counter()
-        _, tape = step.forward(LSTM_CELL, x, weights, state, rows, False, True)
+        _, tape = step.forward(job)
         between = time.perf_counter()
         assert tape is not None
         step.backward(tape, x, state, weights, Backward())

@@ -5,7 +5,8 @@ Values are drawn on the host in float64 whatever the layer's type and device, so
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -95,3 +96,29 @@ INITIALIZERS: dict[str, Initializer] = {
     "orthogonal": orthogonal,
     "zeros": zeros,
 }
+
+
+def chosen(defaults: Mapping[str, Initializer], init: Any) -> dict[str, Initializer]:
+    """`defaults` by parameter, with those that `init` names in their place; ValueError where it is not right."""
+    kinds = dict(defaults)
+    if not isinstance(init, Mapping):
+        raise ValueError(f"init: expected a mapping from parameter names, got {init!r}")
+    for kind, given in init.items():
+        if kind not in kinds:
+            raise ValueError(f"init: expected names among {', '.join(kinds)}, got {kind!r}")
+        if not callable(given) and not (isinstance(given, str) and given in INITIALIZERS):
+            choices = f"one of {', '.join(INITIALIZERS)} or a function (rng, rows, columns)"
+            raise ValueError(f"init[{kind!r}]: expected {choices}, got {given!r}")
+        kinds[kind] = INITIALIZERS[given] if isinstance(given, str) else given
+    return kinds
+
+
+def drawn(
+    initializer: Initializer, kind: str, rng: np.random.Generator, gates: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A parameter of this kind and shape, each gate by itself."""
+    rows, columns = shape[0] // gates, shape[1] if len(shape) > 1 else 1
+    blocks = [np.asarray(initializer(rng, rows, columns)) for _ in range(gates)]
+    if any(block.shape != (rows, columns) for block in blocks):
+        raise ValueError(f"init[{kind!r}]: expected (rows, columns) = {(rows, columns)}, got {blocks[0].shape}")
+    return np.concatenate(blocks).reshape(shape)

@@ -26,9 +26,9 @@ from gpurnn.arguments import (
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
-from gpurnn.executors.contract import Backward, Weights
+from gpurnn.executors.contract import Weights
 from gpurnn.executors.random import Masks
-from gpurnn.initializers import INITIALIZERS, Initializer, glorot_uniform, orthogonal, zeros
+from gpurnn.initializers import Initializer, chosen, drawn, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
 from gpurnn.sequence import prepare_lengths, run
 from gpurnn.types import Array, RecurrentBackward
@@ -124,8 +124,8 @@ class Recurrent(Layer):
         G, H, D = self.cell.gates, self.hidden_size, self.directions
         shapes: dict[str, tuple[int, ...]] = {}
         symbols: dict[str, str] = {}
+        wide = f"{G}*H"
         for layer, direction in itertools.product(range(self.num_layers), range(D)):
-            wide = f"{G}*H"
             inputs, letter = (self.input_size, "I") if layer == 0 else (D * H, f"{D}*H" if D > 1 else "H")
             own: dict[str, tuple[tuple[int, ...], str]]
             own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})"), "weight_hh": ((G * H, H), f"({wide}, H)")}
@@ -144,24 +144,10 @@ class Recurrent(Layer):
         gated: dict[str, Initializer] = {"weight_ih": glorot_uniform, "weight_hh": orthogonal}
         gated |= {"bias_ih": zeros, "bias_hh": zeros} if self.bias else {}
         initial = [f"{name}_0" for name in self.cell.state_names] if self.trainable_h0 else []
-        kinds = gated | dict.fromkeys((*self.cell.params, *initial), zeros)
-        if not isinstance(init, Mapping):
-            raise ValueError(f"init: expected a mapping from parameter names, got {init!r}")
-        for kind, given in init.items():
-            if kind not in kinds:
-                raise ValueError(f"init: expected names among {', '.join(kinds)}, got {kind!r}")
-            if not callable(given) and not (isinstance(given, str) and given in INITIALIZERS):
-                choices = f"one of {', '.join(INITIALIZERS)} or a function (rng, rows, columns)"
-                raise ValueError(f"init[{kind!r}]: expected {choices}, got {given!r}")
-            kinds[kind] = INITIALIZERS[given] if isinstance(given, str) else given
+        kinds = chosen(gated | dict.fromkeys((*self.cell.params, *initial), zeros), init)
         for name, shape in self.params.shapes.items():
             kind = name if name in initial else name.removesuffix("_reverse").rsplit("_l", 1)[0]
-            gates = self.cell.gates if kind in gated else 1
-            rows, columns = shape[0] // gates, shape[1] if len(shape) > 1 else 1
-            blocks = [np.asarray(kinds[kind](self.rng, rows, columns)) for _ in range(gates)]
-            if any(block.shape != (rows, columns) for block in blocks):
-                raise ValueError(f"init[{kind!r}]: expected (rows, columns) = {(rows, columns)}, got {blocks[0].shape}")
-            self._set(name, np.concatenate(blocks).reshape(shape))
+            self._set(name, drawn(kinds[kind], kind, self.rng, self.cell.gates if kind in gated else 1, shape))
 
     @overload
     def __call__(
@@ -202,76 +188,27 @@ class Recurrent(Layer):
         prepared = prepare_lengths(lengths, T, N)
         if training and copy and prepared is None:  # else the engine is given a copy in any case
             x = x.copy()
-        levels: list[tuple[list[Callable | None], Callable | None]] = []
-        finals: list[tuple[Array, ...]] = []
-        for layer in range(self.num_layers):
-            outputs, backwards = [], []
-            for direction in range(self.directions):
-                at = layer * self.directions + direction
-                y, final, step_back = run(
-                    self.cell,
-                    x,
-                    self.weights(self.params, layer, direction),
-                    tuple(part[at] for part in initial),
-                    lengths=prepared,
-                    reverse=direction == 1,
-                    executor=self.executor,
-                    training=training,
-                    precision=self.precision,
-                    clip=self.clip_in_time is not None,
-                )
-                outputs.append(y)
-                backwards.append(step_back)
-                finals.append(final)
-            x = outputs[0] if self.directions == 1 else backend.xp.concatenate(outputs, axis=2)
-            masked = None
-            if training and self.dropout and layer < self.num_layers - 1:
-                x, masked = self.masks(x, self.dropout)
-            levels.append((backwards, masked))
-        out = self._packed(tuple(_stacked(parts) for parts in zip(*finals, strict=True)))
-        if not training:
-            return x, out, None
-        return backend.ops.protected(x), out, self._backward(levels, T, N, self._given(state))
+        y, final, back = run(self, x, initial, prepared, training)
+        if back is None:
+            return y, self._packed(final), None
+        return backend.ops.protected(y), self._packed(final), self._backward(back, T, N, self._given(state))
 
-    def _backward(self, levels: list, T: int, N: int, given: tuple[bool, ...]) -> RecurrentBackward:
+    def _backward(self, back: Callable, T: int, N: int, given: tuple[bool, ...]) -> RecurrentBackward:
         turn = Turn()
 
         def backward(dy: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
             with turn:
-                keep = switch("keep", keep)
-                H, D, S = self.hidden_size, self.directions, self.cell.states
-                xp = backend.xp
+                keep, shape = switch("keep", keep), (T, N, self.directions * self.hidden_size)
                 if dy is None:
-                    dy = xp.broadcast_to(xp.zeros((), self.dtype), (T, N, D * H))
-                dy = checked(dy, self.dtype, "dy", (T, N, D * H), "(T, N, D*H)")
+                    dy = backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
+                dy = checked(dy, self.dtype, "dy", shape, "(T, N, D*H)")
                 dfinal = self.check_backward(dstate, flow, T, N)
                 turn.gone = not keep
-                dinitial: list[tuple[Array, ...]] = [()] * (self.num_layers * D)
-                for layer in reversed(range(self.num_layers)):
-                    backwards, masked = levels[layer]
-                    if masked is not None:
-                        dy = masked(dy)
-                    dx = None
-                    for direction in range(D):
-                        at = layer * D + direction
-                        squares = xp.zeros((S, T)) if flow is not None else None
-                        part, dinitial[at] = backwards[direction](
-                            dy[..., direction * H : (direction + 1) * H],
-                            None if dfinal is None else tuple(state[at] for state in dfinal),
-                            self.weights(self.grads, layer, direction),
-                            Backward(self.clip_in_time, squares, keep),
-                        )
-                        dx = part if dx is None else dx + part
-                        if flow is not None:
-                            flow[at] = xp.sqrt(squares)
-                    dy = dx
-                dstates = tuple(_stacked(parts) for parts in zip(*dinitial, strict=True))
-                for name, part, was_given in zip(self.cell.state_names, dstates, given, strict=True):
+                dx, dinitial = back(dy, dfinal, keep, flow)
+                for name, part, was_given in zip(self.cell.state_names, dinitial, given, strict=True):
                     if self.trainable_h0 and not was_given:
                         self.grads[f"{name}_0"][...] += part.sum(1, dtype="float64").astype(self.dtype)
-                if not keep:
-                    levels.clear()
-                return dy, self._packed(dstates)
+                return dx, self._packed(dinitial)
 
         return backward
 
@@ -282,7 +219,6 @@ class Recurrent(Layer):
 
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
         """What one layer in one direction has in `values`, which are `params` or `grads`."""
-
         matrices, biases, params = self._names[layer * self.directions + direction]
         weight_ih, weight_hh = (values[name] for name in matrices)
         bias_ih, bias_hh = (values[name] for name in biases) if biases else (None, None)
@@ -298,7 +234,6 @@ class Recurrent(Layer):
     def unpacked(self, state: Any, N: int, what: str, trained: bool = False) -> tuple[Array, ...]:
         """One array (L*D, N, H) per state of the cell; for None, of the whole or of a part, zeros or what was trained."""
         S, shape = self.cell.states, (self.num_layers * self.directions, N, self.hidden_size)
-        xp = backend.xp
         if state is None:
             state = (None,) * S
         elif S == 1:
@@ -314,9 +249,9 @@ class Recurrent(Layer):
             if part is not None:
                 parts.append(checked(part, self.dtype, f"{what} {name}", shape, "(L*D, N, H)"))
             elif trained:
-                parts.append(xp.broadcast_to(self.params[f"{name}_0"][:, None, :], shape))
+                parts.append(backend.xp.broadcast_to(self.params[f"{name}_0"][:, None, :], shape))
             else:
-                parts.append(xp.zeros(shape, self.dtype))
+                parts.append(backend.xp.zeros(shape, self.dtype))
         return tuple(parts)
 
     def _given(self, state: Any) -> tuple[bool, ...]:
@@ -409,11 +344,6 @@ def _precision(given: Any, dtype: np.dtype) -> str:
     if given != "float32" and dtype != np.float32:
         raise ValueError(f"precision: expected float32 for a layer of {dtype}, got {given!r}")
     return given
-
-
-def _stacked(parts: tuple[Array, ...]) -> Array:
-    """One array of all layers' and directions' states, (L*D, N, H); executors give them away in memory of their own."""
-    return parts[0][None] if len(parts) == 1 else backend.stacked(parts)
 
 
 def _suffix(layer: int, direction: int) -> str:

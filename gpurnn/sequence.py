@@ -1,22 +1,26 @@
-"""One layer in one direction over a sequence: picks the executor, sorts out lengths, and owns the tape.
+"""Layers in one direction or both over a sequence: picks the executor, sorts out lengths, and owns the tapes.
 
-Lengths are handled here, once for every cell and executor.  The batch is sorted by length, longest first, so that the
-rows that live at a step are the first ones; inputs behind a row's end are replaced by zeros in that copy, which is why
-nothing there, NaN included, can reach a result.
+Lengths are handled here, once for every cell and executor, and once for all layers.  The batch is sorted by length,
+longest first, so that the rows that live at a step are the first ones; inputs behind a row's end are replaced by zeros in
+that copy, which is why nothing there, NaN included, can reach a result.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.executors import choose
-from gpurnn.executors.contract import Backward, Weights
+from gpurnn.executors.contract import Backward, Executor, Job, Weights
+from gpurnn.executors.random import Masks
+from gpurnn.parameters import Parameters
 from gpurnn.types import Array
 
-State = tuple[Array, ...]
+States = tuple[Array, ...]
+Mask = Callable[[Array], Array]
 
 
 class Lengths(NamedTuple):
@@ -33,6 +37,16 @@ class Lengths(NamedTuple):
     rows: np.ndarray
     padding: Array
     empty: Array
+
+    def sorted(self, array: Array, blank: Array | None = None) -> Array:
+        """array (T or L*D, N, ...) with its batch rows in `order`; 0 where `blank` is True, before."""
+        if blank is not None:
+            array = backend.xp.where(blank, backend.xp.zeros((), array.dtype), array)
+        return array.take(self.order, 1)
+
+    def unsorted(self, array: Array) -> Array:
+        """What was `sorted`, in the caller's order."""
+        return array.take(self.inverse, 1)
 
 
 def checked_lengths(lengths: Any, T: int, N: int) -> np.ndarray:
@@ -60,51 +74,115 @@ def prepare_lengths(lengths: Any, T: int, N: int) -> Lengths | None:
     return Lengths(xp.asarray(order), xp.asarray(np.argsort(order)), rows, padding, xp.asarray(given == 0)[:, None])
 
 
+class Layers(Protocol):
+    """What is run: see `Recurrent`, whose attributes these are."""
+
+    cell: Cell
+    hidden_size: int
+    num_layers: int
+    directions: int
+    dropout: float
+    clip_in_time: float | None
+    precision: str
+    executor: str | None
+    masks: Masks
+    params: Parameters
+    grads: Parameters
+
+    def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights: ...
+
+
 def run(
-    cell: Cell,
-    x: Array,
-    weights: Weights,
-    state: State,
-    *,
-    lengths: Lengths | None = None,
-    reverse: bool = False,
-    executor: str | None = None,
-    training: bool = True,
-    precision: str = "float32",
-    clip: bool = False,
-) -> tuple[Array, State, Callable | None]:
-    """x (T, N, I) and S initial states (N, H) -> y (T, N, H), final states, backward.
+    layers: Layers, x: Array, initial: States, lengths: Lengths | None, training: bool
+) -> tuple[Array, States, Callable[..., tuple[Array, States]] | None]:
+    """x (T, N, I) -> y (T, N, D*H), final states, and `backward`, None without training; at padding y is 0.
 
-    `backward(dy, dstate, grads, options)` adds to `grads` and returns dx and the gradients of the initial states; None
-    without training.  dstate may be None, for zeros.  clip: whether backward will clip in time.  At padding y and dx are 0
-    and dy is not read.
+    States are S arrays (L*D, N, H).
     """
-    xp = backend.xp
     T, N, _ = x.shape
-    H = weights.weight_hh.shape[1]
-    engine = choose(executor, cell, H, N, x.dtype, precision, training=training, clip=clip)
-    rows = np.full(T, N) if lengths is None else lengths.rows
+    clip = layers.clip_in_time is not None
+    engine = choose(
+        layers.executor, layers.cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip
+    )
+    rows, given = np.full(T, N) if lengths is None else lengths.rows, initial
     if lengths is not None:
-        zero = xp.zeros((), x.dtype)
-        x = xp.where(lengths.padding, zero, x)[:, lengths.order]
+        x = lengths.sorted(x, lengths.padding)
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
-        given, state = state, tuple(xp.where(lengths.empty, zero, part)[lengths.order] for part in state)
-    states, tape = engine.forward(cell, xp.ascontiguousarray(x), weights, state, rows, reverse, training, precision)
-    y = states.h[:T] if reverse else states.h[1:]
-    final = states.final
+        initial = tuple(lengths.sorted(part, lengths.empty) for part in initial)
+    levels: list[tuple[list[Any], Mask | None]] = []
+    finals: list[States] = []
+    for layer in range(layers.num_layers):
+        x, outputs, tapes = backend.xp.ascontiguousarray(x), [], []
+        for direction in range(layers.directions):
+            weights, at = layers.weights(layers.params, layer, direction), len(finals)
+            state = tuple(part[at] for part in initial)
+            job = Job(layers.cell, x, weights, state, rows, direction == 1, training, layers.precision)
+            states, tape = engine.forward(job)
+            outputs.append(states.h[:T] if direction else states.h[1:])
+            tapes.append(tape)
+            finals.append(states.final)
+        x = outputs[0] if layers.directions == 1 else backend.xp.concatenate(outputs, axis=2)
+        mask = None
+        if training and layers.dropout and layer < layers.num_layers - 1:
+            x, mask = _dropped(layers, x, lengths)
+        levels.append((tapes, mask))
+    final = _stacked(finals)
     if lengths is not None:
-        y = y[:, lengths.inverse]
-        final = tuple(
-            xp.where(lengths.empty, part, end[lengths.inverse]) for part, end in zip(given, final, strict=True)
-        )
-    if not training:
-        return y, final, None
+        x, final = lengths.unsorted(x), tuple(map(lengths.unsorted, final))
+        final = tuple(backend.xp.where(lengths.empty, *pair) for pair in zip(given, final, strict=True))
+    return x, final, functools.partial(_back, layers, engine, levels, lengths) if training else None
 
-    def backward(dy: Array, dstate: State | None, grads: Weights, options: Backward) -> tuple[Array, State]:
-        if lengths is None:
-            return engine.backward(tape, dy, dstate, grads, options)
-        dstate = None if dstate is None else tuple(part[lengths.order] for part in dstate)
-        dx, dinitial = engine.backward(tape, dy[:, lengths.order], dstate, grads, options)
-        return dx[:, lengths.inverse], tuple(part[lengths.inverse] for part in dinitial)
 
-    return y, final, backward
+def _back(
+    layers: Layers,
+    engine: Executor,
+    levels: list[tuple[list[Any], Mask | None]],
+    lengths: Lengths | None,
+    dy: Array,
+    dfinal: States | None,
+    keep: bool,
+    flow: Array | None,
+) -> tuple[Array, States]:
+    """Adds to the layers' gradients; returns dx and the gradients of the initial states.  dfinal: None for zeros.
+
+    At padding dx is 0 and dy is not read.
+    """
+    H, D, xp = layers.hidden_size, layers.directions, backend.xp
+    if lengths is not None:
+        dy, dfinal = lengths.sorted(dy), None if dfinal is None else tuple(map(lengths.sorted, dfinal))
+    dinitial: list[States] = [()] * (len(levels) * D)
+    for layer in reversed(range(len(levels))):
+        tapes, mask = levels[layer]
+        dx, dy = None, dy if mask is None else mask(dy)
+        for direction, tape in enumerate(tapes):
+            at = layer * D + direction
+            squares = None if flow is None else xp.zeros(flow.shape[1:])
+            part, dinitial[at] = engine.backward(
+                tape,
+                dy[..., direction * H : (direction + 1) * H],
+                None if dfinal is None else tuple(state[at] for state in dfinal),
+                layers.weights(layers.grads, layer, direction),
+                Backward(layers.clip_in_time, squares, keep),
+            )
+            dx = part if dx is None else dx + part
+            if flow is not None:
+                flow[at] = xp.sqrt(squares)
+        dy = dx
+    if not keep:
+        levels.clear()
+    dstates = _stacked(dinitial)
+    return (dy, dstates) if lengths is None else (lengths.unsorted(dy), tuple(map(lengths.unsorted, dstates)))
+
+
+def _dropped(layers: Layers, x: Array, lengths: Lengths | None) -> tuple[Array, Mask]:
+    """Dropout of x, and of its gradient.  A mask is one of places in the caller's order."""
+    if lengths is None:
+        return layers.masks(x, layers.dropout)
+    x, mask = layers.masks(lengths.unsorted(x), layers.dropout)
+    return lengths.sorted(x), lambda gradient: lengths.sorted(mask(lengths.unsorted(gradient)))
+
+
+def _stacked(parts: list[States]) -> States:
+    """Of each state one array for all layers and directions, (L*D, N, H); executors give them away in memory of their own."""
+    alone = len(parts) == 1
+    return tuple(own[0][None] if alone else backend.stacked(own) for own in zip(*parts, strict=True))

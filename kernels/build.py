@@ -1,13 +1,12 @@
 """Numba function -> PTX -> cubin, on any machine, and a cache of the results on disk.
 
 Neither a GPU nor a driver is needed: NVVM and nvJitLink are libraries.  A kernel's key is everything that decides its
-code: the factory that writes it and its constants, the cell's traced mathematics, these sources, the tools' versions and
-the architecture.  Processes may share the folder; a damaged entry is built again.
+code: the factory that writes it and its constants, the cell's traced mathematics, these sources and the trace's, the tools'
+versions and the architecture.  Processes may share the folder; a damaged entry is built again.
 """
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -224,14 +223,25 @@ def _without_device(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def _key(recipe: Recipe, capability: Sequence[int]) -> str:
-    text = f"{recipe.text}\n{tuple(capability)}\n{environment()}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    text = f"{recipe.text}\n{tuple(capability)}\n{environment()}\n{_walk(recipe.trace)}"
+    return entries.key(text)
 
 
 @functools.cache
 def environment() -> str:
     sources = entries.sources(__package__, _version("gpurnn"))
     return f"{sources} {[(tool, _version(tool)) for tool in TOOLS]}"
+
+
+def _walk(trace: Any) -> str:
+    """A digest of the source by which a trace's graphs walk through themselves (`pointwise`)."""
+    return "" if trace is None else _source(type(trace.forward).__module__)
+
+
+@functools.cache
+def _source(module: str) -> str:
+    package, _, name = module.rpartition(".")
+    return entries.sources(package, _version("gpurnn"), (name,))
 
 
 def _version(distribution: str) -> str:

@@ -42,6 +42,11 @@ def tell(place: Path | str, reason: str) -> None:
         )
 
 
+def key(text: str) -> str:
+    """What an entry is called after: a digest of all that decides what is in it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def read(path: Path) -> bytes | None:
     """What was written there, or None."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

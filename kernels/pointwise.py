@@ -1,8 +1,8 @@
 """A cell's mathematics in a kernel: an expression graph becomes straight-line code on one unit's registers.
 
-A graph has `nodes`, each with `op`, `args` and `value`, in an order in which each stands behind its arguments; gpurnn's
-cells are traced into such graphs.  The code reads its inputs from one small local array and writes its results to another:
-indices are constants, so both become registers.
+A graph has `nodes`, each with `op`, `args` and `value`, in an order in which each stands behind its arguments, and walks
+through them (`evaluate`); gpurnn's cells are traced into such graphs.  The code reads its inputs from one small local
+array and writes its results to another: indices are constants, so both become registers.
 """
 
 import math
@@ -124,38 +124,22 @@ def with_sigmoids(nodes):
     return found
 
 
-def _needed(nodes, outputs):
-    """The nodes that `outputs` need, themselves included."""
-    needed, left = set(), list(outputs)
-    while left:
-        index = left.pop()
-        if index not in needed:
-            needed.add(index)
-            left += nodes[index].args
-    return needed
-
-
 def function(graph, inputs, outputs, real, accuracy):
     """An intrinsic `f(given, result)` on two local arrays of `real`: result[k] = the value of node outputs[k].
 
     inputs[k]: the nodes, none or one or several, whose value is given[k].
     """
     position = {node: k for k, nodes in enumerate(inputs) for node in nodes}
-    nodes = with_sigmoids(graph.nodes) if real == types.float32 and accuracy == EXACT else graph.nodes
-    needed = _needed(nodes, outputs)
+    if real == types.float32 and accuracy == EXACT:
+        graph = type(graph)(with_sigmoids(graph.nodes))
 
     def emit(builder, given, result):
-        scalar = Scalar(builder, real, accuracy)
-        values = {}
-        for index, node in enumerate(nodes):
-            if index in position:
-                values[index] = builder.load(builder.gep(given, [ir.IntType(64)(position[index])]))
-            elif index in needed and node.op == "const":
-                values[index] = scalar.constant(node.value)
-            elif index in needed and all(argument in values for argument in node.args) and node.op != "input":
-                values[index] = getattr(scalar, node.op)(*(values[argument] for argument in node.args))
-        for k, index in enumerate(outputs):
-            builder.store(values[index], builder.gep(result, [ir.IntType(64)(k)]))
+        def value(node):
+            k = position.get(node)
+            return None if k is None else builder.load(builder.gep(given, [ir.IntType(64)(k)]))
+
+        for k, found in enumerate(graph.evaluate(Scalar(builder, real, accuracy), outputs, value)):
+            builder.store(found, builder.gep(result, [ir.IntType(64)(k)]))
 
     @intrinsic
     def pointwise(context, given, result):

@@ -17,7 +17,7 @@ import gpurnn.kernels
 from gpurnn.cells import Cell, sigmoid, tanh
 from gpurnn.cuda import on_chip, passes, step, sweeps
 from gpurnn.executors import numpy_loop
-from gpurnn.executors.contract import Backward, Weights
+from gpurnn.executors.contract import Backward, Job, Weights
 from gpurnn.kernels import plan, tiles
 from gpurnn.kernels.tiles import Tile
 from tests import fake_cupy
@@ -111,8 +111,8 @@ def training_step(engine, case, precision, put):
     *matrices, params = given.weights
     weights = Weights(*map(put, matrices), tuple(map(put, params)))
     state, dstate, dy = tuple(map(put, given.state)), tuple(map(put, given.dstate)), put(given.dy)[:, :, : case.H]
-    arguments = case.cell, put(given.x), weights, state, given.rows, case.reverse, case.training, precision
-    states, tape = engine.forward(*arguments)
+    job = Job(case.cell, put(given.x), weights, state, given.rows, case.reverse, case.training, precision)
+    states, tape = engine.forward(job)
     found = {"y": (states.h[:T] if case.reverse else states.h[1:],), "final states": states.final}
     if case.training and case.back:
         grads = Weights(*(put(0 * part) for part in matrices), tuple(put(0 * part) for part in params))

@@ -16,8 +16,7 @@ from gpurnn import backend
 from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.cpu import compiled, memory, products
 from gpurnn.executors import choose, numpy_loop
-from gpurnn.executors.contract import Backward, Weights
-from gpurnn.sequence import prepare_lengths, run
+from gpurnn.executors.contract import Backward, Job, Weights
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
@@ -71,14 +70,23 @@ def problem(cell, T, N, I, H, *, bias=True, seed=0, dtype="float64"):
     )
 
 
+def forward(p, executor, x, state, rows, reverse, training):
+    """y, the final states and the tape."""
+    engine = choose(executor, p.cell, p.shape[3], x.shape[1], x.dtype, "float32")
+    states, tape = engine.forward(Job(p.cell, x, p.weights, state, rows, reverse, training))
+    return states.h[: len(x)] if reverse else states.h[1:], states.final, tape
+
+
 def results(p, executor, *, lengths=None, reverse=False, clip=None, keep=False, dy=None):
     """Every tensor that comes out of a training and an inference pass, by name; gradients are added to ones."""
     T, N, _, _ = p.shape
-    prepared = prepare_lengths(lengths, T, N)
-    options = {"lengths": prepared, "reverse": reverse, "executor": executor}
-    y, final, backward = run(p.cell, p.x, p.weights, p.state, **options)
-    y_inference, final_inference, nothing = run(p.cell, p.x, p.weights, p.state, training=False, **options)
-    assert nothing is None
+    engine = choose(executor, p.cell, p.shape[3], N, p.x.dtype, "float32")
+    rows = np.full(T, N) if lengths is None else (np.arange(T)[:, None] < np.sort(lengths)[::-1]).sum(1)
+    x, living = p.x.copy(), np.arange(N) < rows[:, None]
+    x[~living] = 0
+    given = p, executor, x, p.state, rows, reverse
+    (y, final, tape), (y_inference, final_inference, nothing) = forward(*given, True), forward(*given, False)
+    assert nothing is None and not y[~living].any() and not y_inference[~living].any()
     out = {"y": y.copy(), "y in inference": y_inference}
     for s in range(p.cell.states):
         out |= {f"final state {s}": final[s], f"final state {s} in inference": final_inference[s]}
@@ -86,7 +94,8 @@ def results(p, executor, *, lengths=None, reverse=False, clip=None, keep=False, 
         flow = np.zeros((p.cell.states, T))
         grads = Weights(*(None if w is None else np.ones_like(w) for w in p.weights[:4]), ())
         grads = grads._replace(params=tuple(np.ones_like(w) for w in p.weights.params))
-        dx, dinitial = backward(p.dy if dy is None else dy, p.dstate, grads, Backward(clip, flow, keep and call == 0))
+        options = Backward(clip, flow, keep and call == 0)
+        dx, dinitial = engine.backward(tape, p.dy if dy is None else dy, p.dstate, grads, options)
         call_out = {"dx": dx, "flow": flow}
         call_out |= {f"d{field}": g for field, g in zip(Weights._fields[:4], grads, strict=False) if g is not None}
         call_out |= {f"d{name}": g for name, g in zip(p.cell.params, grads.params, strict=True)}
@@ -180,14 +189,14 @@ def test_nothing_to_do(shape, executor):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_rows_without_steps_pass_their_state_through(executor, reverse):
     p = problem(LSTM_CELL, 3, 4, 2, 5)
-    p.x[:, 2] = np.nan
-    p.dy[:, 2] = np.nan
-    out = results(p, executor, lengths=[3, 1, 0, 2], reverse=reverse)
+    p.x[:, 3] = np.nan
+    p.dy[:, 3] = np.nan
+    out = results(p, executor, lengths=[3, 2, 1, 0], reverse=reverse)
     for s in (0, 1):
-        np.testing.assert_array_equal(out[f"final state {s}"][2], p.state[s][2])
-        np.testing.assert_array_equal(out[f"dstate {s}"][2], p.dstate[s][2])
-    assert not out["y"][:, 2].any()
-    assert not out["dx"][:, 2].any()
+        np.testing.assert_array_equal(out[f"final state {s}"][3], p.state[s][3])
+        np.testing.assert_array_equal(out[f"dstate {s}"][3], p.dstate[s][3])
+    assert not out["y"][:, 3].any()
+    assert not out["dx"][:, 3].any()
     assert all(np.isfinite(value).all() for value in out.values())
 
 
@@ -320,21 +329,20 @@ def test_flow_is_the_gradient_of_each_state(executor, reverse):
     T, N, I, H = 4, 2, 3, 5
     p = problem(LSTM_CELL, T, N, I, H)
     order = list(range(T - 1, -1, -1) if reverse else range(T))
-    options = {"reverse": reverse, "executor": executor, "training": False}
 
     def loss_after(state, steps):
         """The loss of `state`, the state behind the first of `steps`, and of all steps behind it."""
         total = (state[0] * p.dy[steps[0]]).sum()
         if len(steps) > 1:
             rest = slice(min(steps[1:]), max(steps[1:]) + 1)
-            y, state, _ = run(p.cell, p.x[rest], p.weights, state, **options)
+            y, state, _ = forward(p, executor, p.x[rest], state, np.full(len(steps) - 1, N), reverse, False)
             total += (y * p.dy[rest]).sum()
         return total + sum((part * weight).sum() for part, weight in zip(state, p.dstate, strict=True))
 
     expected = np.zeros((2, T))
     state = p.state
     for k, t in enumerate(order):
-        _, state, _ = run(p.cell, p.x[t : t + 1], p.weights, state, **options)
+        _, state, _ = forward(p, executor, p.x[t : t + 1], state, np.full(1, N), reverse, False)
         for s in range(2):
             for index in np.ndindex(N, H):
                 losses = []

@@ -287,7 +287,7 @@ def forward_launch(N, T, H):
     """(begin, launch, outputs): the resident forward kernel in inference on buffers of its own; `launch()` does no more."""
     from gpurnn.cuda import on_chip, sweeps
     from gpurnn.cuda.passes import Pass
-    from gpurnn.executors.contract import Weights
+    from gpurnn.executors.contract import Job, Weights
     from gpurnn.kernels import persistent
 
     cupy, rng = backend.xp, np.random.default_rng(0)
@@ -297,7 +297,7 @@ def forward_launch(N, T, H):
 
     weights = Weights(draw(4 * H, 3), draw(4 * H, H), draw(4 * H), draw(4 * H), ())
     state = draw(N, H), draw(N, H)
-    sweep = sweeps.begin(LSTM_CELL, draw(T, N, 3), weights, state, np.full(T, N), False, False, "float32")
+    sweep = sweeps.begin(Job(LSTM_CELL, draw(T, N, 3), weights, state, np.full(T, N), False, False, "float32"))
     tape, carried = sweep.tape, cupy.stack(state)
     final = carried.copy()
     choice = on_chip.RESIDENT.choice(LSTM_CELL, H, N, "float32", False)

@@ -367,6 +367,13 @@ def test_whatever_decides_the_code_is_another_file(folder, compilations, monkeyp
     assert len(list(folder.iterdir())) == 8, "a tool of another version writes other code"
 
 
+def test_what_walks_through_a_graph_is_part_of_the_key():
+    elsewhere = type("Graph", (), {"__module__": "gpurnn.files"})()
+    trace = SimpleNamespace(text=LSTM_CELL.trace.text, forward=elsewhere)
+    a, b = (build.recipe(scaling, each, factor=2) for each in (LSTM_CELL.trace, trace))
+    assert a.text == b.text and build._key(a, (9, 0)) != build._key(b, (9, 0))
+
+
 def test_the_order_of_constants_does_not_matter_and_their_values_do():
     a, b = build.recipe(scaling, x=1, y=2), build.recipe(scaling, y=2, x=1)
     assert a == b and build._key(a, (9, 0)) == build._key(b, (9, 0))

@@ -13,7 +13,7 @@ from gpurnn import backend
 from gpurnn.cells import GRU_CELL, LSTM_CELL
 from gpurnn.cuda import device, sweeps
 from gpurnn.executors import layout
-from gpurnn.executors.numpy_loop import Weights
+from gpurnn.executors.contract import Job, Weights
 from tests import fake_cupy
 from tests.interpreted import interpreted
 
@@ -92,7 +92,7 @@ def a_tape(cell, reverse, precision, shape=(5, 3, 4, 6)):
 
     weights = Weights(draw(G * H, I), draw(G * H, H), draw(G * H), draw(G * H), ())
     state = tuple(draw(N, H) for _ in range(cell.states))
-    sweep = sweeps.begin(cell, draw(T, N, I), weights, state, np.full(T, N), reverse, True, precision)
+    sweep = sweeps.begin(Job(cell, draw(T, N, I), weights, state, np.full(T, N), reverse, True, precision))
     sweep.tape.slots[...] = draw(*sweep.tape.slots.shape)
     sweep.tape.h[...] = draw(*sweep.tape.h.shape)
     return sweep
@@ -104,16 +104,16 @@ def test_gradients_of_rounded_factors(monkeypatch, cell, reverse, steps):
     """In pieces of so many steps; every array is rounded once, and biases add up what was not rounded."""
     with interpreted("numpy"):
         sweep = a_tape(cell, reverse, "bfloat16")
-        tape, (T, N, I), H, G = sweep.tape, sweep.tape.x.shape, sweep.tape.h.shape[2], cell.gates
+        tape, (T, N, I), H, G = sweep.tape, sweep.tape.job.x.shape, sweep.tape.h.shape[2], cell.gates
         monkeypatch.setattr(sweeps, "PIECE_BYTES", steps * 2 * tape.slots[0].size + 1)
-        grads = Weights(*(put(np.ones(part.shape, "f4")) for part in tape.weights[:4]), ())
+        grads = Weights(*(put(np.ones(part.shape, "f4")) for part in tape.job.weights[:4]), ())
         seen = Products(monkeypatch)
         dx = sweeps.weight_gradients(tape, tape.slots, grads)
-        size = tape.slots.size + tape.x.size + T * N * H
-        assert sum(seen.rounded) == size + tape.weights.weight_ih.size
+        size = tape.slots.size + tape.job.x.size + T * N * H
+        assert sum(seen.rounded) == size + tape.job.weights.weight_ih.size
         assert seen.types == [(14, 14, 0)] * (3 * -(-T // steps)), "cuBLAS has bfloat16 factors, and a float32 result"
         slots, x, h, w = (
-            on_host(part.get(), "bfloat16") for part in (tape.slots, tape.x, tape.h, tape.weights.weight_ih)
+            on_host(part.get(), "bfloat16") for part in (tape.slots, tape.job.x, tape.h, tape.job.weights.weight_ih)
         )
         exact = tape.slots.get().astype(float).reshape(T * N, -1, H).sum(0)
     gates, trace = slots.reshape(T * N, -1, H), cell.trace
@@ -140,16 +140,16 @@ def test_x_is_projected_by_rounded_factors(monkeypatch, kind, number, reverse):
         seen = Products(monkeypatch)
         tape, starts = sweep.tape, []
         order, H = GRU_CELL.trace.x_order, tape.h.shape[2]
-        weight = on_host(layout.ordered(tape.weights.weight_ih, order, H).get().copy(), kind)
+        weight = on_host(layout.ordered(tape.job.weights.weight_ih, order, H).get().copy(), kind)
         for t0, t1, slots in sweeps.pieces(sweep):
             starts.append(t0)
-            want = on_host(tape.x[t0:t1].get(), kind) @ weight.T
+            want = on_host(tape.job.x[t0:t1].get(), kind) @ weight.T
             np.testing.assert_allclose(
                 sweeps.x_slots(tape, slots).get().reshape(want.shape), want, rtol=1e-5, atol=1e-5
             )
         assert starts == ([4, 2, 0] if reverse else [0, 2, 4])
         assert seen.types == [(number, number, 0)] * 3
-        assert sum(seen.rounded) == tape.x.size + tape.weights.weight_ih.size, "each array once"
+        assert sum(seen.rounded) == tape.job.x.size + tape.job.weights.weight_ih.size, "each array once"
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
@@ -159,7 +159,7 @@ def test_gradients_too_small_for_float16_reach_the_weights(monkeypatch, precisio
         tape = a_tape(LSTM_CELL, False, precision).tape
         tape.slots.fill(1e-9)
         tape.h.fill(1)
-        grads = Weights(*(put(np.zeros(part.shape, "f4")) for part in tape.weights[:4]), ())
+        grads = Weights(*(put(np.zeros(part.shape, "f4")) for part in tape.job.weights[:4]), ())
         seen = Products(monkeypatch)
         sweeps.weight_gradients(tape, tape.slots, grads)
         np.testing.assert_allclose(grads.weight_hh.get(), 15e-9, rtol=1e-3)

@@ -5,6 +5,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.backend import to_numpy
+from gpurnn.executors.random import Masks
 from gpurnn.recurrent import GRU, LSTM, RNN
 from gpurnn.sequence import prepare_lengths
 
@@ -106,6 +107,31 @@ def test_an_empty_row_hands_its_state_and_its_gradient_through(layer):
 def test_full_lengths_are_the_plain_path(layer):
     data = _data(layer)
     _equal(_pass(layer, *data, [T] * N), _pass(layer, *data, None), 0)
+
+
+def test_dropout_is_by_place_in_the_callers_order(executor):
+    """Two layers at once are one, a mask, and the other: to the bit."""
+    options = {"bidirectional": True, "dtype": "float64", "executor": executor}
+    both = LSTM(I, H, 2, dropout=0.4, rng=5, **options)
+    lower, upper = LSTM(I, H, **options), LSTM(2 * H, H, **options)
+    for level, layer in enumerate((lower, upper)):
+        for name in layer.params:
+            layer.params[name][...] = both.params[name.replace("_l0", f"_l{level}")]
+    masks = Masks(np.random.default_rng(0))
+    masks.seed = both.masks.seed
+    x, state, dy, dstate = _data(both)
+    got = _pass(both, x, state, dy, dstate, LENGTHS)
+    below, above = slice(0, 2), slice(2, 4)
+    middle, _, lower_back = lower(x, tuple(part[below] for part in state), lengths=LENGTHS)
+    dropped, mask = masks(middle, 0.4)
+    y, _, upper_back = upper(dropped, tuple(part[above] for part in state), lengths=LENGTHS)
+    dmiddle, dinitial = upper_back(dy, tuple(part[above] for part in dstate))
+    dx, _ = lower_back(mask(dmiddle), tuple(part[below] for part in dstate))
+    found = {"y": (got["y"], y), "dx": (got["dx"], dx), "dh_0": (got["dinitial0"][above], dinitial[0])}
+    for level, layer in enumerate((lower, upper)):
+        found |= {name: (got[name.replace("_l0", f"_l{level}")], layer.grads[name]) for name in layer.grads}
+    for name, (value, expected) in found.items():
+        np.testing.assert_array_equal(value, to_numpy(expected), err_msg=name)
 
 
 @pytest.mark.parametrize("steps", [0, T])

@@ -8,6 +8,7 @@ graph's text is also the exact key of a compile cache: it changes if, and only i
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ UNARY = {
 OP_OF_UFUNC = {ufunc: op for op, ufunc in (BINARY | UNARY).items()}
 COMMUTATIVE = ("add", "mul")  # exactly so in floating point: a*b and b*a are one node
 COMPARISONS = {"less": np.less, "less_equal": np.less_equal}
-FUNCTIONS: dict[str, Callable] = {**BINARY, **UNARY, **COMPARISONS, "where": np.where}
+ON_ARRAYS = SimpleNamespace(**BINARY, **UNARY, **COMPARISONS, where=np.where, constant=float)  # see `Graph.evaluate`
 ALLOWED = "+ - * / ** 2, comparisons, tanh sigmoid exp log sqrt abs maximum minimum where relu"
 
 
@@ -46,9 +47,9 @@ class Node(NamedTuple):
 class Graph:
     """Nodes in an order in which each stands behind its arguments; equal expressions are one node."""
 
-    def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self._index: dict[Node, int] = {}
+    def __init__(self, nodes: Iterable[Node] = ()) -> None:
+        self.nodes: list[Node] = list(nodes)
+        self._index: dict[Node, int] = {node: index for index, node in enumerate(self.nodes)}
 
     def add(self, op: str, *args: int, value: Any = None) -> int:
         node = Node(op, args, value)
@@ -106,18 +107,33 @@ class Graph:
             lines.append(" ".join(words))
         return "\n".join([*lines, "return " + " ".join(f"%{number[i]}" for i in outputs)])
 
-    def run(self, outputs: Sequence[int], inputs: Mapping[str, Any]) -> list[Any]:
-        """The values of `outputs` for arrays: an input (kind, number) is inputs[kind][number]."""
+    def evaluate(self, operations: Any, outputs: Sequence[int], given: Callable[[int], Any]) -> list[Any]:
+        """The values of `outputs`: arrays, or code that is emitted for them, as `operations` has it.
+
+        operations   a function for each op, by its name, and `constant(number)`.  Each node that is needed is computed once,
+                     in the graph's order.
+        given(node)  the value of a node that the caller has; None: it is computed from its arguments.
+        """
         values: dict[int, Any] = {}
         for index in sorted(self.reachable(outputs)):
-            op, args, value = self.nodes[index]
-            if op == "input":
-                values[index] = inputs[value[0]][value[1]]
-            elif op == "const":
+            op, args, number = self.nodes[index]
+            value = given(index)
+            if value is None and op == "const":
+                value = operations.constant(number)
+            elif value is None and op != "input" and all(a in values for a in args):
+                value = getattr(operations, op)(*(values[a] for a in args))
+            if value is not None:
                 values[index] = value
-            else:
-                values[index] = FUNCTIONS[op](*(values[a] for a in args))
-        return [values[i] for i in outputs]
+        return [values[output] for output in outputs]
+
+    def run(self, outputs: Sequence[int], inputs: Mapping[str, Any]) -> list[Any]:
+        """The values of `outputs` for arrays: an input (kind, number) is inputs[kind][number]."""
+
+        def given(index: int) -> Any:
+            op, _, name = self.nodes[index]
+            return inputs[name[0]][name[1]] if op == "input" else None
+
+        return self.evaluate(ON_ARRAYS, outputs, given)
 
 
 class Symbol:

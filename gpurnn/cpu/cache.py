@@ -8,7 +8,6 @@ Processes may share the folder; a damaged entry is compiled again.
 
 import ctypes
 import functools
-import hashlib
 import pickle
 import platform
 import sys
@@ -65,7 +64,7 @@ def _external(function: Callable, key: tuple, record: Any) -> Compiled:
     place = code_folder()
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
-        dispatcher._cache = _File(place / f"{function.__name__}-{_digest(text)}.bin")
+        dispatcher._cache = _File(place / f"{function.__name__}-{entries.key(text)}.bin")
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     _called_by_name.append(dispatcher)
@@ -96,11 +95,7 @@ def _name_apart(function: Callable, key: tuple) -> None:
     Numba names machine code after the qualified name, the argument types and a counter of the process.  Two closures
     compiled in two processes can so have one name, and a process that loads both would run one of them for both.
     """
-    function.__qualname__ = f"{function.__name__}_{_digest(repr(key))}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    function.__qualname__ = f"{function.__name__}_{entries.key(repr(key))}"
 
 
 @functools.cache

@@ -8,11 +8,9 @@ micro-kernels: weights are packed for them once per pass, by the threads togethe
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-from gpurnn.cells import Cell
 from gpurnn.cpu import crew, memory, sharing
 from gpurnn.cpu.combine import combine
 from gpurnn.cpu.dot import dot
@@ -22,48 +20,27 @@ from gpurnn.cpu.reduction import few_are_summed, reduction, reduction_size
 from gpurnn.cpu.rows import backward_rows, clamp, forward_rows, squares
 from gpurnn.cpu.simd import address
 from gpurnn.executors import layout
-from gpurnn.executors.contract import Backward, States, Weights
-from gpurnn.executors.layout import add_ordered, is_ragged, lengths_of
+from gpurnn.executors.contract import Backward, Job, States, Weights
+from gpurnn.executors.layout import Ends, Tape, add_ordered, is_ragged
 
 BYTES = np.dtype(np.uint8)
 PROJECTED_ROWS = 128  # of all threads: enough to read W_ih once for, and few enough to be in cache when the loop comes
 
 
-class Tape(NamedTuple):
-    """What backward needs.  `slots` is overwritten by the gradients, unless a backward is told to keep it."""
-
-    cell: Cell
-    x: np.ndarray
-    weights: Weights
-    reverse: bool
-    rows: np.ndarray
-    slots: np.ndarray
-    h: np.ndarray
-    rest: np.ndarray
-
-
-def forward(
-    cell: Cell,
-    x: np.ndarray,
-    weights: Weights,
-    state: tuple[np.ndarray, ...],
-    rows: np.ndarray,
-    reverse: bool,
-    training: bool,
-    precision: str = "float32",
-) -> tuple[States, Tape | None]:
+def forward(job: Job) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
+    rows = np.ascontiguousarray(job.rows, np.int64)
+    if rows is not job.rows:
+        job = job._replace(rows=rows)
+    cell, x, weights, state, rows, reverse, training, _ = job
     T, N, I = x.shape
-    H, dtype, rows = weights.weight_hh.shape[1], x.dtype, np.ascontiguousarray(rows, np.int64)
-    ragged = is_ragged(rows, N)
-    allocate = memory.zeros if ragged else memory.empty  # nothing but zeros may stand where a row has ended
+    H, dtype, ends = weights.weight_hh.shape[1], x.dtype, Ends.of(job, np)
+    allocate = memory.empty if ends.lengths is None else memory.zeros
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
-    ends = (lengths_of(rows, N), np.arange(N)) if ragged else T  # where states stand behind, or in reverse before, all
-    first, last = (ends, 0) if reverse else (0, ends)
-    h[first] = state[0]
+    h[ends.first] = state[0]
     for part, values in zip(rest, state[1:], strict=True):
-        part[first] = values
+        part[ends.first] = values
     bias, params = layout.biases(cell, weights, H, np), layout.params(weights, H, np)
     chunk = _chunk(T, N)
     window = T if training else chunk
@@ -84,21 +61,17 @@ def forward(
             for part, share in enumerate(plan.shares)
         ],
     )  # fmt: skip
-    final = tuple(part[last].copy() for part in (h, *rest))
-    visible = h
-    if ragged and reverse:  # initial states stand in h behind each row's end
-        visible = h.copy()
-        visible[first] = 0
-    return States(visible, final), Tape(cell, x, weights, reverse, rows, slots, h, rest) if training else None
+    final = tuple(part[ends.last].copy() for part in (h, *rest))
+    return States(ends.visible(h), final), Tape(job, slots, h, rest) if training else None
 
 
 def backward(
     tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """See `contract.Executor.backward`."""
-    cell, weights = tape.cell, tape.weights
-    T, N, I = tape.x.shape
-    H, dtype = weights.weight_hh.shape[1], tape.x.dtype
+    cell, x, weights, _, rows, reverse, _, _ = tape.job
+    T, N, I = x.shape
+    H, dtype = weights.weight_hh.shape[1], x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
@@ -106,7 +79,7 @@ def backward(
     if dstate is not None:
         for own, value in zip(passed, dstate, strict=True):
             own[...] = value
-    plan = sharing.plan_loop(cell, tape.rows, T, N, I, H, dtype)
+    plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
     dparams = np.zeros((len(plan.shares), len(cell.params), H))
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
     sums = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
@@ -117,15 +90,15 @@ def backward(
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
     combine_one = combine(dtype).address if T * N == 1 else 0
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
-    gradient_x = (memory.zeros if is_ragged(tape.rows, N) else memory.empty)((T, N, I), dtype)
+    gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
     given = (
-        tape.rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
+        rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
         weights.weight_hh,
     )  # fmt: skip
     crew.run(
         backward_loop(dtype),
         (
-            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, tape.reverse, _chunk(T, N),
+            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
             *dy.strides[:2], *map(address, given),
         ),
@@ -145,13 +118,14 @@ def backward(
 
 def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns: list[slice]) -> None:
     """Adds the sums over time and batch, of the slots' `columns` in each of several threads."""
-    cell, trace, (T, N, I) = tape.cell, tape.cell.trace, tape.x.shape
-    H, dtype, split = tape.h.shape[2], tape.x.dtype, len(trace.split)
-    h_before = tape.h[1:] if tape.reverse else tape.h[:T]
+    cell, x = tape.job.cell, tape.job.x
+    trace, (T, N, I) = cell.trace, x.shape
+    H, dtype, split = tape.h.shape[2], x.dtype, len(trace.split)
+    h_before = tape.h[1:] if tape.job.reverse else tape.h[:T]
     sums = np.zeros((split + cell.gates) * H)
     work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
     combine_few = combine(dtype).address if few_are_summed(T * N) else 0
-    given = slots, orders(cell), h_before, tape.x, sums, grads.weight_hh, grads.weight_ih
+    given = slots, orders(cell), h_before, x, sums, grads.weight_hh, grads.weight_ih
     crew.run(
         reduction(dtype),
         (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given)),

@@ -13,7 +13,7 @@ from gpurnn.cells import Cell
 from gpurnn.cpu import cache
 from gpurnn.cpu.cache import Compiled
 from gpurnn.cpu.instructions import instruction
-from gpurnn.cpu.simd import I32, I64, Emitter, add_wide, evaluate, host, vector_loop
+from gpurnn.cpu.simd import I32, I64, Emitter, add_wide, host, vector_loop
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
                 given[symbol.index] = load(rest, s - 1, rest_stride) if s else load(h)
             for p, symbol in enumerate(trace.params):
                 given[symbol.index] = load(params, p)
-            values = evaluate(emit, trace.forward, trace.outputs, given.get)
+            values = trace.forward.evaluate(emit, trace.outputs, given.get)
             for s, value in enumerate(values[: cell.states]):
                 place = at(rest_next, s - 1, rest_stride) if s else h_next
                 emit.store(value, b.add(place, offset), mask)
@@ -110,7 +110,7 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
                 return load(others, number - 1, rest_stride) if number else load(first)
 
             outputs = [*writes.values(), *(s.index for s in (*trace.dstate, *trace.dparams))]
-            values = iter(evaluate(emit, graph, outputs, value_of))
+            values = iter(graph.evaluate(emit, outputs, value_of))
             for k in writes:
                 emit.store(next(values), b.add(at(slots, k, stride), offset), mask)
             for s in range(cell.states):

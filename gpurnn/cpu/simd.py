@@ -7,14 +7,13 @@ would otherwise fall to run-time alias checks, and `math.tanh` costs 12 ns an el
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils
 
 from gpurnn import variables
-from gpurnn.cells.trace import Graph
 
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
@@ -270,25 +269,6 @@ def _place_of_data() -> int:
 
 
 _DATA = _place_of_data()
-
-
-def evaluate(
-    emit: Emitter, graph: Graph, outputs: list[int], inputs: Callable[[int], ir.Value | None]
-) -> list[ir.Value]:
-    """Emits the nodes that `outputs` need.  `inputs(node)` gives the value of nodes that the caller provides."""
-    needed = graph.reachable(outputs)
-    values: dict[int, Any] = {}
-    for index, node in enumerate(graph.nodes):
-        if index not in needed:
-            continue
-        value = inputs(index)
-        if value is None and node.op == "const":
-            value = emit.constant(node.value)
-        elif value is None and node.op != "input":
-            operands = [values[a] for a in node.args]
-            value = None if any(o is None for o in operands) else getattr(emit, node.op)(*operands)
-        values[index] = value
-    return [values[o] for o in outputs]
 
 
 def add_wide(emit: Emitter, value: ir.Value, target: ir.Value, offset: ir.Value, mask: ir.Value | None) -> None:

@@ -16,9 +16,8 @@ from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.cuda import device, step, sweeps, tuning
 from gpurnn.cuda.passes import Pass, fitted
-from gpurnn.cuda.sweeps import Tape
-from gpurnn.executors.contract import Backward, States, Weights
-from gpurnn.executors.layout import is_ragged
+from gpurnn.executors.contract import Backward, Job, States, Weights
+from gpurnn.executors.layout import Tape
 from gpurnn.kernels import persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
 from gpurnn.kernels.plan import Chip, Choice
@@ -44,32 +43,22 @@ class OnChip(NamedTuple):
         both = [self.choice(cell, H, N, precision, transposed) for transposed in (False, True)]
         return sum(choice.cost.cycles for choice in both if choice) if all(both) else None
 
-    def forward(
-        self,
-        cell: Cell,
-        x: Array,
-        weights: Weights,
-        state: tuple[Array, ...],
-        rows: np.ndarray,
-        reverse: bool,
-        training: bool,
-        precision: str = "float32",
-    ) -> tuple[States, Tape | None]:
+    def forward(self, job: Job) -> tuple[States, Tape | None]:
         """See `contract.Executor.forward`.  Raises ValueError where the dtype is not float32, or weight_hh does not fit."""
-        if x.dtype != np.float32:
+        if job.x.dtype != np.float32:
             raise ValueError(
-                f"executor {self.name!r} computes in float32, got {x.dtype}: 'step' computes in float64 as well"
+                f"executor {self.name!r} computes in float32, got {job.x.dtype}: 'step' computes in float64 as well"
             )
-        sweep = sweeps.begin(cell, x, weights, state, rows, reverse, training, precision)
+        sweep, training = sweeps.begin(job), job.training
         tape, carried = sweep.tape, sweep.initial
         run = self._pass(FORWARD, tape, sweep.weight_hh, training=training)
-        rest_state = tape.rest.strides[0] // x.itemsize
+        rest_state = tape.rest.strides[0] // job.x.itemsize
         for t0, t1, slots in sweeps.pieces(sweep):
             rest = tape.rest[:, t0:] if training else tape.rest
-            whole = training and not is_ragged(rows, x.shape[1])  # else rows that have ended keep their states
+            whole = training and sweep.ends.lengths is None  # else rows that have ended keep their states
             final = backend.xp.empty_like(carried) if whole else carried.copy()
             arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths)
-            run(arrays, (t1 - t0, t0), (tape.h.shape[1], int(reverse), rest_state))
+            run(arrays, (t1 - t0, t0), (tape.h.shape[1], int(job.reverse), rest_state))
             carried = final  # blocks may still read the initial states when others have come to their end
         return sweeps.finish(sweep, tuple(carried))
 
@@ -79,20 +68,10 @@ class OnChip(NamedTuple):
         """See `contract.Executor.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
         if options.flow is not None:
             return step.backward(tape, dy, dstate, grads, options)
-        cell, dtype = tape.cell, tape.x.dtype
-        dy = sweeps.with_unit_stride(dy)
-        slots = tape.slots.copy() if options.keep else tape.slots
-        passed = sweeps.passed_back(dstate, tape)
-        params, dparams = sweeps.parameters(tape)
-        weight_hh = sweeps.ordered_weight_hh(cell, tape.weights)
-        run = self._pass(BACKWARD, tape, weight_hh, clip=options.clip is not None)
-        arrays = (slots, tape.h, tape.rest, dy, passed, params, dparams, tape.lengths)
-        strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
-        run(arrays, (), (tape.h.shape[1], int(tape.reverse), *strides, dtype.type(options.clip or 0.0)))
-        dx = sweeps.weight_gradients(tape, slots, grads)
-        for gradient, value in zip(grads.params, dparams, strict=True):
-            gradient += value.sum(0)
-        return dx, tuple(passed)
+        way = sweeps.begin_back(tape, dy, dstate, options)
+        run = self._pass(BACKWARD, tape, way.weight_hh, clip=options.clip is not None)
+        run((*way.arrays, tape.lengths), (), (tape.h.shape[1], *way.numbers))
+        return sweeps.finish_back(way, tape, grads)
 
     def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool) -> bool:
         """Whether the chip runs what is chosen for the passes to come; if not, it is not chosen again."""
@@ -104,16 +83,16 @@ class OnChip(NamedTuple):
 
     def _pass(self, way: "Way", tape: Tape, weight_hh: Array, **constants: bool) -> Pass:
         """The cheapest that the chip runs."""
-        cell, (N, H) = tape.cell, tape.h.shape[1:]
-        while (choice := self.choice(cell, H, N, tape.precision, way.transposed)) is not None:
+        cell, precision, (N, H) = tape.job.cell, tape.job.precision, tape.h.shape[1:]
+        while (choice := self.choice(cell, H, N, precision, way.transposed)) is not None:
             try:
                 return Pass.prepare(choice, way.factory, tape, weight_hh, way.transposed, **constants)
             except DoesNotFit as error:
-                _rule_out(cell, H, N, tape.precision, way.transposed, choice, error)
+                _rule_out(cell, H, N, precision, way.transposed, choice, error)
         where = "one SM" if self.alone else "this GPU"
         raise ValueError(
             f"executor {self.name!r}: weight_hh of {cell.name} with {H} units does not fit {where} in "
-            f"{tape.precision}; 'step' runs every size"
+            f"{precision}; 'step' runs every size"
         )
 
 

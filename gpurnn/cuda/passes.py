@@ -8,7 +8,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.cuda import device, faults
-from gpurnn.cuda.sweeps import Tape
+from gpurnn.executors.layout import Tape
 from gpurnn.kernels import exchange, packing, plan, tiles
 from gpurnn.kernels.launch import DoesNotFit, Launcher
 from gpurnn.kernels.plan import Chip, Choice
@@ -29,7 +29,7 @@ class Pass(NamedTuple):
     def prepare(
         cls, choice: Choice, factory: Any, tape: Tape, weight_hh: Array, transposed: bool, **constants: bool
     ) -> "Pass":
-        cell, (N, H) = tape.cell, tape.h.shape[1:]
+        cell, (N, H) = tape.job.cell, tape.h.shape[1:]
         kernel, choice = fitted(factory, cell, H, choice, transposed, device.chip(), tuple(constants.items()))
         shape = Shape(H, cell.gates, transposed, choice.blocks)
         words = tiles.packed_words(shape, choice.tile)

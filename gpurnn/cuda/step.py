@@ -6,42 +6,29 @@ All that stays from step to step is looked up before the loop, and addresses are
 A graph of the T steps would save that as well, but each pass has other addresses, and a captured step is one graph anyway.
 """
 
-import numpy as np
-
 from gpurnn import backend
-from gpurnn.cells import Cell
 from gpurnn.cuda import device, sweeps
 from gpurnn.cuda.moves import Moves
-from gpurnn.cuda.sweeps import Tape
-from gpurnn.executors.contract import Backward, States, Weights
-from gpurnn.executors.layout import is_ragged
+from gpurnn.executors.contract import Backward, Job, States, Weights
+from gpurnn.executors.layout import Tape
 from gpurnn.kernels import step
 from gpurnn.types import Array
 
 
-def forward(
-    cell: Cell,
-    x: Array,
-    weights: Weights,
-    state: tuple[Array, ...],
-    rows: np.ndarray,
-    reverse: bool,
-    training: bool,
-    precision: str = "float32",
-) -> tuple[States, Tape | None]:
+def forward(job: Job) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`."""
-    sweep = sweeps.begin(cell, x, weights, state, rows, reverse, training, precision)
-    tape, trace = sweep.tape, cell.trace
+    sweep, reverse, training = sweeps.begin(job), job.reverse, job.training
+    tape, trace = sweep.tape, job.cell.trace
     N, H = tape.h.shape[1:]
-    kernel = device.kernel(step.forward, trace, dtype=x.dtype.name)
-    rest_state, rest_step = tape.rest.strides[0] // x.itemsize, N * H if training else 0
-    living_at = rows.tolist()
+    kernel = device.kernel(step.forward, trace, dtype=job.x.dtype.name)
+    rest_state, rest_step = tape.rest.strides[0] // job.x.itemsize, N * H if training else 0
+    living_at = job.rows.tolist()
     for t0, t1, slots in sweeps.pieces(sweep):
         slots[:, :, : trace.x_start * H] = 0  # r of the split gates: the product is added to what is there
         h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if training else tape.rest
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
         launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step))
-        add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], precision)
+        add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], job.precision)
         before, states, r, step_of_slots = (
             h.data.ptr + reverse * h.strides[0],
             h.strides[0],
@@ -53,43 +40,35 @@ def forward(
             if living:
                 add(living, before + t * states, r + t * step_of_slots)
                 launch(-(-living * H // step.THREADS), t, living)
-    return sweeps.finish(sweep, _final(tape, training))
+    return sweeps.finish(sweep, _final(sweep))
 
 
-def _final(tape: Tape, training: bool) -> tuple[Array, ...]:
+def _final(sweep: sweeps.Sweep) -> tuple[Array, ...]:
     """S arrays (N, H)."""
-    xp, N = backend.xp, tape.h.shape[1]
-    if tape.reverse or not is_ragged(tape.rows, N):
-        at = 0 if tape.reverse else len(tape.x)
-        final, moves = xp.empty((tape.cell.states, *tape.h.shape[1:]), tape.h.dtype), Moves()
-        for own, part in zip(final, (tape.h[at], *(part[at if training else 0] for part in tape.rest)), strict=True):
-            moves.copy(own, part)
-        moves.run()
-        return tuple(final)
-    lengths, row = tape.lengths, xp.arange(N)
-    return (tape.h[lengths, row], *(part[lengths, row] if training else part[0] for part in tape.rest))
+    tape, last = sweep.tape, sweep.ends.last
+    places = [(part, last if len(part) > len(tape.job.x) else 0) for part in (tape.h, *tape.rest)]
+    if isinstance(last, tuple):  # row by row
+        return tuple(part[at] for part, at in places)
+    final, moves = backend.xp.empty((len(places), *tape.h.shape[1:]), tape.h.dtype), Moves()
+    for own, (part, at) in zip(final, places, strict=True):
+        moves.copy(own, part[at])
+    moves.run()
+    return tuple(final)
 
 
 def backward(
     tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
 ) -> tuple[Array, tuple[Array, ...]]:
     """See `contract.Executor.backward`."""
-    xp, cell, trace = backend.xp, tape.cell, tape.cell.trace
-    T, N = tape.x.shape[:2]
-    H, dtype = tape.h.shape[2], tape.x.dtype
-    dy = sweeps.with_unit_stride(dy)
-    slots = tape.slots.copy() if options.keep else tape.slots
-    passed = sweeps.passed_back(dstate, tape)
-    params, dparams = sweeps.parameters(tape)
-    weight_hh = sweeps.ordered_weight_hh(cell, tape.weights)
-    kernel = device.kernel(step.backward, trace, dtype=dtype.name, clip=options.clip is not None)
-    pointers = [array.data.ptr for array in (slots, tape.h, tape.rest, dy, passed, params, dparams)]
-    strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
-    seen, limit = 0, dtype.type(options.clip or 0.0)
-    launch = kernel.series(pointers, (N, H, int(tape.reverse), *strides, limit))
-    add = device.adding(weight_hh, slots.strides[1], passed.strides[1], tape.precision)
-    dr, step_of_slots, dh, living_at = pointers[0], slots.strides[0], pointers[4], tape.rows.tolist()
-    for t in range(T) if tape.reverse else reversed(range(T)):
+    job, (T, N, _), H = tape.job, tape.job.x.shape, tape.h.shape[2]
+    way = sweeps.begin_back(tape, dy, dstate, options)
+    slots, dy, passed = way.slots, way.dy, way.passed
+    kernel = device.kernel(step.backward, job.cell.trace, dtype=passed.dtype.name, clip=options.clip is not None)
+    pointers = [array.data.ptr for array in way.arrays]
+    launch = kernel.series(pointers, (N, H, *way.numbers))
+    add = device.adding(way.weight_hh, slots.strides[1], passed.strides[1], job.precision)
+    dr, step_of_slots, dh, living_at, seen = pointers[0], slots.strides[0], pointers[4], job.rows.tolist(), 0
+    for t in range(T) if job.reverse else reversed(range(T)):
         living = living_at[t]
         if not living:
             continue
@@ -99,12 +78,9 @@ def backward(
         add(living, dr + t * step_of_slots, dh)
         seen = living
     if options.clip is not None and T:
-        begun = passed[:, : int(tape.rows[0])]
-        xp.clip(begun, -limit, limit, out=begun)
-    dx = sweeps.weight_gradients(tape, slots, grads)
-    for gradient, value in zip(grads.params, dparams, strict=True):
-        gradient += value.sum(0)
-    return dx, tuple(passed)
+        begun, limit = passed[:, : int(job.rows[0])], passed.dtype.type(options.clip)
+        backend.xp.clip(begun, -limit, limit, out=begun)
+    return sweeps.finish_back(way, tape, grads)
 
 
 def _add_flow(flow: Array, passed: Array, dy: Array, living: int, seen: int, clip: float | None) -> None:

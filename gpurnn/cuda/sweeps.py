@@ -10,7 +10,7 @@ the forward product has: gradients below 6e-8 would become 0 in it, so those pro
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from gpurnn.cells import Cell
 from gpurnn.cuda.device import add_columns, product, rounded
 from gpurnn.cuda.moves import Moves
 from gpurnn.executors import layout
-from gpurnn.executors.contract import States, Weights
-from gpurnn.executors.layout import is_ragged, lengths_of, ordered
+from gpurnn.executors.contract import Backward, Job, States, Weights
+from gpurnn.executors.layout import Ends, Tape, ordered
 from gpurnn.types import Array
 
 PROJECTED, RETURNED = ("bfloat16", "float16"), ("bfloat16",)  # precisions whose factors are rounded: forward, and back
@@ -28,29 +28,11 @@ PIECE_BYTES = 256 << 20  # of gradients rounded to 16 bits
 INFERENCE_BYTES = 256 << 20  # of slots; longer sequences are projected and run a piece at a time
 
 
-class Tape(NamedTuple):
-    """What backward needs, the same of every CUDA executor: either may go back over what the other wrote.
-
-    `slots` is overwritten by the gradients, unless a backward is told to keep it.  lengths: (N,) int64 on the device.
-    """
-
-    cell: Cell
-    x: Array
-    weights: Weights
-    reverse: bool
-    rows: np.ndarray
-    lengths: Array
-    slots: Array
-    h: Array
-    rest: Array
-    precision: str
-
-
 class Sweep(NamedTuple):
     """One pass forward: `tape` (slots of `steps` time steps only without training), and what is not kept for backward."""
 
     tape: Tape
-    training: bool
+    ends: Ends
     bias: Array
     params: Array
     weight_hh: Array  # its gates in the order of the slots
@@ -58,41 +40,34 @@ class Sweep(NamedTuple):
     initial: Array  # (S, N, H)
 
 
-def begin(
-    cell: Cell,
-    x: Array,
-    weights: Weights,
-    state: tuple[Array, ...],
-    rows: np.ndarray,
-    reverse: bool,
-    training: bool,
-    precision: str,
-) -> Sweep:
+def begin(job: Job) -> Sweep:
     """Buffers, with the initial states in their places."""
     xp = backend.xp
+    cell, x, weights, state, _, _, training, _ = job
     T, N, _ = x.shape
-    H, S, trace, dtype = weights.weight_hh.shape[1], cell.states, cell.trace, x.dtype
-    allocate = xp.zeros if is_ragged(rows, N) else xp.empty  # nothing but zeros may stand where a row has ended
+    H, S, trace, dtype, ends = weights.weight_hh.shape[1], cell.states, cell.trace, x.dtype, Ends.of(job, xp)
+    allocate = xp.empty if ends.lengths is None else xp.zeros
     h = allocate((T + 1, N, H), dtype)
     rest = allocate((S - 1, T + 1 if training else 1, N, H), dtype)
-    lengths = xp.asarray(lengths_of(rows, N)) if is_ragged(rows, N) else xp.empty(N, np.int64)
     initial, moves = xp.empty((S, N, H), dtype), Moves()
     for own, given in zip(initial, state, strict=True):
         moves.copy(own, given)
-    if is_ragged(rows, N):
-        for part, given in zip((h, *rest), state, strict=True):
-            _place(part, given, lengths, reverse, part is h or training)
-    else:
+    lengths = ends.lengths
+    if lengths is None:
+        lengths = xp.empty(N, np.int64)
         moves.fill(lengths, T)
-        for part, given in zip((h, *rest), state, strict=True):
-            moves.copy(part[-1 if reverse else 0], given)
+    for part, given in zip((h, *rest), state, strict=True):
+        at = ends.first if len(part) > T else 0
+        if isinstance(at, tuple):  # row by row
+            part[at] = given
+        else:
+            moves.copy(part[at], given)
     bias = _bias(cell, weights, H, moves)
     moves.run()
     steps = T if training else max(1, min(T, INFERENCE_BYTES // max(1, N * trace.slots * H * dtype.itemsize)))
     slots = allocate((steps, N, trace.slots * H), dtype)
-    tape = Tape(cell, x, weights, reverse, rows, lengths, slots, h, rest, precision)
-    params = layout.params(weights, H, xp)
-    return Sweep(tape, training, bias, params, ordered_weight_hh(cell, weights), steps, initial)
+    tape, params = Tape(job, slots, h, rest, lengths), layout.params(weights, H, xp)
+    return Sweep(tape, ends, bias, params, ordered_weight_hh(cell, weights), steps, initial)
 
 
 def _bias(cell: Cell, weights: Weights, H: int, moves: Moves) -> Array:
@@ -105,66 +80,91 @@ def _bias(cell: Cell, weights: Weights, H: int, moves: Moves) -> Array:
     return bias
 
 
-def _place(states: Array, initial: Array, lengths: Array, reverse: bool, every: bool) -> None:
-    """Where rows end at different steps.  every: whether `states` has a place for each step."""
-    if every and reverse:
-        states[lengths, backend.xp.arange(len(lengths))] = initial
-    else:
-        states[-1 if reverse else 0] = initial
-
-
 def pieces(sweep: Sweep) -> Iterator[tuple[int, int, Array]]:
     """(t0, t1, slots of these steps with x projected into them), in the order in which time runs."""
     tape = sweep.tape
-    precision = tape.precision
+    precision = tape.job.precision
+    cell, x, weights, reverse = tape.job.cell, tape.job.x, tape.job.weights, tape.job.reverse
     factor = _factors(precision, PROJECTED)
-    weight_x = factor(ordered(tape.weights.weight_ih, tape.cell.trace.x_order, tape.h.shape[2]))
-    starts = range(0, len(tape.x), max(1, sweep.steps))
-    for t0 in reversed(starts) if tape.reverse else starts:
-        t1 = min(len(tape.x), t0 + sweep.steps)
+    weight_x = factor(ordered(weights.weight_ih, cell.trace.x_order, tape.h.shape[2]))
+    starts = range(0, len(x), max(1, sweep.steps))
+    for t0 in reversed(starts) if reverse else starts:
+        t1 = min(len(x), t0 + sweep.steps)
         slots = tape.slots[: t1 - t0]
-        product(_flat(factor(tape.x[t0:t1])), weight_x.T, x_slots(tape, slots), precision)
+        product(_flat(factor(x[t0:t1])), weight_x.T, x_slots(tape, slots), precision)
         yield t0, t1, slots
 
 
 def x_slots(tape: Tape, slots: Array) -> Array:
     """The slots of x, or of dL/dx projected, as a matrix (T*N, G*H)."""
-    H, start = tape.h.shape[2], tape.cell.trace.x_start
-    return _flat(slots)[:, start * H : (start + tape.cell.gates) * H]
+    H, cell = tape.h.shape[2], tape.job.cell
+    start = cell.trace.x_start
+    return _flat(slots)[:, start * H : (start + cell.gates) * H]
 
 
 def r_slots(tape: Tape, slots: Array) -> Array:
-    return _flat(slots)[:, : tape.cell.gates * tape.h.shape[2]]
+    return _flat(slots)[:, : tape.job.cell.gates * tape.h.shape[2]]
 
 
 def finish(sweep: Sweep, final: tuple[Array, ...]) -> tuple[States, Tape | None]:
     tape = sweep.tape
-    N = tape.x.shape[1]
-    visible = tape.h
-    if is_ragged(tape.rows, N) and tape.reverse:  # initial states stand in h behind each row's end
-        visible = tape.h.copy()
-        visible[tape.lengths, backend.xp.arange(N)] = 0
-    return States(visible, final), tape if sweep.training else None
+    return States(sweep.ends.visible(tape.h), final), tape if tape.job.training else None
+
+
+class Return(NamedTuple):
+    """One pass back along a tape: what its kernels are given, and weight_hh, its gates in the order of the slots.
+
+    numbers  in reverse or not; how far apart states of `rest`, steps of dy and its rows are, in values; the largest
+             magnitude that a step passes on, 0 for any.
+    """
+
+    slots: Array
+    h: Array
+    rest: Array
+    dy: Array
+    passed: Array  # (S, N, H): dL/d(final state), which they turn into dL/d(initial state)
+    params: Array
+    dparams: Array
+    numbers: tuple[Any, ...]
+    weight_hh: Array
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self[:7]
+
+
+def begin_back(tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, options: Backward) -> Return:
+    job, dtype, xp = tape.job, tape.h.dtype, backend.xp
+    dy = with_unit_stride(dy)
+    slots = tape.slots.copy() if options.keep else tape.slots
+    if dstate is None:
+        passed = xp.zeros((job.cell.states, *tape.h.shape[1:]), dtype)
+    else:
+        passed = backend.stacked(dstate).astype(dtype, copy=False)
+    apart = (stride // dtype.itemsize for stride in (tape.rest.strides[0], *dy.strides[:2]))
+    numbers = int(job.reverse), *apart, dtype.type(options.clip or 0.0)
+    weight_hh = ordered_weight_hh(job.cell, job.weights)
+    return Return(slots, tape.h, tape.rest, dy, passed, *parameters(tape), numbers, weight_hh)
+
+
+def finish_back(way: Return, tape: Tape, grads: Weights) -> tuple[Array, tuple[Array, ...]]:
+    """Adds to `grads`; returns dx and dL/d(initial state)."""
+    dx = weight_gradients(tape, way.slots, grads)
+    for gradient, value in zip(grads.params, way.dparams, strict=True):
+        gradient += value.sum(0)
+    return dx, tuple(way.passed)
 
 
 def parameters(tape: Tape) -> tuple[Array, Array]:
     """The cell's own parameters (P, H), and zeros (P, N, H) in float64 for their gradients, row by row: sums over T."""
     N, H = tape.h.shape[1:]
-    params = layout.params(tape.weights, H, backend.xp)
+    params = layout.params(tape.job.weights, H, backend.xp)
     return params, backend.xp.zeros((len(params), N, H))
 
 
 def ordered_weight_hh(cell: Cell, weights: Weights) -> Array:
     """weight_hh (G*H, H), its gates in the order of the slots."""
     return backend.xp.ascontiguousarray(ordered(weights.weight_hh, cell.trace.r_order, weights.weight_hh.shape[1]))
-
-
-def passed_back(dstate: tuple[Array, ...] | None, tape: Tape) -> Array:
-    """(S, N, H), to be overwritten: dL/d(final state), zeros for None."""
-    dtype = tape.x.dtype
-    if dstate is None:
-        return backend.xp.zeros((tape.cell.states, *tape.h.shape[1:]), dtype)
-    return backend.stacked(dstate).astype(dtype, copy=False)
 
 
 def with_unit_stride(dy: Array) -> Array:
@@ -175,17 +175,18 @@ def with_unit_stride(dy: Array) -> Array:
 
 def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
     """Adds dW_ih, dW_hh and the biases' gradients, from the gradients in the slots; returns dx (T, N, I)."""
-    trace, T, H, dx = tape.cell.trace, len(tape.x), tape.h.shape[2], backend.xp.empty(tape.x.shape, tape.x.dtype)
-    factor = _factors(tape.precision, RETURNED)
-    weight_x = factor(backend.xp.ascontiguousarray(ordered(tape.weights.weight_ih, trace.x_order, H)))
-    before = tape.h[1:] if tape.reverse else tape.h[:T]
+    cell, x, weights, _, _, reverse, _, precision = tape.job
+    trace, T, H, dx = cell.trace, len(x), tape.h.shape[2], backend.xp.empty(x.shape, x.dtype)
+    factor = _factors(precision, RETURNED)
+    weight_x = factor(backend.xp.ascontiguousarray(ordered(weights.weight_ih, trace.x_order, H)))
+    before = tape.h[1:] if reverse else tape.h[:T]
     steps = T if factor is _as_it_is else max(1, PIECE_BYTES // max(1, 2 * slots[:1].size))
     for t0 in range(0, T, max(1, steps)):
         piece = slice(t0, t0 + steps)
-        gradients, x, h = (factor(array[piece]) for array in (slots, tape.x, before))
-        _add_product(grads.weight_hh, trace.r_order, r_slots(tape, gradients), h, tape.precision)
-        _add_product(grads.weight_ih, trace.x_order, x_slots(tape, gradients), x, tape.precision)
-        product(x_slots(tape, gradients), weight_x, _flat(dx[piece]), tape.precision)
+        gradients, inputs, h = (factor(array[piece]) for array in (slots, x, before))
+        _add_product(grads.weight_hh, trace.r_order, r_slots(tape, gradients), h, precision)
+        _add_product(grads.weight_ih, trace.x_order, x_slots(tape, gradients), inputs, precision)
+        product(x_slots(tape, gradients), weight_x, _flat(dx[piece]), precision)
     if grads.bias_hh is not None and grads.bias_ih is not None:
         orders = {"first": trace.r_order, "second": trace.x_order, "start": trace.x_start}
         add_columns(_flat(slots), H, grads.bias_hh, grads.bias_ih, **orders)

@@ -6,7 +6,6 @@ with or without the variable.  The file names choices among those that the plan 
 nothing, and so is a file that cannot be read.
 """
 
-import hashlib
 import json
 import math
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from gpurnn import backend, variables
 from gpurnn.cells import Cell
 from gpurnn.cuda import sweeps
 from gpurnn.cuda.passes import Pass
-from gpurnn.executors.contract import Weights
+from gpurnn.executors.contract import Job, Weights
 from gpurnn.files import code_folder
 from gpurnn.kernels import build, entries, persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
@@ -121,7 +120,7 @@ def microseconds(question: Question, choice: Choice) -> float:
     weights = Weights(weight_ih, weight_hh, None, None, tuple(xp.zeros(H, np.float32) for _ in cell.params))
     state = tuple(xp.zeros((N, H), np.float32) for _ in range(cell.states))
     x = xp.zeros((T, N, 1), np.float32)
-    sweep = sweeps.begin(cell, x, weights, state, np.full(T, N), False, True, precision)
+    sweep = sweeps.begin(Job(cell, x, weights, state, np.full(T, N), False, True, precision))
     tape, carried = sweep.tape, sweep.initial
     tape.slots.fill(0)
     rest_state = tape.rest.strides[0] // 4
@@ -164,7 +163,7 @@ def _key(question: Question, chip: Chip) -> str:
     cell, *rest = question
     device_name = backend.xp.cuda.runtime.getDeviceProperties(chip.number)["name"].decode()
     text = f"{device_name}\n{chip[1:]}\n{cell.trace.text}\n{rest}\n{build.environment()}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return entries.key(text)
 
 
 def _read() -> dict[str, Any]:

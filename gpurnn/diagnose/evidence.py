@@ -49,7 +49,7 @@ class Evidence:
 
 def evidence(tape: Tape, reach: int) -> Evidence:
     """Over all steps of `tape`, `kept` over the last `reach` that were run.  Costs S elementwise backward products a step."""
-    cell = tape.cell
+    cell = tape.job.cell
     shipped = cell in (LSTM_CELL, GRU_CELL)
     places = GATES[cell.name] if shipped else {}
     steepest = steepest_slope(cell)
@@ -96,4 +96,4 @@ def _elementwise(tape: Tape, step: tuple, s: int) -> Any:
     _, _, saved, before, after = step
     xp = backend.xp
     dnext = tuple((xp.ones_like if k == s else xp.zeros_like)(part) for k, part in enumerate(after))
-    return tape.derivative(dnext, saved, before, after, tape.weights.params)
+    return tape.derivative(dnext, saved, before, after, tape.job.weights.params)

@@ -154,12 +154,12 @@ def exponents_of(tape: Tape, count: int, warmup: int = 0) -> np.ndarray:
 
 
 def _width(tape: Tape) -> int:
-    return tape.cell.states * tape.weights.weight_hh.shape[1]
+    return tape.job.cell.states * tape.job.weights.weight_hh.shape[1]
 
 
 def _place(tape: Tape, t: int) -> int:
     """Where step t stands in the order in which the layer ran."""
-    return len(tape.steps) - 1 - t if tape.reverse else t
+    return len(tape.steps) - 1 - t if tape.job.reverse else t
 
 
 def _last(tape: Tape, step: int | None) -> int:
@@ -181,8 +181,8 @@ def _units(tape: Tape, N: int) -> tuple[Array, ...]:
 
 def _split(tape: Tape, columns: np.ndarray) -> tuple[Array, ...]:
     """columns (N, S*H, m) -> S arrays (m, N, H) of the backend."""
-    dtype = tape.x.dtype
-    parts = np.split(columns.transpose(2, 0, 1), tape.cell.states, axis=2)
+    dtype = tape.job.x.dtype
+    parts = np.split(columns.transpose(2, 0, 1), tape.job.cell.states, axis=2)
     return tuple(backend.asarray(np.ascontiguousarray(part, dtype), dtype, "gradients") for part in parts)
 
 
@@ -211,7 +211,7 @@ def _walk(
         shifts = np.where(peaks > 0, np.frexp(peaks)[1], 0)
         shifts = np.clip(np.where(abs(shifts) > SAFE_EXPONENT, shifts, 0), -LARGEST_SHIFT, LARGEST_SHIFT)
         if shifts.any():
-            factors = backend.asarray(np.ldexp(1.0, -shifts)[:, None], tape.x.dtype, "factors")
+            factors = backend.asarray(np.ldexp(1.0, -shifts)[:, None], tape.job.x.dtype, "factors")
             rows = tuple(part * factors for part in rows)
             exponents = exponents + shifts
         yield lag, rows, exponents

@@ -15,6 +15,7 @@ from gpurnn import backend, losses
 from gpurnn.arguments import loss_function, one_of
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import numpy_loop
+from gpurnn.executors.contract import Job
 from gpurnn.executors.numpy_loop import Tape
 from gpurnn.model import SequenceModel
 from gpurnn.recurrent import Recurrent
@@ -130,8 +131,9 @@ def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]
         for direction in range(layer.directions):
             begin = tuple(part[len(tapes)] for part in initial)
             weights = layer.weights(layer.params, level, direction)
+            job = Job(layer.cell, x, weights, begin, np.full(T, N), direction == 1, True)
             with one_blas_thread, np.errstate(all="ignore"):  # a state that is not finite is told by name
-                states, tape = numpy_loop.forward(layer.cell, x, weights, begin, np.full(T, N), direction == 1, True)
+                states, tape = numpy_loop.forward(job)
             outputs.append(states.h[:T] if direction else states.h[1:])
             raise_where_not_finite(f"h of {layer_names(layer)[len(tapes)]}", backend.to_numpy(outputs[-1]))
             assert tape is not None
@@ -169,7 +171,7 @@ def back_through(
         for direction in range(D):
             at = level * D + direction
             tape = tapes[at]
-            weight_ih = tape.weights.weight_ih
+            weight_ih = tape.job.weights.weight_ih
             part = xp.empty((R, until, N, weight_ih.shape[1]), layer.dtype)
             passed = tuple(xp.zeros((R, N, H), layer.dtype) for _ in range(layer.cell.states))
             for step in reversed(tape.steps[:until]):

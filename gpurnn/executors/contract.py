@@ -21,6 +21,26 @@ class Weights(NamedTuple):
     params: tuple[Array, ...]
 
 
+class Job(NamedTuple):
+    """What an executor runs: a cell over x, from a state on.
+
+    x      (T, N, I), zero behind each row's end.
+    state  S arrays (N, H), copied.
+    rows   (T,): at step t the batch rows 0..rows[t]-1 live; never increasing.
+    training   whether backward will follow.
+    precision  of the products on CUDA; on every CPU, and in `numpy_loop`, they are exact in the dtype of x.
+    """
+
+    cell: Cell
+    x: Array
+    weights: Weights
+    state: tuple[Array, ...]
+    rows: np.ndarray
+    reverse: bool
+    training: bool
+    precision: str = "float32"
+
+
 class Backward(NamedTuple):
     """Options of a backward pass.
 
@@ -44,23 +64,10 @@ class States(NamedTuple):
 class Executor(Protocol):
     """A module or an object with these two."""
 
-    def forward(
-        self,
-        cell: Cell,
-        x: Array,
-        weights: Weights,
-        state: tuple[Array, ...],
-        rows: np.ndarray,
-        reverse: bool,
-        training: bool,
-        precision: str = "float32",
-    ) -> tuple[States, Any]:
-        """Runs `cell` over x; returns the states, and a tape if `training`, else None.
+    def forward(self, job: Job) -> tuple[States, Any]:
+        """Runs the job; returns the states, and a tape if it is `training`, else None.
 
-        x      (T, N, I), zero behind each row's end.
-        state  S arrays (N, H), copied.
-        rows   (T,): at step t the batch rows 0..rows[t]-1 live; never increasing.
-        precision  of the products on CUDA; on every CPU, and in `numpy_loop`, they are exact in the dtype of x.
+        A tape holds the job, x and weights as they are, and what the executor wrote down for backward.
         """
         ...
 

@@ -5,12 +5,52 @@ the other states as `rest` (S-1, T+1, N, H).  Going forward, state t stands at t
 state t stands at t+1 and its successor at t.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.executors.contract import Weights
+from gpurnn.executors.contract import Job, Weights
 from gpurnn.types import Array
+
+
+class Tape(NamedTuple):
+    """What backward needs of any compiled executor: those of one device may go back over what another of them wrote.
+
+    `slots` is overwritten by the gradients, unless a backward is told to keep it.
+    """
+
+    job: Job
+    slots: Array
+    h: Array
+    rest: Array
+    lengths: Array | None = None  # (N,) int64 on the device, for its kernels
+
+
+class Ends(NamedTuple):
+    """Where a job's initial states stand in states (T+1, N, H), and its final ones: an index each.
+
+    lengths  (N,) int64 where rows end at different steps: nothing but zeros may stand behind their ends.  Else None.
+    """
+
+    first: Any
+    last: Any
+    lengths: Array | None
+
+    @classmethod
+    def of(cls, job: Job, xp: Any) -> "Ends":
+        T, N = job.x.shape[:2]
+        lengths = xp.asarray(lengths_of(job.rows, N)) if is_ragged(job.rows, N) else None
+        end = T if lengths is None else (lengths, xp.arange(N))
+        return cls(end, 0, lengths) if job.reverse else cls(0, end, lengths)
+
+    def visible(self, h: Array) -> Array:
+        """h with zeros behind rows' ends: in reverse their initial states stand there."""
+        if isinstance(self.first, tuple):
+            h = h.copy()
+            h[self.first] = 0
+        return h
 
 
 def lengths_of(rows: np.ndarray, N: int) -> np.ndarray:

@@ -7,34 +7,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gpurnn import backend
-from gpurnn.cells import Cell
-from gpurnn.executors.contract import Backward, States, Weights
+from gpurnn.executors.contract import Backward, Job, States, Weights
 from gpurnn.types import Array
 
 
 class Tape(NamedTuple):
     """What backward needs, step by step in the order in which forward went."""
 
-    cell: Cell
-    x: Array
-    weights: Weights
-    reverse: bool
+    job: Job
     steps: list[tuple]  # (t, m, saved, state, next_state) of the m rows that live at t
     derivative: Callable  # the cell's backward
 
 
-def forward(
-    cell: Cell,
-    x: Array,
-    weights: Weights,
-    state: tuple[Array, ...],
-    rows: Array,
-    reverse: bool,
-    training: bool,
-    precision: str = "float32",
-) -> tuple[States, Tape | None]:
+def forward(job: Job) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`."""
     xp = backend.xp
+    cell, x, weights, state, rows, reverse, training, _ = job
     T, N, _ = x.shape
     H = weights.weight_hh.shape[1]
     gates_x = x @ weights.weight_ih.T
@@ -60,7 +48,7 @@ def forward(
         h[t if reverse else t + 1, :m] = after[0]
         if training:
             steps.append((t, m, saved, before, tuple(part[:m].copy() for part in current)))
-    tape = Tape(cell, x, weights, reverse, steps, derivative) if training else None
+    tape = Tape(job, steps, derivative) if training else None
     return States(h, current), tape
 
 
@@ -72,7 +60,7 @@ def backward(
     dy (T, N, H) is read at living rows only; dstate: S arrays (N, H), dL/d(final state); None: zeros.
     """
     xp = backend.xp
-    cell, x, weights = tape.cell, tape.x, tape.weights
+    cell, x, weights = tape.job[:3]
     tape = tape._replace(derivative=cell.functions()[1])  # what it reads may have changed since forward
     T, N, I = x.shape
     H = weights.weight_hh.shape[1]
@@ -116,10 +104,10 @@ def step_backward(
     parameters its gradient at each row and unit (..., m, H).
     """
     xp = backend.xp
-    cell, weight_hh = tape.cell, tape.weights.weight_hh
+    cell, weight_hh = tape.job.cell, tape.job.weights.weight_hh
     _, _, saved, before, after = step
     H, shape = weight_hh.shape[1], dnext[0].shape
-    dx, dr, direct, dparams = tape.derivative(dnext, saved, before, after, tape.weights.params)
+    dx, dr, direct, dparams = tape.derivative(dnext, saved, before, after, tape.job.weights.params)
     dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), weight_hh.dtype) for _ in range(2))
     for g in range(cell.gates):
         dgates_x[..., g * H : (g + 1) * H] = dx[g]

@@ -2,6 +2,7 @@
 
 COMPILED, LOOPS, ROWS = "gpurnn/cpu/compiled", "gpurnn/cpu/loops", "gpurnn/cpu/rows"
 REDUCTION, NUMPY = "gpurnn/cpu/reduction", "gpurnn/executors/numpy_loop"
+LAYOUT = "gpurnn/executors/layout"
 LSTM, GRU = "executors::every_cell_agrees[lstm-float64]", "executors::every_cell_agrees[gru-float64]"
 PEEPHOLES = "executors::every_cell_agrees[peephole_lstm-float64]"
 THREADS = "threads::any_number_of_threads_gives_the_same[None]"
@@ -23,9 +24,9 @@ MUTANTS = {
         "            gradient[...] = value", PEEPHOLES),
     "gradient: dL/d(final state) left out": (COMPILED, "            own[...] = value", "            own[...] = 0",
         PEEPHOLES),
-    "state: a reverse pass leaves it behind y": (COMPILED, "visible[first] = 0", "visible[first] *= 1", LSTM),
-    "index: the final state of a row that has ended before": (COMPILED,
-        "first, last = (ends, 0) if reverse else (0, ends)", "first, last = (ends, 0) if reverse else (0, T)",
+    "state: a reverse pass leaves it behind y": (LAYOUT, "h[self.first] = 0", "h[self.first] *= 1", LSTM),
+    "index: the final state of a row that has ended before": (LAYOUT,
+        "else cls(0, end, lengths)", "else cls(0, T, lengths)",
         "sequence::a_batch_is_its_rows_each_at_its_own_length"),
     "kept: a tape that is to be kept is overwritten": (COMPILED, "tape.slots.copy() if options.keep else tape.slots",
         "tape.slots", "recurrent::the_tape_serves_once_or_as_often_as_kept"),
@@ -54,7 +55,7 @@ MUTANTS = {
     "slot: a split gate's x and r exchanged": (ROWS,
         "given[x], given[r] = slot(slot_of_x[gate]), slot(slot_of_r[gate])",
         "given[r], given[x] = slot(slot_of_x[gate]), slot(slot_of_r[gate])", GRU),
-    "slot: biases of the gates in their order of r": ("gpurnn/executors/layout",
+    "slot: biases of the gates in their order of r": (LAYOUT,
         "ordered(weights.bias_ih, trace.x_order, H)", "ordered(weights.bias_ih, trace.r_order, H)",
         "executors::every_cell_agrees[minimal_gated_unit-float64]"),
     "sum: a block's last rows left out of the biases": (REDUCTION, "for row in range(grouped, k):",
