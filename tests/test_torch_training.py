@@ -1,6 +1,7 @@
 """Whole trainings with `gpurnn.torch`: a script whose import changed prints the same losses; several processes; Lightning."""
 
 import copy
+import itertools
 import os
 import tempfile
 
@@ -136,7 +137,7 @@ def test_a_policy_with_resets():
     def returns(module):
         state, outputs = torch.zeros(1, N, 6, dtype=torch.float64), []
         cuts = [0, *(t for t in range(1, T) if resets[t].any()), T]
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for begin, end in itertools.pairwise(cuts):
             state = state * (~resets[begin])[None, :, None]
             y, state = module(x[begin:end], state)
             outputs.append(y)
