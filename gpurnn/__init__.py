@@ -15,6 +15,7 @@ from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, s
 from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from gpurnn.cuda.capture import captured
 from gpurnn.cuda.faults import synchronize
+from gpurnn.environment import set_num_threads
 from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
 from gpurnn.model import SequenceModel
@@ -60,6 +61,7 @@ __all__ = [
     "minimum",
     "relu",
     "schedules",
+    "set_num_threads",
     "sigmoid",
     "softmax",
     "softmax_cross_entropy",
@@ -70,7 +72,7 @@ __all__ = [
 ]
 
 # Imported when asked for: rooms, and names in them.
-_ROOMS = {"checkpoint": "gpurnn.app.checkpoint"} | {room: f"gpurnn.{room}" for room in ("diagnose", "lab", "plot")}
+_ROOMS = {"checkpoint": "gpurnn.app.checkpoint"} | {room: f"gpurnn.{room}" for room in ("diagnose", "lab", "plot", "torch")}
 _NAMES = {
     "GradientError": "gpurnn.diagnose.check",
     "GradientWarning": "gpurnn.diagnose.monitor",

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import platform
+import threading
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -30,13 +31,50 @@ _DISTRIBUTIONS = {
 _REPRODUCIBILITY = ("gpurnn", "python", "platform", "cpu", "threads", *_DISTRIBUTIONS, "blas", "backend", "device")
 
 
+class _Threads(threading.local):
+    most: int | None = None  # of this Python thread's calls
+
+
+_chosen: list[int] = []
+_threads = _Threads()
+
+
 def cpu_threads() -> int:
-    """Threads for the CPU executor: GPURNN_NUM_THREADS, or else the logical CPUs that this process may use.
+    """Threads for the CPU executor: what `set_num_threads` was given, or GPURNN_NUM_THREADS, or the logical CPUs that this
+    process may use.
 
     Raises ValueError where GPURNN_NUM_THREADS is anything but a whole number from 1 to 1024.
     """
+    if _chosen:
+        return _chosen[0]
     given = variables.given("GPURNN_NUM_THREADS")
-    return min(_usable_cpus(), MAX_THREADS) if given is None else int(given)
+    if given is not None:
+        return int(given)
+    return min(_usable_cpus(), _threads.most or MAX_THREADS)
+
+
+def set_num_threads(threads: int | None) -> None:
+    """Threads for the CPU executor from now on, 1 to 1024, whatever GPURNN_NUM_THREADS says; None: as at the start.
+
+    A process that is one of many, a data loader's worker for instance, wants one.  Results may differ in their last bits
+    from one number of threads to another.  Raises ValueError for anything else.
+    """
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
+        raise ValueError(f"threads: expected a whole number from 1 to {MAX_THREADS} or None, got {threads!r:.80}")
+    _chosen[:] = [] if threads is None else [int(threads)]
+
+
+class at_most_threads:
+    """No more threads than that in this Python thread's calls, where nobody has said how many there shall be."""
+
+    def __init__(self, most: int):
+        self._most = most
+
+    def __enter__(self) -> None:
+        self._before, _threads.most = _threads.most, self._most
+
+    def __exit__(self, *_: object) -> None:
+        _threads.most = self._before
 
 
 @functools.cache

@@ -44,7 +44,7 @@ for name in names:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        assert name.startswith("bench.peers.") and error.name in ("torch", "jax", "flashrnn"), (name, error)
+        assert name.startswith(("bench.peers.", "gpurnn.torch")) and error.name in ("torch", "jax", "flashrnn"), (name, error)
 for name in ("conftest", "test_gpu", "test_gpu_training"):
     importlib.import_module(f"tests.{name}")
 

@@ -17,9 +17,17 @@ def run(marker: str) -> dict:
 
 
 def test_layers_and_lengths(capsys):
-    names = run("bidirectional=True")
+    names = run("layer.grads[")
     assert capsys.readouterr().out.strip() == "(128, 32)"
     assert names["y"].shape == (50, 8, 64) and not names["y"][3:, 6].any()
+
+
+def test_from_torch(capsys):
+    pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[oracle]'")
+    names = run("from_torch(")
+    assert capsys.readouterr().out.strip() == "None"
+    model = names["model"]
+    assert type(model.lstm) is names["gpurnn"].torch.LSTM and model.lstm.weight_hh_l1_reverse.grad.any()
 
 
 def test_forecast():
@@ -60,7 +68,7 @@ def test_captured(capsys):
 
 
 def test_every_example_is_covered():
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
 
 
 @pytest.mark.parametrize("command", ["gpurnn train", "pip install -e '.[test]' && .venv/bin/python -m pytest"])

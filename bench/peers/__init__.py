@@ -76,6 +76,7 @@ def _on_cpu() -> list[Implementation]:
     threads = [count for count in sorted({1, 2, most}) if count <= most]
     return [
         _gpurnn("compiled", "cpu", _dense_float32),
+        Implementation(f"{OURS}-torch", "cpu", _gpurnn_torch, _needs("torch"), _layer_only(_dense_float32)),
         _gpurnn("numpy", "cpu", _dense_float32, default=False),
         *map(torch_cpu, threads),
         Implementation("numpy-loop", "cpu", _numpy_loop, lambda: None, _dense_float32),
@@ -127,6 +128,12 @@ def _gpurnn(executor: str, device: str, refuses: Any, default: bool = True) -> I
         return None if backend.name == wanted else f"gpurnn's backend is {backend.name}: {backend.reason}"
 
     return Implementation(f"{OURS}-{executor}", device, build, missing, refuses, default)
+
+
+def _gpurnn_torch(problem: Problem, phase: str, part: str) -> Workload:
+    from bench.peers.gpurnn_torch import GpurnnTorchLayer
+
+    return GpurnnTorchLayer(problem, phase, "cpu", cpu_threads())
 
 
 def _numpy_loop(problem: Problem, phase: str, part: str) -> Workload:

@@ -5,7 +5,7 @@ What PyTorch decides by flags is set before each sample: TF32 by the case's dtyp
 kernels are chosen by rules, not by trial).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,6 +88,8 @@ class TorchWorkload(Workload):
 class TorchLayer(TorchWorkload):
     """`torch-cpu-<threads>` and `torch-cudnn`."""
 
+    layers: ClassVar[dict[str, type[torch.nn.RNNBase]]] = LAYERS
+
     def __init__(self, problem: Problem, phase: str, device: str, threads: int | None = None):
         super().__init__(problem.case, device, threads)
         self.training = phase == "training"
@@ -109,7 +111,7 @@ class TorchLayer(TorchWorkload):
     def load(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Takes the weights; returns what gradients are wanted of, by name."""
         case = self.case
-        module = LAYERS[case.cell](case.I, case.H).to(self.device, DTYPES[case.dtype])
+        module = self.layers[case.cell](case.I, case.H).to(self.device, DTYPES[case.dtype])
         module.load_state_dict(weights)
         self.module = module.train(self.training)
         return dict(module.named_parameters())

@@ -1,0 +1,94 @@
+"""Layers of any cell in PyTorch's own operations, from the cell's trace: slow, and right wherever PyTorch is.
+
+It stands in where the engine does not run: gradients of gradients, torch.func, forward-mode derivatives, 16-bit numbers on
+a CPU, autocast, ONNX export, and other devices.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gpurnn.cells import Cell
+from gpurnn.torch.stack import Stack
+
+FUNCTIONS = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "less": torch.lt,
+    "less_equal": torch.le,
+    "where": torch.where,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "tanh": torch.tanh,
+}
+
+
+def run(
+    stack: Stack,
+    rows: np.ndarray,
+    noises: Sequence[Tensor],
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y (T, N, D*H) and S final states (L*D, N, H); see `sweep.run`."""
+    finals = []
+    for layer in range(stack.layers):
+        outputs = []
+        for direction in range(stack.directions):
+            at = layer * stack.directions + direction
+            y, final = _one(stack, rows, x, [part[at] for part in state], weights, at)
+            outputs.append(y)
+            finals.append(final)
+        x = torch.cat(outputs, 2)
+        if noises and layer < stack.layers - 1:
+            x = x * noises[layer]
+    return x, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+
+def _one(
+    stack: Stack, rows: np.ndarray, x: Tensor, state: list[Tensor], weights: Sequence[Tensor], at: int
+) -> tuple[Tensor, list[Tensor]]:
+    """One layer in one direction."""
+    given, gates = stack.weights(weights, at), stack.cell.gates
+    (T, N), reverse = x.shape[:2], at % stack.directions == 1
+    gates_x = linear(x, given.weight_ih, given.bias_ih)
+    outputs: list[Tensor] = [x] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        living = int(rows[t])
+        before = [part[:living] for part in state]
+        gates_r = linear(before[0], given.weight_hh, given.bias_hh)
+        after = _step(stack.cell, gates_x[t, :living].chunk(gates, -1), gates_r.chunk(gates, -1), before, given.params)
+        outputs[t] = after[0]
+        if living < N:
+            outputs[t] = torch.cat([after[0], after[0].new_zeros(N - living, after[0].shape[1])])
+            after = [torch.cat([new, old[living:]]) for new, old in zip(after, state, strict=True)]
+        state = after
+    return torch.stack(outputs), state
+
+
+def _step(cell: Cell, x: Sequence, r: Sequence, state: Sequence, params: Sequence) -> list[Tensor]:
+    """The cell's forward, S arrays (rows, H)."""
+    trace, like = cell.trace, r[0]
+    given = {"x": x, "r": r, "state": state, "param": params}
+    outputs = [symbol.index for symbol in trace.next_state]
+    values: dict[int, Tensor] = {}
+    for index in sorted(trace.forward.reachable(outputs)):
+        op, args, value = trace.forward.nodes[index]
+        if op == "input":
+            values[index] = given[value[0]][value[1]]
+        elif op == "const":
+            values[index] = torch.full((), value, dtype=like.dtype, device=like.device)
+        else:
+            values[index] = FUNCTIONS[op](*(values[arg] for arg in args))
+    return [values[index].expand_as(like) for index in outputs]

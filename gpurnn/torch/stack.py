@@ -1,0 +1,63 @@
+"""What a module's layers are to the engine, and how PyTorch's tensors become its arrays, without a copy."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpurnn import variables
+from gpurnn.cells import Cell
+from gpurnn.environment import compiles
+from gpurnn.executors import executor
+from gpurnn.executors.contract import Executor, Weights
+
+ENGINE_DTYPES = (torch.float32, torch.float64)
+EXECUTORS = ("compiled", "numpy")
+
+
+class Stack(NamedTuple):
+    """Layers of one cell: what a pass is, beside its tensors.
+
+    dropout   between layers, 0 outside training.
+    executor  compiled or numpy, or None: GPURNN_EXECUTOR, or what this machine has.
+    """
+
+    cell: Cell
+    layers: int
+    directions: int
+    bias: bool
+    dropout: float
+    executor: str | None
+
+    def engine(self) -> Executor:
+        if self.executor is not None and self.executor not in EXECUTORS:
+            choices = ", ".join(EXECUTORS)
+            raise ValueError(f"executor: expected one of {choices} for tensors on the CPU, got {self.executor!r:.80}")
+        name = self.executor or variables.given("GPURNN_EXECUTOR")
+        return executor(name if name in EXECUTORS else "compiled" if compiles() else "numpy")
+
+    def weights(self, arrays: Sequence, at: int) -> Weights:
+        """What the engine calls the arrays of one layer in one direction, in the order of `torch.nn.RNNBase.all_weights`."""
+        each = len(arrays) // (self.layers * self.directions)
+        weight_ih, weight_hh, *rest = arrays[at * each : (at + 1) * each]
+        bias_ih, bias_hh = rest[:2] if self.bias else (None, None)
+        return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(rest[2 * self.bias :]))
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory, contiguous; of a tensor that is not, a copy."""
+    tensor = tensor.detach()
+    if tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_neg().contiguous()
+    return tensor.numpy()
+
+
+@functools.lru_cache(maxsize=64)
+def full_rows(T: int, N: int) -> np.ndarray:
+    """(T,): N rows live at every step."""
+    rows = np.full(T, N)
+    rows.flags.writeable = False
+    return rows
