@@ -72,7 +72,9 @@ __all__ = [
 ]
 
 # Imported when asked for: rooms, and names in them.
-_ROOMS = {"checkpoint": "gpurnn.app.checkpoint"} | {room: f"gpurnn.{room}" for room in ("diagnose", "lab", "plot", "torch")}
+_ROOMS = {"checkpoint": "gpurnn.app.checkpoint"} | {
+    room: f"gpurnn.{room}" for room in ("diagnose", "lab", "plot", "torch")
+}
 _NAMES = {
     "GradientError": "gpurnn.diagnose.check",
     "GradientWarning": "gpurnn.diagnose.monitor",

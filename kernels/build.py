@@ -1,8 +1,8 @@
 """Numba function -> PTX -> cubin, on any machine, and a cache of the results on disk.
 
 Neither a GPU nor a driver is needed: NVVM and nvJitLink are libraries.  A kernel's key is everything that decides its
-code: the factory that writes it and its constants, the cell's traced mathematics, these sources and the trace's, the tools'
-versions and the architecture.  Processes may share the folder; a damaged entry is built again.
+code: the factory that writes it and its constants, the cell's traced mathematics, these sources and the trace's, the
+tools' versions and the architecture.  Processes may share the folder; a damaged entry is built again.
 """
 
 import contextlib

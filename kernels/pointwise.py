@@ -1,8 +1,8 @@
 """A cell's mathematics in a kernel: an expression graph becomes straight-line code on one unit's registers.
 
-A graph has `nodes`, each with `op`, `args` and `value`, in an order in which each stands behind its arguments, and walks
-through them (`evaluate`); gpurnn's cells are traced into such graphs.  The code reads its inputs from one small local
-array and writes its results to another: indices are constants, so both become registers.
+A graph has `nodes`, each with `op`, `args` and `value`, in an order in which each stands behind its arguments, and
+walks through them (`evaluate`); gpurnn's cells are traced into such graphs.  The code reads its inputs from one small
+local array and writes its results to another: indices are constants, so both become registers.
 """
 
 import math

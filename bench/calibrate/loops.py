@@ -7,7 +7,7 @@ import numpy as np
 from bench.calibrate.measure import Case, Experiment, Way, either, patched, settings_of, sized, some
 from gpurnn.cells import CELLS
 from gpurnn.cpu import compiled, costs, products, sharing
-from gpurnn.executors.contract import Backward, Weights
+from gpurnn.executors.contract import Backward, Job, Weights
 
 FLOAT32 = np.dtype(np.float32)
 NEVER = 1 << 62
@@ -34,11 +34,14 @@ class Pass:
         self.state, self.rows = (np.zeros((N, H), FLOAT32),) * self.cell.states, np.full(T, N)
         self.tape: Any = None
 
+    def _job(self, training: bool) -> Job:
+        return Job(self.cell, self.x, self.weights, self.state, self.rows, False, training)
+
     def infer(self) -> None:
-        compiled.forward(self.cell, self.x, self.weights, self.state, self.rows, False, False)
+        compiled.forward(self._job(False))
 
     def forward(self) -> None:
-        self.tape = compiled.forward(self.cell, self.x, self.weights, self.state, self.rows, False, True)[1]
+        self.tape = compiled.forward(self._job(True))[1]
 
     def backward(self) -> None:
         if self.tape is None:
