@@ -43,6 +43,7 @@ CASES = {
     "odd shares": Case((5, 4), (Ffma(units=1, lanes=2, rows=2, kept=1),) * 2, 2, "flagged", **SMALL | {"H": 10}),
     "flagged in turns": Case(SHORT, FFMA, 2, "flagged", running=3, **SMALL),
     "flagged at random": Case(SHORT, FFMA, 2, "flagged", back=False, seed=1),
+    "flagged in another order": Case(SHORT, FFMA, 2, "flagged", back=False, seed=2),
     "many pieces": Case(
         (3,) * 15 + (2,), (Ffma(units=1, lanes=1, rows=16, kept=1),) * 2, 9, "flagged", **SMALL | {"H": 72}
     ),
@@ -260,7 +261,7 @@ MORE_MUTANTS = {
         ("final[s * N * H", "state[s * N * H")),
     "initial: a row beyond the batch": ("flagged", "persistent_forward._initial", OutOfBounds, ("if n < N and", "if")),
     "initial: unit H": ("flagged", "persistent_forward._initial", OutOfBounds, ("unit < H", "unit <= H")),
-    "group: the first x of others' pairs loaded": ("flagged at random", "persistent_forward.", Race,
+    "group: the first x of others' pairs loaded": ("flagged in another order", "persistent_forward.", Race,
         (" if length[p] > 0 else f32(0)\n                if AHEAD", "\n                if AHEAD")),
     "group: x of the wrong step": ("flagged", "persistent_forward.", Wrong,
         ("further = (t - 1 if reverse else t + 1)", "further = t")),
