@@ -165,7 +165,7 @@ def interrupted_forks(count, seed):
     return len(left)
 
 
-@pytest.mark.parametrize("other, new", [("two threads", False), ("numba", True)])
+@pytest.mark.parametrize("other, new", [pytest.param("two threads", False, marks=pytest.mark.slow), ("numba", True)])
 def test_a_forked_child_and_its_parent_both_go_on(other, new):
     done = script(f"print(tests.forks(2, 0, {other!r}, {new}))")
     assert done.stdout.strip() == "2", done.stderr

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from gpurnn import clipping, diagnose, schedules
+from gpurnn import clipping, diagnose, plot, schedules
 from gpurnn.app import character_model, checkpoint, data, train_command, training
 from gpurnn.app.config import TrainConfig
 from gpurnn.app.metrics import read_metrics
@@ -180,6 +180,8 @@ def trained(texts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPURNN_EXECUTOR", "numpy")
+        for figure in ("loss_curve", "gradient_flow"):  # they would take most of the time
+            patch.setattr(plot, figure, lambda *_, **__: None)
         assert main(["train", "--data", str(texts["text"]), *BASE, "--steps", "2", "--run", str(folder)]) == 0
     return folder
 

@@ -17,8 +17,8 @@ NAMES = ("loss.png", "loss.svg")
 CODE = f"from gpurnn import plot; [plot.loss_curve({METRICS}, name) for name in {NAMES}]"
 DARK = "figure.facecolor: black\naxes.prop_cycle: cycler('color', ['red'])\nlines.linewidth: 9\nsavefig.dpi: 7\n"
 SETUPS = [
-    ("text.usetex: True\nfont.family: serif\n" + DARK, "TkAgg"),
-    ("", "module://matplotlib_inline.backend_inline"),
+    ("text.usetex: True\nfont.family: serif\n" + DARK, "module://matplotlib_inline.backend_inline"),
+    pytest.param("", "TkAgg", marks=pytest.mark.slow),
     pytest.param("", "no_such_backend", marks=pytest.mark.slow),
     pytest.param("\xff\xfe", "", marks=pytest.mark.slow),  # no UTF-8: matplotlib does not load
 ]

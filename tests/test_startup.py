@@ -63,10 +63,15 @@ def test_empty_variables_change_nothing():
     ]
     * (backend.name == "numpy"),
 )
-def test_a_command_says_it_in_one_sentence_and_a_script_gets_the_error(name, value, words):
+def test_a_command_says_it_in_one_sentence(name, value, words):
     done = ran("-m", "gpurnn.cli", "info", **{name: value})
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(f"gpurnn: error: {name}") and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_every_way_in_says_a_bad_variable():
+    name, value, words = "GPURNN_BACKEND", "cdua", "got 'cdua'"
+    done = ran("-m", "gpurnn.cli", "info", **{name: value})
     script = ran("-c", "import sys; sys.argv[0] = '/usr/bin/gpurnn'; from gpurnn.cli import main", **{name: value})
     assert (script.returncode, script.stderr) == (2, done.stderr), "as the script that pip makes"
     library = ran("-c", "import gpurnn", **{name: value})
