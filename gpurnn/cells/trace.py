@@ -49,6 +49,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self._index: dict[Node, int] = {}
+        self._plans: dict[tuple[int, ...], tuple] = {}
 
     def add(self, op: str, *args: int, value: Any = None) -> int:
         node = Node(op, args, value)
@@ -108,16 +109,22 @@ class Graph:
 
     def run(self, outputs: Sequence[int], inputs: Mapping[str, Any]) -> list[Any]:
         """The values of `outputs` for arrays: an input (kind, number) is inputs[kind][number]."""
-        values: dict[int, Any] = {}
-        for index in sorted(self.reachable(outputs)):
-            op, args, value = self.nodes[index]
-            if op == "input":
-                values[index] = inputs[value[0]][value[1]]
-            elif op == "const":
-                values[index] = value
-            else:
-                values[index] = FUNCTIONS[op](*(values[a] for a in args))
+        if tuple(outputs) not in self._plans:
+            self._plans[tuple(outputs)] = self._plan(outputs)
+        constants, reads, operations = self._plans[tuple(outputs)]
+        values = dict(constants)
+        for index, (kind, number) in reads:
+            values[index] = inputs[kind][number]
+        for index, operation, args in operations:
+            values[index] = operation(*[values[a] for a in args])
         return [values[i] for i in outputs]
+
+    def _plan(self, outputs: Sequence[int]) -> tuple[dict[int, float], list[tuple], list[tuple]]:
+        needed = [(index, self.nodes[index]) for index in sorted(self.reachable(outputs))]
+        constants = {index: node.value for index, node in needed if node.op == "const"}
+        reads = [(index, node.value) for index, node in needed if node.op == "input"]
+        operations = [(index, FUNCTIONS[node.op], node.args) for index, node in needed if node.args]
+        return constants, reads, operations
 
 
 class Symbol:
