@@ -71,7 +71,8 @@ class Recurrent(Layer):
                     GPURNN_EXECUTOR, or the best.
 
     Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0,
-    bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).
+    bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).  A cell that never reads
+    r has no weight_hh and no bias_hh.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ class Recurrent(Layer):
         self.precision = _precision(precision, supported(dtype))
         self.rng = generator(rng)
         self.masks = Masks(self.rng)
-        kinds = ("weight_ih", "weight_hh"), ("bias_ih", "bias_hh") if bias else (), cell.params
+        matrices = ("weight_ih", "weight_hh") if cell.recurrent else ("weight_ih",)
+        self._biases = tuple(name.replace("weight", "bias") for name in matrices) if bias else ()
+        kinds = matrices, self._biases, cell.params
         self._names = [  # of each layer in each direction
             [tuple(name + _suffix(layer, direction) for name in names) for names in kinds]
             for layer, direction in itertools.product(range(self.num_layers), range(self.directions))
@@ -128,9 +131,10 @@ class Recurrent(Layer):
             wide = f"{G}*H"
             inputs, letter = (self.input_size, "I") if layer == 0 else (D * H, f"{D}*H" if D > 1 else "H")
             own: dict[str, tuple[tuple[int, ...], str]]
-            own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})"), "weight_hh": ((G * H, H), f"({wide}, H)")}
-            if self.bias:
-                own |= {"bias_ih": ((G * H,), f"({wide},)"), "bias_hh": ((G * H,), f"({wide},)")}
+            own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})")}
+            if self.cell.recurrent:
+                own["weight_hh"] = (G * H, H), f"({wide}, H)"
+            own |= {name: ((G * H,), f"({wide},)") for name in self._biases}
             own |= {name: ((H,), "(H,)") for name in self.cell.params}
             for name, (shape, symbol) in own.items():
                 full = name + _suffix(layer, direction)
@@ -141,8 +145,10 @@ class Recurrent(Layer):
         return shapes, symbols
 
     def _initialise(self, init: Mapping[str, str | Initializer]) -> None:
-        gated: dict[str, Initializer] = {"weight_ih": glorot_uniform, "weight_hh": orthogonal}
-        gated |= {"bias_ih": zeros, "bias_hh": zeros} if self.bias else {}
+        gated: dict[str, Initializer] = {"weight_ih": glorot_uniform}
+        if self.cell.recurrent:
+            gated["weight_hh"] = orthogonal
+        gated |= dict.fromkeys(self._biases, zeros)
         initial = [f"{name}_0" for name in self.cell.state_names] if self.trainable_h0 else []
         kinds = gated | dict.fromkeys((*self.cell.params, *initial), zeros)
         if not isinstance(init, Mapping):
@@ -284,8 +290,8 @@ class Recurrent(Layer):
         """What one layer in one direction has in `values`, which are `params` or `grads`."""
 
         matrices, biases, params = self._names[layer * self.directions + direction]
-        weight_ih, weight_hh = (values[name] for name in matrices)
-        bias_ih, bias_hh = (values[name] for name in biases) if biases else (None, None)
+        weight_ih, weight_hh, *_ = *(values[name] for name in matrices), None
+        bias_ih, bias_hh, *_ = *(values[name] for name in biases), None, None
         return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(values[name] for name in params))
 
     def _add_to_gate(self, gate: int, value: float) -> None:

@@ -81,7 +81,7 @@ def run(
     """
     xp = backend.xp
     T, N, _ = x.shape
-    H = weights.weight_hh.shape[1]
+    H = state[0].shape[1]
     engine = choose(executor, cell, H, N, x.dtype, precision, training=training, clip=clip)
     rows = np.full(T, N) if lengths is None else lengths.rows
     if lengths is not None:

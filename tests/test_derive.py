@@ -213,6 +213,17 @@ def test_what_is_kept_costs_least(name):
     assert any(kept)
 
 
+def test_a_condition_has_no_slot():
+    """Though to keep it would be cheaper than what both choices gave."""
+
+    def forward(x, r, state, params):
+        return state[0] * where(x[0] < r[0], 1, 2), state[1] * where(x[0] < r[0], 3, 4)
+
+    cell = Cell("switched", 1, 2, forward)
+    assert len(cell.trace.kept) == 2
+    gpurnn.check_gradients(cell, executor="numpy", T=2, N=2)
+
+
 def test_equal_forwards_are_one_cell_and_one_code():
     from gpurnn.cpu.rows import backward_rows, forward_rows
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gpurnn.arguments import function, word
-from gpurnn.cells.derive import derive
-from gpurnn.cells.trace import Graph, Symbol
+from gpurnn.cells.derive import SLOT, UNITWISE_SLOT, derive
+from gpurnn.cells.trace import Graph, Node, Symbol
 
 STATE_NAMES = ("h", "c")
 MATRICES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -22,7 +22,7 @@ class Cell:
     """A recurrent cell.  The engine multiplies matrices, adds biases and walks through time; the cell does the rest.
 
     name      as shown to people.
-    gates     G: weight_ih is (G*H, I), weight_hh is (G*H, H).
+    gates     G: weight_ih is (G*H, I), weight_hh is (G*H, H); there is no weight_hh where forward never reads r.
     states    how many values of shape (N, H) are carried from step to step; state[0] is h: the output, and what
               weight_hh multiplies.
     forward   (x, r, state, params) -> next_state, a tuple of `states` values.  x[g] is gate g of x_t weight_ih^T + bias_ih,
@@ -111,6 +111,11 @@ class Cell:
         return (self.forward, self.backward) if as_made else (self.trace.run_forward, self.trace.run_backward)
 
     @property
+    def recurrent(self) -> bool:
+        """Whether forward reads r.  Where it does not, units are independent, and layers have no weight_hh and no bias_hh."""
+        return self.trace.recurrent
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         """h, c, and s2, s3, ... for cells that carry more."""
         return (*STATE_NAMES, *[f"s{s}" for s in range(len(STATE_NAMES), self.states)])[: self.states]
@@ -132,7 +137,7 @@ class Trace:
         r of the split gates | joint gates | x of the split gates
 
     so that the recurrent product fills the first G slots and the input projection the G slots from `len(split)` on,
-    each in one GEMM.  Forward overwrites the slots with what backward needs to see (`kept`), backward overwrites that
+    each in one GEMM.  A cell without r has the slots of x alone, and no recurrent product.  Forward overwrites the slots with what backward needs to see (`kept`), backward overwrites that
     with the gradients dr and dx, in the same places: a training step moves one buffer and not three.
 
     Traces are equal where their texts are: caches of compiled code are keyed by them.
@@ -169,7 +174,9 @@ class Trace:
                 known.setdefault(symbol.index, (kind, number))
         inputs = (self.x, self.r, self.state, self.params)
         wanted = [symbol.index for symbols in inputs for symbol in symbols]
-        self.backward, gradients, kept = derive(self.forward, [s.index for s in self.next_state], wanted, known)
+        ends = [symbol.index for symbol in self.next_state]
+        slot = SLOT if self.forward.reachable(ends) & {r.index for r in self.r} else UNITWISE_SLOT
+        self.backward, gradients, kept = derive(self.forward, ends, wanted, known, slot)
         self.saved = [Symbol(self.forward, index) for index in kept]
         each = iter(gradients)
         self.dx, self.dr, self.dstate, self.dparams = (list(itertools.islice(each, len(own))) for own in inputs)
@@ -200,8 +207,13 @@ class Trace:
         reads = [self.backward.nodes[i].value for i in sorted(needed) if self.backward.nodes[i].op == "input"]
         self.kept = tuple(name[1] for name in reads if name[0] == "saved")
         gates = range(self.cell.gates)
+        reached = self.forward.reachable(self.outputs)
+        self.recurrent = any(r.index in reached for r in self.r) or any(
+            dr.node != Node("const", (), 0.0) for dr in self.dr
+        )
         joint = tuple(g for g in gates if self._meets_only_in_a_sum(g) and self.dx[g].index == self.dr[g].index)
-        self.split = tuple(g for g in gates if g not in joint)
+        self.split = tuple(g for g in gates if g not in joint and self.recurrent)
+        joint = tuple(g for g in gates if g not in self.split)
         self.r_order = (*self.split, *joint)
         self.x_order = (*joint, *self.split)
         self.x_start = len(self.split)
@@ -230,6 +242,23 @@ class Trace:
     @property
     def _gradients(self) -> list[Symbol]:
         return [*self.dx, *self.dr, *self.dstate, *self.dparams]
+
+    @property
+    def given(self) -> list[list[int]]:
+        """Of each slot in turn, what it gives forward: the nodes of that value."""
+
+        def gate(g: int) -> list[int]:
+            if not self.recurrent:
+                return [self.x[g].index]
+            return [self.r[g].index] if g in self.split else self.forward.users(self.x[g].index)
+
+        return [*map(gate, self.r_order), *([self.x[g].index] for g in self.split)]
+
+    @property
+    def written(self) -> list[int]:
+        """Of each slot in turn, what backward writes there: the node of that gradient."""
+        first = self.dr if self.recurrent else self.dx
+        return [*(first[g].index for g in self.r_order), *(self.dx[g].index for g in self.split)]
 
     @property
     def outputs(self) -> list[int]:

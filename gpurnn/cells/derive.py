@@ -40,21 +40,23 @@ RULES: dict[str, Callable] = {  # (gradient, the node's value, its arguments' va
 # What computing a value again costs, and keeping it, in additions of a vector.
 PRICES = {"tanh": 8, "exp": 12, "log": 30, "div": 4, "sqrt": 4}
 SLOT = 10
+UNITWISE_SLOT = 30  # where no recurrent product stands between the steps, memory is what takes the time
 
 
 def derive(
-    forward: Graph, outputs: Sequence[int], wanted: Sequence[int], free: Mapping[int, tuple]
+    forward: Graph, outputs: Sequence[int], wanted: Sequence[int], free: Mapping[int, tuple], slot: float = SLOT
 ) -> tuple[Graph, list[Symbol], list[int]]:
     """The backward of a forward graph: its graph, the gradients of the nodes `wanted` in it, and the nodes to keep.
 
     outputs: the next states; input ("dnext", s) of the backward is the gradient of outputs[s].
     free: names of inputs of the backward that are values of forward.  A node i that is kept is its input ("saved", i).
+    slot: the price of keeping a value.
     """
     reverse = Reverse(forward, outputs)
     gradients = [reverse.total(index) for index in wanted]
     reached = reverse.graph.reachable(g.index for g in gradients)
     names = [reverse.graph.nodes[i].value for i in reached if reverse.graph.nodes[i].op == "input"]
-    kept = cheapest(forward.nodes, {number for kind, number in names if kind == "primal"}, free)
+    kept = cheapest(forward.nodes, {number for kind, number in names if kind == "primal"}, free, slot)
     graph = Graph()
     values = {index: graph.input("saved", index) for index in kept}
     values |= {index: graph.input(*name) for index, name in free.items()}
@@ -202,7 +204,7 @@ def _factors(a: Symbol) -> list[tuple[int, Any]]:
     return [(one, Symbol(a.graph, other)), (other, Symbol(a.graph, one)), (a.index, 1)]
 
 
-def cheapest(nodes: Sequence[Node], needed: Iterable[int], free: Iterable[int]) -> list[int]:
+def cheapest(nodes: Sequence[Node], needed: Iterable[int], free: Iterable[int], slot: float = SLOT) -> list[int]:
     """Which nodes to keep, so that backward has those `needed` and keeping and computing again costs least.
 
     A node that is there, by either way, costs a slot; computed again its price instead, and its arguments have to be
@@ -224,10 +226,10 @@ def cheapest(nodes: Sequence[Node], needed: Iterable[int], free: Iterable[int]) 
             continue
         seen.add(index)
         there, again = ("there", index), ("again", index)
-        edge(there, "sink", SLOT)
+        edge(there, "sink", slot)
         if op == "input":  # x and r are gone
             continue
-        gain = SLOT - PRICES.get(op, 1)
+        gain = slot - PRICES.get(op, 1)
         edge("source", again, max(gain, 0))
         edge(again, "sink", max(-gain, 0))
         edge(again, there, np.inf)

@@ -54,7 +54,7 @@ def forward(
 ) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`.  Without training, states are updated in place and the slots serve a few steps at a time."""
     T, N, I = x.shape
-    H, dtype, rows = weights.weight_hh.shape[1], x.dtype, np.ascontiguousarray(rows, np.int64)
+    H, dtype, rows = state[0].shape[1], x.dtype, np.ascontiguousarray(rows, np.int64)
     ragged = is_ragged(rows, N)
     allocate = memory.zeros if ragged else memory.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
@@ -69,15 +69,16 @@ def forward(
     window = T if training else chunk
     slots = allocate((window, N, cell.trace.slots * H), dtype)
     plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
-    lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
-    dots = [dot(dtype).address if as_it_lies else 0 for as_it_lies in lies]
+    lies = not packing_pays(1, T * N, I), not (cell.recurrent and packing_pays(T, N, H))
+    dots = [dot(dtype).address if used and lie else 0 for used, lie in zip((True, cell.recurrent), lies, strict=True)]
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
-    given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh
+    given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
     crew.run(
         forward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
+            _address(weights.weight_hh),
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
@@ -98,7 +99,7 @@ def backward(
     """See `contract.Executor.backward`."""
     cell, weights = tape.cell, tape.weights
     T, N, I = tape.x.shape
-    H, dtype = weights.weight_hh.shape[1], tape.x.dtype
+    H, dtype = tape.h.shape[2], tape.x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
@@ -113,21 +114,23 @@ def backward(
     clamp_at = clamp(dtype).address if options.clip is not None else 0
     squares_at = squares(dtype).address if options.flow is not None else 0
     limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
-    lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
+    lies = (
+        not packing_pays_backwards(1, T * N, I, dtype),
+        not (cell.recurrent and packing_pays_backwards(T, N, H, dtype)),
+    )
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
     combine_one = combine(dtype).address if T * N == 1 else 0
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
     gradient_x = (memory.zeros if is_ragged(tape.rows, N) else memory.empty)((T, N, I), dtype)
     given = (
         tape.rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
-        weights.weight_hh,
     )  # fmt: skip
     crew.run(
         backward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, tape.reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given),
+            *dy.strides[:2], *map(address, given), _address(weights.weight_hh),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
@@ -151,15 +154,16 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
     sums = np.zeros((split + cell.gates) * H)
     work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
     combine_few = combine(dtype).address if few_are_summed(T * N) else 0
-    given = slots, orders(cell), h_before, tape.x, sums, grads.weight_hh, grads.weight_ih
+    given = slots, orders(cell), h_before, tape.x, sums, grads.weight_ih
     crew.run(
         reduction(dtype),
-        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given)),
+        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given), _address(grads.weight_hh)),
         [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
     )
     sums = sums.astype(dtype)
-    if grads.bias_hh is not None and grads.bias_ih is not None:
+    if grads.bias_hh is not None:
         add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
+    if grads.bias_ih is not None:
         add_ordered(grads.bias_ih, sums[split * H :], trace.x_order, H)
 
 
@@ -180,6 +184,11 @@ def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, trainin
         return allocate((count, T + 1, N, H), dtype)
     place = allocate((count, N, H), dtype)
     return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))
+
+
+def _address(matrix: np.ndarray | None) -> int:
+    """0 for none."""
+    return 0 if matrix is None else address(matrix)
 
 
 def _numbers(*cuts: slice) -> list[int]:

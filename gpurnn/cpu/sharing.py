@@ -28,6 +28,9 @@ UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more
 ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
 ENOUGH_ROWS_CACHED = 3.0  # the same where the second-level cache of each thread has room for all of W_hh
 CACHED = 1 << 20  # bytes
+UNITWISE_COLUMNS = (
+    100  # of a matrix: multiplied by so many in the time that a cell without r takes for the rest of a step
+)
 
 
 class Share(NamedTuple):
@@ -51,7 +54,7 @@ class Plan(NamedTuple):
 
 def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
     """Who does what in a pass through time: as many threads as pay, and can be had."""
-    weights = cell.gates * H * (H + I)
+    weights = cell.gates * H * ((H if cell.recurrent else UNITWISE_COLUMNS) + I)
     flops = 2 * max(T * N, FEWEST_ROWS) * weights
     with_packing = flops + (PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
     whole = Share(slice(0, N), slice(0, H), slice(0, I))
@@ -68,7 +71,9 @@ def _shared(cell: Cell, rows: np.ndarray, whole: Share, flops: int, dtype: np.dt
     recurrent = cell.gates * H * H
     enough = ENOUGH_ROWS if recurrent * dtype.itemsize > CACHED else ENOUGH_ROWS_CACHED
     by_rows = min(most, int(N / enough))
-    by_units = min(most, 2 * N * recurrent // UNITS_FLOPS, H // host().width(dtype))
+    by_units = min(most, H // host().width(dtype))
+    if cell.recurrent:
+        by_units = min(by_units, 2 * N * recurrent // UNITS_FLOPS)  # else they do not meet
     if by_rows < most and by_units > 1:
         columns = (_between_vectors(count, by_units, dtype) for count in (H, I))
         return Plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
@@ -83,8 +88,9 @@ def _shared(cell: Cell, rows: np.ndarray, whole: Share, flops: int, dtype: np.dt
 def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slice]:
     """The columns, of those slots that hold gradients, for each thread that sums K rows: those awake from the loop, or more."""
     slots, parts = cell.trace.x_start + cell.gates, len(after.shares)
-    work = [H * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
-    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= PARALLEL_SUM_FLOPS:
+    back = H if cell.recurrent else 0
+    work = [back * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
+    if parts == 1 and 2 * K * cell.gates * H * (back + I) >= PARALLEL_SUM_FLOPS:
         return crew.cut(lambda parts: _of_equal_work(work, H, parts))
     return _of_equal_work(work, H, parts)
 

@@ -6,6 +6,8 @@ All that stays from step to step is looked up before the loop, and addresses are
 A graph of the T steps would save that as well, but each pass has other addresses, and a captured step is one graph anyway.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from gpurnn import backend
@@ -41,7 +43,9 @@ def forward(
         h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if training else tape.rest
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
         launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step))
-        add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], precision)
+        add: Callable = _nothing
+        if sweep.weight_hh is not None:
+            add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], precision)
         before, states, r, step_of_slots = (
             h.data.ptr + reverse * h.strides[0],
             h.strides[0],
@@ -54,6 +58,10 @@ def forward(
                 add(living, before + t * states, r + t * step_of_slots)
                 launch(-(-living * H // step.THREADS), t, living)
     return sweeps.finish(sweep, _final(tape, training))
+
+
+def _nothing(*_: int) -> None:
+    """The product of a cell that has none."""
 
 
 def _final(tape: Tape, training: bool) -> tuple[Array, ...]:
@@ -87,7 +95,9 @@ def backward(
     strides = (tape.rest.strides[0] // dtype.itemsize, *(stride // dtype.itemsize for stride in dy.strides[:2]))
     seen, limit = 0, dtype.type(options.clip or 0.0)
     launch = kernel.series(pointers, (N, H, int(tape.reverse), *strides, limit))
-    add = device.adding(weight_hh, slots.strides[1], passed.strides[1], tape.precision)
+    add: Callable = _nothing
+    if weight_hh is not None:
+        add = device.adding(weight_hh, slots.strides[1], passed.strides[1], tape.precision)
     dr, step_of_slots, dh, living_at = pointers[0], slots.strides[0], pointers[4], tape.rows.tolist()
     for t in range(T) if tape.reverse else reversed(range(T)):
         living = living_at[t]

@@ -53,7 +53,7 @@ class Sweep(NamedTuple):
     training: bool
     bias: Array
     params: Array
-    weight_hh: Array  # its gates in the order of the slots
+    weight_hh: Array | None  # its gates in the order of the slots
     steps: int
     initial: Array  # (S, N, H)
 
@@ -71,7 +71,7 @@ def begin(
     """Buffers, with the initial states in their places."""
     xp = backend.xp
     T, N, _ = x.shape
-    H, S, trace, dtype = weights.weight_hh.shape[1], cell.states, cell.trace, x.dtype
+    H, S, trace, dtype = state[0].shape[1], cell.states, cell.trace, x.dtype
     allocate = xp.zeros if is_ragged(rows, N) else xp.empty  # nothing but zeros may stand where a row has ended
     h = allocate((T + 1, N, H), dtype)
     rest = allocate((S - 1, T + 1 if training else 1, N, H), dtype)
@@ -154,8 +154,10 @@ def parameters(tape: Tape) -> tuple[Array, Array]:
     return params, backend.xp.zeros((len(params), N, H))
 
 
-def ordered_weight_hh(cell: Cell, weights: Weights) -> Array:
-    """weight_hh (G*H, H), its gates in the order of the slots."""
+def ordered_weight_hh(cell: Cell, weights: Weights) -> Array | None:
+    """weight_hh (G*H, H), its gates in the order of the slots; None where the cell has none."""
+    if weights.weight_hh is None:
+        return None
     return backend.xp.ascontiguousarray(ordered(weights.weight_hh, cell.trace.r_order, weights.weight_hh.shape[1]))
 
 
@@ -182,11 +184,16 @@ def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
     steps = T if factor is _as_it_is else max(1, PIECE_BYTES // max(1, 2 * slots[:1].size))
     for t0 in range(0, T, max(1, steps)):
         piece = slice(t0, t0 + steps)
-        gradients, x, h = (factor(array[piece]) for array in (slots, tape.x, before))
-        _add_product(grads.weight_hh, trace.r_order, r_slots(tape, gradients), h, tape.precision)
+        gradients, x = (factor(array[piece]) for array in (slots, tape.x))
+        if grads.weight_hh is not None:
+            _add_product(
+                grads.weight_hh, trace.r_order, r_slots(tape, gradients), factor(before[piece]), tape.precision
+            )
         _add_product(grads.weight_ih, trace.x_order, x_slots(tape, gradients), x, tape.precision)
         product(x_slots(tape, gradients), weight_x, _flat(dx[piece]), tape.precision)
-    if grads.bias_hh is not None and grads.bias_ih is not None:
+    if grads.bias_ih is not None and grads.bias_hh is None:
+        add_columns(_flat(slots), H, grads.bias_ih, first=trace.x_order, second=(), start=0)
+    elif grads.bias_ih is not None:
         orders = {"first": trace.r_order, "second": trace.x_order, "start": trace.x_start}
         add_columns(_flat(slots), H, grads.bias_hh, grads.bias_ih, **orders)
     return dx
