@@ -2,7 +2,8 @@
 
 It also goes back over what `resident` wrote, and the other way round: their tapes are the same.
 
-All that stays from step to step is looked up before the loop, and addresses are counted on: about 1 us of Python a step.
+Cells without a recurrent matrix need no product: one kernel runs all their steps (`unitwise`), unless the flow of gradients
+is asked for.  All that stays from step to step is looked up before the loop, and addresses are counted on: about 1 us of Python a step.
 A graph of the T steps would save that as well, but each pass has other addresses, and a captured step is one graph anyway.
 """
 
@@ -12,11 +13,9 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.cells import Cell
-from gpurnn.cuda import device, sweeps
-from gpurnn.cuda.moves import Moves
+from gpurnn.cuda import device, sweeps, unitwise
 from gpurnn.cuda.sweeps import Tape
 from gpurnn.executors.contract import Backward, States, Weights
-from gpurnn.executors.layout import is_ragged
 from gpurnn.kernels import step
 from gpurnn.types import Array
 
@@ -33,6 +32,8 @@ def forward(
 ) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`."""
     sweep = sweeps.begin(cell, x, weights, state, rows, reverse, training, precision)
+    if sweep.weight_hh is None:
+        return unitwise.forward(sweep)
     tape, trace = sweep.tape, cell.trace
     N, H = tape.h.shape[1:]
     kernel = device.kernel(step.forward, trace, dtype=x.dtype.name)
@@ -43,9 +44,7 @@ def forward(
         h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if training else tape.rest
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
         launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step))
-        add: Callable = _nothing
-        if sweep.weight_hh is not None:
-            add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], precision)
+        add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], precision)
         before, states, r, step_of_slots = (
             h.data.ptr + reverse * h.strides[0],
             h.strides[0],
@@ -57,31 +56,19 @@ def forward(
             if living:
                 add(living, before + t * states, r + t * step_of_slots)
                 launch(-(-living * H // step.THREADS), t, living)
-    return sweeps.finish(sweep, _final(tape, training))
+    return sweeps.finish(sweep, sweeps.final(tape, training))
 
 
 def _nothing(*_: int) -> None:
     """The product of a cell that has none."""
 
 
-def _final(tape: Tape, training: bool) -> tuple[Array, ...]:
-    """S arrays (N, H)."""
-    xp, N = backend.xp, tape.h.shape[1]
-    if tape.reverse or not is_ragged(tape.rows, N):
-        at = 0 if tape.reverse else len(tape.x)
-        final, moves = xp.empty((tape.cell.states, *tape.h.shape[1:]), tape.h.dtype), Moves()
-        for own, part in zip(final, (tape.h[at], *(part[at if training else 0] for part in tape.rest)), strict=True):
-            moves.copy(own, part)
-        moves.run()
-        return tuple(final)
-    lengths, row = tape.lengths, xp.arange(N)
-    return (tape.h[lengths, row], *(part[lengths, row] if training else part[0] for part in tape.rest))
-
-
 def backward(
     tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
 ) -> tuple[Array, tuple[Array, ...]]:
     """See `contract.Executor.backward`."""
+    if not tape.cell.recurrent and options.flow is None:
+        return unitwise.backward(tape, dy, dstate, grads, options)
     xp, cell, trace = backend.xp, tape.cell, tape.cell.trace
     T, N = tape.x.shape[:2]
     H, dtype = tape.h.shape[2], tape.x.dtype

@@ -137,6 +137,20 @@ def r_slots(tape: Tape, slots: Array) -> Array:
     return _flat(slots)[:, : tape.cell.gates * tape.h.shape[2]]
 
 
+def final(tape: Tape, training: bool) -> tuple[Array, ...]:
+    """The states behind each row's last step, S arrays (N, H)."""
+    xp, N = backend.xp, tape.h.shape[1]
+    if tape.reverse or not is_ragged(tape.rows, N):
+        at = 0 if tape.reverse else len(tape.x)
+        ends, moves = xp.empty((tape.cell.states, *tape.h.shape[1:]), tape.h.dtype), Moves()
+        for own, part in zip(ends, (tape.h[at], *(part[at if training else 0] for part in tape.rest)), strict=True):
+            moves.copy(own, part)
+        moves.run()
+        return tuple(ends)
+    lengths, row = tape.lengths, xp.arange(N)
+    return (tape.h[lengths, row], *(part[lengths, row] if training else part[0] for part in tape.rest))
+
+
 def finish(sweep: Sweep, final: tuple[Array, ...]) -> tuple[States, Tape | None]:
     tape = sweep.tape
     N = tape.x.shape[1]
