@@ -23,7 +23,7 @@ from gpurnn.arguments import (
     switch,
     whole,
 )
-from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Backward, Weights
@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
 class Recurrent(Layer):
     """Layers of any cell over a sequence, time-major: T steps, N batch rows, I inputs, H hidden units.
 
-    cell            a `gpurnn.Cell`.
+    cell            a `gpurnn.Cell`, or the name of one that ships: indrnn, mingru, ... (`gpurnn.cells.CELLS`).
     num_layers      L; layer k reads what layer k-1 wrote.
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
@@ -61,7 +61,7 @@ class Recurrent(Layer):
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
     init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
-                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; everything else 0.
+                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; `cell.init`; everything else 0.
     dtype           float32 or float64.
     precision       of the matrix products on CUDA: float32, exact, or tf32, bfloat16 or float16, both factors rounded to
                     it (and tanh good to 2^-11).  Sums, states and parameters are float32 in all of them.  In float16
@@ -77,7 +77,7 @@ class Recurrent(Layer):
 
     def __init__(
         self,
-        cell: Cell,
+        cell: Cell | str,
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
@@ -93,8 +93,11 @@ class Recurrent(Layer):
         executor: str | None = None,
         rng: Any = None,
     ):
+        if isinstance(cell, str) and cell in CELLS:
+            cell = CELLS[cell]
         if not isinstance(cell, Cell):
-            raise TypeError(f"cell: expected a gpurnn.Cell, got {type(cell).__name__}")
+            came = repr(cell) if isinstance(cell, str) else type(cell).__name__
+            raise TypeError(f"cell: expected a gpurnn.Cell or one of {', '.join(CELLS)}, got {came}")
         if executor is not None:
             check(executor)
         self.cell = cell
@@ -150,7 +153,7 @@ class Recurrent(Layer):
             gated["weight_hh"] = orthogonal
         gated |= dict.fromkeys(self._biases, zeros)
         initial = [f"{name}_0" for name in self.cell.state_names] if self.trainable_h0 else []
-        kinds = gated | dict.fromkeys((*self.cell.params, *initial), zeros)
+        kinds = gated | dict.fromkeys((*self.cell.params, *initial), zeros) | dict(self.cell.init)
         if not isinstance(init, Mapping):
             raise ValueError(f"init: expected a mapping from parameter names, got {init!r}")
         for kind, given in init.items():

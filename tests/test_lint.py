@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 from bench import disassembly as sass
-from gpurnn.cells import CELLS
+from gpurnn.cells import CELLS, UNITWISE_CELLS
 from gpurnn.cuda.tuning import registers
-from gpurnn.kernels import build, packing, persistent, plan, step, tiles
+from gpurnn.kernels import build, packing, persistent, plan, step, tiles, unitwise
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
 
 ARCHITECTURES = ((8, 0), (9, 0))
@@ -82,6 +82,17 @@ def test_step(cell, dtype, capability, tmp_path):
         codes, text = check(recipe, capability, tmp_path)
         assert (".f64" in text) == (dtype == "float64")
         assert codes["LDG"] and codes["STG"]
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("cell", UNITWISE_CELLS, ids=lambda cell: cell.name)
+def test_unitwise(cell, capability, tmp_path):
+    for factory, constants, loads in (
+        (unitwise.forward, {}, cell.gates),
+        (unitwise.backward, {"clip": True}, len(cell.trace.kept) + cell.states + 1),
+    ):
+        codes, _ = check(build.recipe(factory, cell.trace, dtype="float32", **constants), capability, tmp_path)
+        assert codes["LDG"] >= unitwise.AHEAD * loads  # before the first step: what is ahead lies in registers
 
 
 def test_step_of_a_user_s_cell(user_cell, tmp_path):

@@ -1,7 +1,7 @@
 """The cell contract: a recurrent cell is a few elementwise lines, forward and backward, for one unit at one time step."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,8 @@ class Cell:
               the engine's), dparams that of the per-unit parameters.
     params    names of per-unit parameters of shape (H,): peephole weights, IndRNN's recurrent vector.  Names that a layer
               has of its own are refused: weight_ih, weight_hh, bias_ih, bias_hh, and h_0, c_0, ... for each state.
+    init      where these begin: {name: function (rng, rows, columns) as in `gpurnn.initializers`}, H rows of one column; 0
+              without one.
 
     Both functions are elementwise: tuples in and out, numbers, + - * /, comparisons, and `tanh sigmoid exp log sqrt abs
     maximum minimum where relu` of gpurnn (NumPy's own do as well).  They run on NumPy or CuPy arrays as they stand; the
@@ -50,6 +52,7 @@ class Cell:
     forward: Callable
     backward: Callable | None = None
     params: tuple[str, ...] = ()
+    init: Mapping[str, Callable] = field(default_factory=dict, repr=False)
     trace: "Trace" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +66,13 @@ class Cell:
                     f"cell {self.name}: expected {what} to be a whole number from 1 to {MOST}, got {given!r}"
                 )
         object.__setattr__(self, "params", self._checked_params())
+        if not isinstance(self.init, Mapping):
+            raise ValueError(f"cell {self.name}: expected init to be a mapping from names of params, got {self.init!r}")
+        for name, start in self.init.items():
+            if name not in self.params:
+                listed = ", ".join(self.params) or "none, for it has no params"
+                raise ValueError(f"cell {self.name}: expected names in init among {listed}, got {name!r}")
+            function(f"init[{name!r}]", start)
         object.__setattr__(self, "trace", Trace(self))
 
     def __reduce__(self) -> Any:
@@ -71,7 +81,7 @@ class Cell:
 
         if CELLS.get(self.name) is self:
             return _shipped, (self.name,)
-        return Cell, (self.name, self.gates, self.states, self.forward, self.backward, self.params)
+        return Cell, (self.name, self.gates, self.states, self.forward, self.backward, self.params, self.init)
 
     def _checked_params(self) -> tuple[str, ...]:
         given: Any = self.params

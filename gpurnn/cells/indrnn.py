@@ -11,4 +11,8 @@ def forward(x, r, state, params):
     return (relu(x[0] + params[0] * state[0]),)
 
 
-INDRNN_CELL = Cell("indrnn", gates=1, states=1, forward=forward, params=("u",))
+def between_0_and_1(rng, rows, columns):
+    return rng.uniform(0, 1, (rows, columns))
+
+
+INDRNN_CELL = Cell("indrnn", gates=1, states=1, forward=forward, params=("u",), init={"u": between_0_and_1})
