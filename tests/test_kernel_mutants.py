@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from gpurnn.cells import SRU_CELL
+from gpurnn.cells import PARALSTM_CELL, SRU_CELL
 from gpurnn.kernels.tiles import Ffma, Mma
 from tests.mutants import Case, Wrong, catch, check, plant
 from tests.ptx.errors import Misaligned, OutOfBounds, Race, Uninitialised
@@ -41,6 +41,7 @@ CASES = {
     "unitwise": Case(LONG, cell=SRU_CELL),
     "unitwise reverse": Case(LONG, cell=SRU_CELL, reverse=True),
     "unitwise pieces": Case(LONG, cell=SRU_CELL, training=False),
+    "unitwise next": Case(LONG, cell=PARALSTM_CELL),  # its backward looks at the states behind a step
 }
 
 # What is wrong: case, where, what shows, (old, new) of each edit.  The second table is for `-m slow`.
@@ -259,7 +260,7 @@ MORE_MUTANTS = {
         ("reverse * (count - 1)", "reverse * (steps - 1)")),
     "unitwise backward: from the first step": ("unitwise", "unitwise.backward", (Wrong, OutOfBounds),
         ("(1 - reverse) * (count - 1)", "(1 - reverse) * 0")),
-    "unitwise backward: next states of the step itself": ("unitwise", "unitwise.backward", Wrong,
+    "unitwise backward: next states of the step itself": ("unitwise next", "unitwise.backward", Wrong,
         ("given[NEXT + s] = given[STATE + s]", "pass")),
     "unitwise backward: dL/d(final state) not read": ("unitwise", "unitwise.backward", Wrong,
         ("passed[s] = dstate[s * N * H + k]", "passed[s] = real(0)")),
