@@ -78,7 +78,7 @@ def forward(
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _address(weights.weight_hh),
+            _recurrent(cell, weights),
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
@@ -130,7 +130,7 @@ def backward(
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, tape.reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given), _address(weights.weight_hh),
+            *dy.strides[:2], *map(address, given), _recurrent(cell, weights),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
@@ -157,7 +157,7 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
     given = slots, orders(cell), h_before, tape.x, sums, grads.weight_ih
     crew.run(
         reduction(dtype),
-        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given), _address(grads.weight_hh)),
+        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given), _recurrent(cell, grads)),
         [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
     )
     sums = sums.astype(dtype)
@@ -186,9 +186,9 @@ def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, trainin
     return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))
 
 
-def _address(matrix: np.ndarray | None) -> int:
-    """0 for none."""
-    return 0 if matrix is None else address(matrix)
+def _recurrent(cell: Cell, weights: Weights) -> int:
+    """Where weight_hh lies; 0 where the cell has none, for which no room is made either."""
+    return address(weights.weight_hh) if cell.recurrent and weights.weight_hh is not None else 0
 
 
 def _numbers(*cuts: slice) -> list[int]:
