@@ -147,8 +147,9 @@ class Trace:
         r of the split gates | joint gates | x of the split gates
 
     so that the recurrent product fills the first G slots and the input projection the G slots from `len(split)` on,
-    each in one GEMM.  A cell without r has the slots of x alone, and no recurrent product.  Forward overwrites the slots with what backward needs to see (`kept`), backward overwrites that
-    with the gradients dr and dx, in the same places: a training step moves one buffer and not three.
+    each in one GEMM.  Forward overwrites the slots with what backward needs to see (`kept`), backward overwrites that
+    with the gradients dr and dx, in the same places: a training step moves one buffer and not three.  A cell without r
+    has the slots of x alone, and no recurrent product.
 
     Traces are equal where their texts are: caches of compiled code are keyed by them.
     """

@@ -97,7 +97,7 @@ class Reverse:
         self.zero = self.graph.constant(0)
         self.parts: dict[
             int, dict[Guards, Symbol]
-        ] = {}  # of each node's gradient, by what they are there on condition of
+        ] = {}  # of each node's gradient, by the conditions that they stand under
         for s, index in enumerate(outputs):
             self._add(index, (), self.graph.input("dnext", s))
         for index in sorted(forward.reachable(outputs), reverse=True):

@@ -28,9 +28,7 @@ UNITS_FLOPS = 250_000  # of a step, for each thread; below it meeting costs more
 ENOUGH_ROWS = 4.0  # for each thread: of fewer the products are slow
 ENOUGH_ROWS_CACHED = 3.0  # the same where the second-level cache of each thread has room for all of W_hh
 CACHED = 1 << 20  # bytes
-UNITWISE_COLUMNS = (
-    100  # of a matrix: multiplied by so many in the time that a cell without r takes for the rest of a step
-)
+UNITWISE_COLUMNS = 100  # of a matrix, whose product takes as long as the rest of a step of a cell without r
 
 
 class Share(NamedTuple):

@@ -3,7 +3,9 @@
 It also goes back over what `resident` wrote, and the other way round: their tapes are the same.
 
 Cells without a recurrent matrix need no product: one kernel runs all their steps (`unitwise`), unless the flow of gradients
-is asked for.  All that stays from step to step is looked up before the loop, and addresses are counted on: about 1 us of Python a step.
+is asked for.
+
+All that stays from step to step is looked up before the loop, and addresses are counted on: about 1 us of Python a step.
 A graph of the T steps would save that as well, but each pass has other addresses, and a captured step is one graph anyway.
 """
 

@@ -45,9 +45,8 @@ def biases(cell: Cell, weights: Weights, H: int, xp) -> Array:
     trace, gates, dtype = cell.trace, cell.gates, weights.weight_ih.dtype
     if weights.bias_ih is None:
         return xp.zeros((trace.slots, H), dtype)
-    if (
-        weights.bias_hh is not None and gates == trace.slots and trace.r_order == trace.x_order
-    ):  # every slot is the sum of both
+    sums = gates == trace.slots and trace.r_order == trace.x_order  # every slot is the sum of both
+    if sums and weights.bias_hh is not None:
         return ordered(weights.bias_ih + weights.bias_hh, trace.x_order, H).reshape(gates, H)
     bias, start = xp.zeros((trace.slots, H), dtype), trace.x_start
     if weights.bias_hh is not None:
