@@ -23,7 +23,7 @@ from gpurnn.arguments import (
     switch,
     whole,
 )
-from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
 class Recurrent(Layer):
     """Layers of any cell over a sequence, time-major: T steps, N batch rows, I inputs, H hidden units.
 
-    cell            a `gpurnn.Cell`.
+    cell            a `gpurnn.Cell`, or the name of one that ships: indrnn, mingru, ... (`gpurnn.cells.CELLS`).
     num_layers      L; layer k reads what layer k-1 wrote.
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
@@ -61,7 +61,7 @@ class Recurrent(Layer):
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
     init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
-                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; everything else 0.
+                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; `cell.init`; everything else 0.
     dtype           float32 or float64.
     precision       of the matrix products on CUDA: float32, exact, or tf32, bfloat16 or float16, both factors rounded to
                     it (and tanh good to 2^-11).  Sums, states and parameters are float32 in all of them.  In float16
@@ -71,12 +71,13 @@ class Recurrent(Layer):
                     GPURNN_EXECUTOR, or the best.
 
     Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0,
-    bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).
+    bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).  A cell that never reads
+    r has no weight_hh and no bias_hh.
     """
 
     def __init__(
         self,
-        cell: Cell,
+        cell: Cell | str,
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
@@ -92,8 +93,11 @@ class Recurrent(Layer):
         executor: str | None = None,
         rng: Any = None,
     ):
+        if isinstance(cell, str) and cell in CELLS:
+            cell = CELLS[cell]
         if not isinstance(cell, Cell):
-            raise TypeError(f"cell: expected a gpurnn.Cell, got {type(cell).__name__}")
+            came = repr(cell) if isinstance(cell, str) else type(cell).__name__
+            raise TypeError(f"cell: expected a gpurnn.Cell or one of {', '.join(CELLS)}, got {came}")
         if executor is not None:
             check(executor)
         self.cell = cell
@@ -110,7 +114,9 @@ class Recurrent(Layer):
         self.precision = _precision(precision, supported(dtype))
         self.rng = generator(rng)
         self.masks = Masks(self.rng)
-        kinds = ("weight_ih", "weight_hh"), ("bias_ih", "bias_hh") if bias else (), cell.params
+        matrices = ("weight_ih", "weight_hh") if cell.recurrent else ("weight_ih",)
+        self._biases = tuple(name.replace("weight", "bias") for name in matrices) if bias else ()
+        kinds = matrices, self._biases, cell.params
         self._names = [  # of each layer in each direction
             [tuple(name + _suffix(layer, direction) for name in names) for names in kinds]
             for layer, direction in itertools.product(range(self.num_layers), range(self.directions))
@@ -128,9 +134,10 @@ class Recurrent(Layer):
         for layer, direction in itertools.product(range(self.num_layers), range(D)):
             inputs, letter = (self.input_size, "I") if layer == 0 else (D * H, f"{D}*H" if D > 1 else "H")
             own: dict[str, tuple[tuple[int, ...], str]]
-            own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})"), "weight_hh": ((G * H, H), f"({wide}, H)")}
-            if self.bias:
-                own |= {"bias_ih": ((G * H,), f"({wide},)"), "bias_hh": ((G * H,), f"({wide},)")}
+            own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})")}
+            if self.cell.recurrent:
+                own["weight_hh"] = (G * H, H), f"({wide}, H)"
+            own |= {name: ((G * H,), f"({wide},)") for name in self._biases}
             own |= {name: ((H,), "(H,)") for name in self.cell.params}
             for name, (shape, symbol) in own.items():
                 full = name + _suffix(layer, direction)
@@ -141,10 +148,12 @@ class Recurrent(Layer):
         return shapes, symbols
 
     def _initialise(self, init: Mapping[str, str | Initializer]) -> None:
-        gated: dict[str, Initializer] = {"weight_ih": glorot_uniform, "weight_hh": orthogonal}
-        gated |= {"bias_ih": zeros, "bias_hh": zeros} if self.bias else {}
+        gated: dict[str, Initializer] = {"weight_ih": glorot_uniform}
+        if self.cell.recurrent:
+            gated["weight_hh"] = orthogonal
+        gated |= dict.fromkeys(self._biases, zeros)
         initial = [f"{name}_0" for name in self.cell.state_names] if self.trainable_h0 else []
-        kinds = chosen(gated | dict.fromkeys((*self.cell.params, *initial), zeros), init)
+        kinds = chosen(gated | dict.fromkeys((*self.cell.params, *initial), zeros) | dict(self.cell.init), init)
         for name, shape in self.params.shapes.items():
             kind = name if name in initial else name.removesuffix("_reverse").rsplit("_l", 1)[0]
             self._set(name, drawn(kinds[kind], kind, self.rng, self.cell.gates if kind in gated else 1, shape))
@@ -220,8 +229,8 @@ class Recurrent(Layer):
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights:
         """What one layer in one direction has in `values`, which are `params` or `grads`."""
         matrices, biases, params = self._names[layer * self.directions + direction]
-        weight_ih, weight_hh = (values[name] for name in matrices)
-        bias_ih, bias_hh = (values[name] for name in biases) if biases else (None, None)
+        weight_ih, weight_hh, *_ = *(values[name] for name in matrices), None
+        bias_ih, bias_hh, *_ = *(values[name] for name in biases), None, None
         return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(values[name] for name in params))
 
     def _add_to_gate(self, gate: int, value: float) -> None:

@@ -159,23 +159,17 @@ def function(graph, inputs, outputs, real, accuracy):
 def forward(trace, real, accuracy):
     """A cell's forward.  given: slots without a product's share of joint gates' (see below), states, params.
 
-    given[k]      the first G: r of the split gates, then x + r of the joint gates; then x of the split gates.
+    given[k]      as `trace.given` says: r of the split gates, then x + r of the joint gates; then x of the split gates.
     result[k]     the next states, then what backward wants to see, `trace.kept`.
     """
-    graph, start = trace.forward, trace.x_start
-    slots = [(trace.r[gate].index,) for gate in trace.r_order]
-    slots += [(trace.x[gate].index,) for gate in trace.x_order[trace.cell.gates - start :]]
-    for k, gate in enumerate(trace.r_order):
-        if gate not in trace.split:
-            slots[k] = tuple(graph.users(trace.x[gate].index))
-    inputs = [*slots, *((symbol.index,) for symbol in (*trace.state, *trace.params))]
-    return function(graph, inputs, trace.outputs, real, accuracy)
+    inputs = [*trace.given, *((symbol.index,) for symbol in (*trace.state, *trace.params))]
+    return function(trace.forward, inputs, trace.outputs, real, accuracy)
 
 
 def backward(trace, real, accuracy):
     """A cell's backward.  given: what forward kept, states, next states, their gradients, params.
 
-    result[k]     the first G: dr in `trace.r_order`; then dx of the split gates; then dstate, dparams.
+    result[k]     as `trace.written` says: dr in `trace.r_order`, then dx of the split gates; then dstate, dparams.
     """
     graph, cell = trace.backward, trace.cell
     kinds = [("saved", index) for index in trace.kept]
@@ -183,7 +177,5 @@ def backward(trace, real, accuracy):
     kinds += [("param", p) for p in range(len(cell.params))]
     place = {node.value: k for k, node in enumerate(graph.nodes) if node.op == "input"}
     inputs = [(place[kind],) if kind in place else () for kind in kinds]
-    written = [trace.dr[gate] for gate in trace.r_order]
-    written += [trace.dx[gate] for gate in trace.x_order[cell.gates - trace.x_start :]]
-    outputs = [symbol.index for symbol in (*written, *trace.dstate, *trace.dparams)]
+    outputs = [*trace.written, *(symbol.index for symbol in (*trace.dstate, *trace.dparams))]
     return function(graph, inputs, outputs, real, accuracy)

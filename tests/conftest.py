@@ -63,7 +63,7 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(fixture, cells, ids=names)
 
 
-def _indrnn():
+def _tanh_indrnn():
     """Li et al. 2018: a recurrent vector in place of the matrix, so r is not used at all."""
 
     def forward(x, r, state, params):
@@ -73,7 +73,7 @@ def _indrnn():
         da = dnext[0] * (1 - next_state[0] ** 2)
         return (da,), (0,), (da * params[0],), (da * state[0],)
 
-    return Cell("indrnn", gates=1, states=1, forward=forward, backward=backward, params=("u",))
+    return Cell("tanh_indrnn", gates=1, states=1, forward=forward, backward=backward, params=("u",))
 
 
 def _minimal_gated_unit():
@@ -197,7 +197,7 @@ def _delay_line():
 USER_CELLS = {
     cell.name: cell
     for cell in (
-        _indrnn(),
+        _tanh_indrnn(),
         _minimal_gated_unit(),
         _peephole_lstm(),
         _three_states(),

@@ -16,7 +16,7 @@ import pytest
 
 import gpurnn.kernels
 from gpurnn.cells import Cell, sigmoid, tanh
-from gpurnn.cuda import on_chip, passes, step, sweeps
+from gpurnn.cuda import on_chip, passes, step, sweeps, unitwise
 from gpurnn.executors import numpy_loop
 from gpurnn.executors.contract import Backward, Job, Weights
 from gpurnn.kernels import plan, tiles
@@ -105,6 +105,8 @@ def problem(case) -> Problem:
     x[padding], dy[padding] = 0, np.nan
     scale = np.float32(H**-0.5)
     weights = Weights(draw(G * H, I), draw(G * H, H) * scale, draw(G * H), draw(G * H), tuple(draw(P, H)))
+    if not case.cell.recurrent:
+        weights = weights._replace(weight_hh=None, bias_hh=None)
     return Problem(x, dy, tuple(draw(S, N, H)), tuple(draw(S, N, H)), weights, (~padding).sum(1))
 
 
@@ -112,16 +114,19 @@ def training_step(engine, case, precision, put):
     """Every result of a pass forward and a pass back, by name, in float64.  put: host array -> the engine's."""
     given, T = problem(case), case.lengths[0]
     *matrices, params = given.weights
-    weights = Weights(*map(put, matrices), tuple(map(put, params)))
+    weights = Weights(*(None if part is None else put(part) for part in matrices), tuple(map(put, params)))
     state, dstate, dy = tuple(map(put, given.state)), tuple(map(put, given.dstate)), put(given.dy)[:, :, : case.H]
     job = Job(case.cell, put(given.x), weights, state, given.rows, case.reverse, case.training, precision)
     states, tape = engine.forward(job)
     found = {"y": (states.h[:T] if case.reverse else states.h[1:],), "final states": states.final}
     if case.training and case.back:
-        grads = Weights(*(put(0 * part) for part in matrices), tuple(put(0 * part) for part in params))
+        zeros = [None if part is None else put(0 * part) for part in matrices]
+        grads = Weights(*zeros, tuple(put(0 * part) for part in params))
         dx, dinitial = engine.backward(tape, dy, dstate, grads, Backward(clip=CLIP))
         found |= {"dx": (dx,), "dinitial states": dinitial, "dparams": grads.params}
-        found |= {f"d{name}": (getattr(grads, name),) for name in Weights._fields[:-1]}
+        found |= {
+            f"d{name}": (part,) for name, part in zip(Weights._fields[:-1], zeros, strict=True) if part is not None
+        }
     return {name: np.stack([reference(part) for part in parts]) for name, parts in found.items() if parts}
 
 
@@ -184,6 +189,9 @@ def plant(patch, case, where, edits):
     name, function = where.split(".")
     if name == "packing":
         patch.setattr(passes, "packing", mutated(name, function, edits))
+    elif name == "unitwise":
+        factory = getattr(mutated(name, function, edits), function)
+        patch.setattr(unitwise, "unitwise", SimpleNamespace(**vars(unitwise.unitwise) | {function: factory}))
     elif name == "step":
         factory = getattr(mutated(name, function, edits), function)
         patch.setattr(step, "step", SimpleNamespace(**vars(step.step) | {function: factory}))

@@ -102,20 +102,22 @@ def test_equal_mathematics_is_one_cell_and_one_code():
     assert forward_rows.cache_info().misses == made
 
 
-def test_the_trace_runs_on_arrays_as_the_functions_do(any_cell):
+def test_the_trace_runs_on_arrays_as_the_functions_do(user_cell):
     rng, shape = np.random.default_rng(0), (2, 3)
 
     def drawn(count):
         return tuple(0.1 + rng.random(shape) for _ in range(count))
 
-    x, r, state, params = (drawn(n) for n in (any_cell.gates, any_cell.gates, any_cell.states, len(any_cell.params)))
+    x, r, state, params = (
+        drawn(n) for n in (user_cell.gates, user_cell.gates, user_cell.states, len(user_cell.params))
+    )
     given = x, r, state, params
-    after, saved = any_cell.forward(*given)
-    traced, kept = any_cell.trace.run_forward(*given)
-    dnext = drawn(any_cell.states)
+    after, saved = user_cell.forward(*given)
+    traced, kept = user_cell.trace.run_forward(*given)
+    dnext = drawn(user_cell.states)
     with np.errstate(all="ignore"):
-        expected = any_cell.backward(dnext, saved, state, after, params)
-        got = any_cell.trace.run_backward(dnext, kept, state, traced, params)
+        expected = user_cell.backward(dnext, saved, state, after, params)
+        got = user_cell.trace.run_backward(dnext, kept, state, traced, params)
     for mine, theirs in zip((traced, kept, *got), (after, saved, *expected), strict=True):
         for a, b in zip(mine, theirs, strict=True):
             np.testing.assert_allclose(np.broadcast_to(a, shape), np.broadcast_to(b, shape), rtol=1e-12)

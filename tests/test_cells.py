@@ -49,14 +49,14 @@ def split_gates(cell):
 
 
 def test_gates_are_joint_where_x_and_r_meet_only_in_a_sum_and_their_gradients_are_one(any_cell):
-    expected = {"gru": (2,), "indrnn": (0,), "minimal_gated_unit": (0,), "three_states": (1,), "hoarder": (0,)}
+    expected = {"gru": (2,), "minimal_gated_unit": (0,), "three_states": (1,), "hoarder": (0,)}
     expected["every_function"] = (1,)
     assert any_cell.trace.split == expected.get(any_cell.name, ())
 
 
 def test_values_that_are_known_by_another_name_are_not_kept_twice(any_cell):
     kept = {"lstm": 4, "gru": 4, "minimal_gated_unit": 3, "peephole_lstm": 4, "three_states": 4, "every_function": 3}
-    kept["hoarder"] = 4  # a, x, r and a*a of nine saved values
+    kept |= {"hoarder": 4, "mingru": 2, "minlstm": 3}  # of the hoarder a, x, r and a*a of nine saved values
     assert len(any_cell.trace.kept) == kept.get(any_cell.name, 0)
     assert any_cell.trace.slots == max(any_cell.gates + len(any_cell.trace.split), len(any_cell.trace.kept))
 
@@ -240,19 +240,21 @@ def test_states_have_names(user_cell):
 @pytest.mark.parametrize("executor", ["numpy", "compiled"])
 def test_gradients_of_every_cell(any_cell, executor):
     errors = gpurnn.check_gradients(any_cell, executor=executor, T=3, N=2)
-    assert {"x", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "h_0"} <= set(errors)
+    assert {"x", "weight_ih_l0", "bias_ih_l0", "h_0"} <= set(errors)
+    assert any_cell.recurrent == ("weight_hh_l0" in errors) == ("bias_hh_l0" in errors)
     assert {f"{name}_l0" for name in any_cell.params} <= set(errors)
 
 
 def spoiled(cell, dx=None, dr=None, dstate=None, dparams=None):
     """`cell` with one part of its backward replaced by a function of it."""
     changes = (dx, dr, dstate, dparams)
+    forward, derivative = cell.functions()
 
     def backward(*arguments):
-        parts = cell.backward(*arguments)
+        parts = derivative(*arguments)
         return tuple(change(part) if change else part for change, part in zip(changes, parts, strict=True))
 
-    return dataclasses.replace(cell, backward=backward)
+    return dataclasses.replace(cell, forward=forward, backward=backward)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def spoiled(cell, dx=None, dr=None, dstate=None, dparams=None):
         ("gru", {"dr": lambda d: (*d[:2], d[0])}, "bias_hh_l0 by", "numpy"),
         ("gru", {"dstate": lambda d: (2 * d[0],)}, "h_0 by", "numpy"),
         ("peephole_lstm", {"dparams": lambda d: (d[0], d[2], d[1])}, "peephole_f_l0 by", "compiled"),
-        ("indrnn", {"dparams": lambda d: (0,)}, "u_l0 by", "numpy"),
+        ("tanh_indrnn", {"dparams": lambda d: (0,)}, "u_l0 by", "numpy"),
     ],
 )
 def test_planted_mistakes_are_caught_by_name(request, name, change, wrong, executor):

@@ -63,6 +63,8 @@ def problem(cell, T, N, I, H, *, bias=True, seed=0, dtype="float64"):
         draw(G * H, scale=0.3) if bias else None,
         tuple(draw(H, scale=0.5) for _ in cell.params),
     )
+    if not cell.recurrent:
+        weights = weights._replace(weight_hh=None, bias_hh=None)
     state = tuple(draw(N, H, scale=0.5) for _ in range(cell.states))
     dstate = tuple(draw(N, H) for _ in range(cell.states))
     return SimpleNamespace(

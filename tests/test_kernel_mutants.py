@@ -10,11 +10,13 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
+from gpurnn.cells import PARALSTM_CELL, SRU_CELL
 from gpurnn.kernels.tiles import Ffma, Mma
 from tests.mutants import Case, Wrong, catch, check, plant, stand
 from tests.ptx.errors import Misaligned, OutOfBounds, Race, Uninitialised
 
 FEW, MANY = (4, 3, 3, 1, 1), (4, 4, 4, 3, 3, 2, 2, 2, 2, 1)  # several blocks' rows, and the last block is not full
+LONG = (7, 7, 6, 5, 3, 1, 0)  # longer than what a thread loads ahead, as long, and shorter
 # Several warps, sums over lanes with and without halves to keep, weights in registers and in shared memory, and,
 # forward, two tiles of tensor cores' products.
 FFMA = Ffma(units=2, lanes=8, rows=2, kept=1), Ffma(units=1, lanes=4, rows=2, kept=3)
@@ -36,6 +38,10 @@ CASES = {
     "tf32 forward": Case(MANY, TF32, back=False),
     "step": Case(MANY),
     "step reverse": Case(MANY, reverse=True),
+    "unitwise": Case(LONG, cell=SRU_CELL),
+    "unitwise reverse": Case(LONG, cell=SRU_CELL, reverse=True),
+    "unitwise pieces": Case(LONG, cell=SRU_CELL, training=False),
+    "unitwise next": Case(LONG, cell=PARALSTM_CELL),  # its backward looks at the states behind a step
 }
 
 # What is wrong: case, where, what shows, (old, new) of each edit.  The second table is for `-m slow`.
@@ -55,6 +61,10 @@ MUTANTS = {
     "split: no barrier before sums are gathered": ("split forward", "products.mma", Race,
         ("            cuda.syncthreads()\n            team", "            team")),
     "step backward: a row too many clipped": ("step", "step.backward", Wrong, ("n < seen", "n <= seen")),
+    "unitwise forward: a step loaded too late": ("unitwise", "unitwise.forward", Wrong,
+        ("slots[slot + AHEAD * slot_step", "slots[slot + (AHEAD - 1) * slot_step")),
+    "unitwise backward: what is loaded ahead is not moved up": ("unitwise", "unitwise.backward", Wrong,
+        ("coming[s] = coming[s + EACH]", "pass")),
 }
 MORE_MUTANTS = {
     "backward: ended rows go on changing": ("ffma reverse", "persistent_backward.", Wrong,
@@ -239,6 +249,27 @@ MORE_MUTANTS = {
     "step backward: dL/d(final state) clipped": ("step", "step.backward", Wrong, ("if clip and n < seen", "if clip")),
     "step backward: dy's row stride ignored": ("step", "step.backward", Wrong, ("n * dy_row", "n * H")),
     "step backward: dy not added": ("step", "step.backward", Wrong, ("given[DNEXT] += dy", "given[DNEXT] = dy")),
+    "unitwise forward: loads behind a row's end": ("unitwise", "unitwise.forward", OutOfBounds,
+        ("if step + AHEAD < count:", "if step + AHEAD < count + 9:")),
+    "unitwise forward: rows run on behind their end": ("unitwise", "unitwise.forward", Wrong,
+        ("min(steps, lengths[n] - begin)", "steps")),
+    "unitwise forward: a piece forgets what was before": ("unitwise pieces", "unitwise.forward", Wrong,
+        ("lengths[n] - begin", "lengths[n]")),
+    "unitwise forward: other states stay": ("unitwise", "unitwise.forward", Wrong,
+        ("own[GIVEN + s] = result[s]", "own[GIVEN] = result[0]")),
+    "unitwise forward: in reverse from the last step": ("unitwise reverse", "unitwise.forward", Wrong,
+        ("reverse * (count - 1)", "reverse * (steps - 1)")),
+    "unitwise backward: from the first step": ("unitwise", "unitwise.backward", (Wrong, OutOfBounds),
+        ("(1 - reverse) * (count - 1)", "(1 - reverse) * 0")),
+    "unitwise backward: next states of the step itself": ("unitwise next", "unitwise.backward", Wrong,
+        ("given[NEXT + s] = given[STATE + s]", "pass")),
+    "unitwise backward: dL/d(final state) not read": ("unitwise", "unitwise.backward", Wrong,
+        ("passed[s] = dstate[s * N * H + k]", "passed[s] = real(0)")),
+    "unitwise backward: not clipped": ("unitwise", "unitwise.backward", Wrong,
+        ("clipped(result[G + s], limit) if clip else result[G + s]", "result[G + s]")),
+    "unitwise backward: dparams of one step": ("unitwise reverse", "unitwise.backward", Wrong,
+        ("sums[p] += types", "sums[p] = types")),
+    "unitwise backward: dy's row stride ignored": ("unitwise", "unitwise.backward", Wrong, ("n * dy_row", "n * H")),
     "step backward: dparams of one step": ("step reverse", "step.backward", Wrong,
         ("+= types.float64(result", "= types.float64(result")),
 }
@@ -262,6 +293,7 @@ UNCHANGED = {
     "clusters.alone": "ffma forward",
     "tiles.paired": "mma forward",
     "step.forward": "step",
+    "unitwise.forward": "unitwise",
 }
 
 

@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 from bench import disassembly as sass
-from gpurnn.cells import CELLS
+from gpurnn.cells import CELLS, UNITWISE_CELLS
 from gpurnn.cuda.tuning import registers
-from gpurnn.kernels import build, packing, persistent, plan, step, tiles
+from gpurnn.kernels import build, packing, persistent, plan, step, tiles, unitwise
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
 from tests.conftest import USER_CELLS
 from tests.mutants import anew
@@ -100,6 +100,21 @@ def test_step(cell, dtype, capability, tmp_path):
         codes, text = check(recipe, capability, tmp_path)
         assert (".f64" in text) == (dtype == "float64")
         assert codes["LDG"] and codes["STG"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "capability"),
+    [(cell, (9, 0)) for cell in UNITWISE_CELLS]
+    + [pytest.param(cell, (8, 0), marks=[pytest.mark.slow] * (k > 0)) for k, cell in enumerate(UNITWISE_CELLS)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_unitwise(cell, capability, tmp_path):
+    for factory, constants, loads in (
+        (unitwise.forward, {}, cell.gates),
+        (unitwise.backward, {"clip": True}, len(cell.trace.kept) + cell.states + 1),
+    ):
+        codes, _ = check(build.recipe(factory, cell.trace, dtype="float32", **constants), capability, tmp_path)
+        assert codes["LDG"] >= unitwise.AHEAD * loads  # before the first step: what is ahead lies in registers
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def _cases():
         return sorted({name.split("/")[0] for name in file.files})
 
 
-def test_every_cell_has_vectors():
-    assert {case.split("-")[0] for case in _cases()} == set(CELLS)
+def test_every_cell_with_a_matrix_has_vectors():
+    assert {case.split("-")[0] for case in _cases()} == {name for name, cell in CELLS.items() if cell.recurrent}
     assert len(_cases()) == 4 * 3 + 2 * 2
     assert VECTORS.stat().st_size < 300_000
 

@@ -376,20 +376,21 @@ LEAKY = gpurnn.Cell(
 )
 
 
+@pytest.mark.parametrize("cell", [LEAKY, gpurnn.cells.CELLS["indrnn"]], ids=lambda cell: cell.name)
 @pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
 @pytest.mark.parametrize("bias, batch_first", [(True, False), (False, True)])
-def test_any_cell(layers, bidirectional, bias, batch_first):
+def test_any_cell(cell, layers, bidirectional, bias, batch_first):
     torch.manual_seed(0)
-    module = ours.Recurrent(LEAKY, 5, 7, layers, bias, batch_first, bidirectional=bidirectional, dtype=torch.float64)
-    layer = gpurnn.Recurrent(LEAKY, 5, 7, layers, bias=bias, bidirectional=bidirectional, dtype="float64")
+    module = ours.Recurrent(cell, 5, 7, layers, bias, batch_first, bidirectional=bidirectional, dtype=torch.float64)
+    layer = gpurnn.Recurrent(cell, 5, 7, layers, bias=bias, bidirectional=bidirectional, dtype="float64")
     with torch.no_grad():
-        module.leak_l0.fill_(0.3)
+        getattr(module, f"{cell.params[0]}_l0").fill_(0.3)
     layer.load_state_dict({name: value.detach().numpy() for name, value in module.state_dict().items()})
     x = torch.randn(6, 4, 5, dtype=torch.float64)
     y, state = module(x.transpose(0, 1) if batch_first else x)
     expected, states, backward = layer(x.numpy())
     y = y.transpose(0, 1) if batch_first else y
-    same([y, *state], [torch.tensor(part) for part in (expected, *states)])
+    same([y, *leaves(state)], [torch.tensor(part) for part in (expected, *(states if cell.states > 1 else [states]))])
     y.square().sum().backward()
     backward(2 * np.asarray(expected))
     for name, parameter in module.named_parameters():
@@ -409,7 +410,8 @@ def test_any_cell_in_words():
     )
     with pytest.raises(ValueError, match=expected):
         module(torch.zeros(6, 4, 3))
-    with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell, got str"):
-        ours.Recurrent("lstm", 5, 7)
-    other = copy.deepcopy(module)
-    assert other.cell == LEAKY
+    with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell or one of .*mingru.*, got 'nosuch'"):
+        ours.Recurrent("nosuch", 5, 7)
+    assert copy.deepcopy(module).cell == LEAKY
+    named = ours.Recurrent("mingru", 5, 7)
+    assert named.cell is gpurnn.cells.CELLS["mingru"] and "weight_hh_l0" not in named.state_dict()

@@ -1,9 +1,9 @@
-"""`python -m bench calibrate`: the CPU side's measured constants (`gpurnn/cpu/costs.py`), measured again on this machine.
+"""`python -m bench calibrate`: the CPU side's measured constants (`gpurnn/cpu/costs.py`), measured again here.
 
-An experiment runs both sides of a choice, or all sizes of a block, with our own code: in turn, several rounds, of each the
-fastest run (on one thread by its own CPU time, where it takes several by the clock on the wall).  What a value costs is then
-arithmetic: in each case the library's own rule picks a side, and its time over the fastest one's is what that costs; over
-all cases the geometric mean.
+An experiment runs both sides of a choice, or all sizes of a block, with our own code: in turn, several rounds, of each
+the fastest run (on one thread by its own CPU time, where it takes several by the clock on the wall).  What a value
+costs is then arithmetic: in each case the library's own rule picks a side, and its time over the fastest one's is what
+that costs; over all cases the geometric mean.
 
   kept           the value in `costs`, for this CPU
   measured here  the values that cost the least, within CLOSE, of those tried: which ones, says `measure`
@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def selected(names: Iterable[str] | None) -> list[str]:
-    """The experiments by that name, or for that constant; all of them for None.  ValueError for a name that is neither."""
+    """The experiments by that name, or for that constant; for None all.  ValueError for a name that is neither."""
     if names is None:
         return list(EXPERIMENTS)
     chosen = []

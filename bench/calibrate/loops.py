@@ -1,4 +1,4 @@
-"""Experiments on passes of whole layers: who shares a loop and a sum, whether weights are packed, how much is projected."""
+"""Experiments on passes of whole layers: who shares a loop or a sum, are weights packed, how much is projected."""
 
 from typing import Any
 
@@ -30,6 +30,8 @@ class Pass:
         shapes = (self.cell.gates * H, I), (self.cell.gates * H, H), (self.cell.gates * H,), (self.cell.gates * H,)
         drawn = [rng.uniform(-(H**-0.5), H**-0.5, shape).astype(FLOAT32) for shape in shapes]
         self.weights, self.grads = (Weights._make([*own, ()]) for own in (drawn, map(np.zeros_like, drawn)))
+        if not self.cell.recurrent:
+            self.weights, self.grads = (w._replace(weight_hh=None, bias_hh=None) for w in (self.weights, self.grads))
         self.x, self.dy = (rng.standard_normal((T, N, width), dtype=np.float32) for width in (I, H))
         self.state, self.rows = (np.zeros((N, H), FLOAT32),) * self.cell.states, np.full(T, N)
         self.tape: Any = None
@@ -74,13 +76,19 @@ def _loops(quick: bool) -> list[Case]:
     long = [(20, N, H) for H in (96, 256, 384, 640) for N in (1, 2, 4, 6, 8, 12)]
     if quick:
         short, long = short[:1], [(4, 2, 256)]
-    cases = []
-    for asleep, sizes in ((False, short), (True, short), (False, long)):
-        for T, N, H in sizes:
-            own = Pass("lstm", T, N, H, H)
-            ways = {name: Way(own.train, patches) for name, patches in SHARED.items() if _can(own, name)}
-            cases.append(Case(own.name + " asleep" * asleep, ways, own.shared, asleep))
-    return cases
+    sizes = [(False, size) for size in short] + [(True, size) for size in short] + [(False, size) for size in long]
+    return [_shared_by(Pass("lstm", T, N, H, H), asleep) for asleep, (T, N, H) in sizes]
+
+
+def _unitwise(quick: bool) -> list[Case]:
+    """Passes about as long as LOOP_FLOPS of a cell without a recurrent matrix, most of whose work is no product."""
+    sizes = [(16, 4, 256), (64, 4, 128), (64, 8, 128), (32, 1, 512), (100, 8, 64), (100, 16, 64), (200, 4, 256)]
+    return [_shared_by(Pass("mingru", T, N, 16, H), False) for T, N, H in (sizes[:1] if quick else sizes)]
+
+
+def _shared_by(own: Pass, asleep: bool) -> Case:
+    ways = {name: Way(own.train, patches) for name, patches in SHARED.items() if _can(own, name)}
+    return Case(own.name + " asleep" * asleep, ways, own.shared, asleep)
 
 
 def _can(own: Pass, name: str) -> bool:
@@ -160,6 +168,7 @@ SHARING = (
 )
 EXPERIMENTS = {
     "loops": Experiment(SHARING, _loops, threads=2),
+    "unitwise": Experiment(("UNITWISE_COLUMNS",), _unitwise, threads=2),
     "sums": Experiment(("SUM_FLOPS",), _sums, threads=2),
     "packing": Experiment(("PACKING_ROWS", "LYING_ROWS", "DOT_TERMS"), _packing),
     "copying": Experiment(("COPYING_ROWS",), _copying),

@@ -174,7 +174,7 @@ def by_the_wall(case: Case, run: Callable[[], Any], seconds: float) -> float:
 
 
 def by_its_own_time(case: Case, run: Callable[[], Any], seconds: float) -> float:
-    """Seconds of CPU time of this thread, the mean of all runs: what a host takes from a guest is not booked at once."""
+    """Seconds of CPU time of this thread, the mean of all runs: what a host takes from a guest is booked late."""
     run()
     count, begun, end = 0, time.thread_time(), time.perf_counter() + seconds
     while True:
@@ -191,7 +191,7 @@ def _picked(constant: str, value: float, cases: Sequence[Case]) -> list[Hashable
 
 
 def _losses(picked: Sequence[Hashable], samples: Sequence[Samples], rounds: slice) -> list[float]:
-    """The logarithm, for each case, of what the way picked takes over the fastest one, by the fastest of these rounds."""
+    """For each case the logarithm of what the way picked takes over the fastest, by the fastest of these rounds."""
     losses = []
     for way, own in zip(picked, samples, strict=True):
         fastest = {name: min(times[rounds] or times) for name, times in own.items()}
@@ -204,7 +204,7 @@ def _like(kept: float, value: float) -> float:
 
 
 def _around(kept: float, best: Sequence[float], tried: Sequence[float]) -> tuple[float, float]:
-    """The run of neighbours, among the best values, that holds the kept one, or else comes nearest to it: see `Found`."""
+    """The run of neighbours, among the best values, that holds the kept one, or comes nearest to it: see `Found`."""
     nearest = min(best, key=lambda value: abs(math.log(value / kept)))
     low = high = tried.index(nearest)
     while low > 0 and tried[low - 1] in best:

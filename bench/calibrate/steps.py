@@ -1,4 +1,4 @@
-"""Experiments on the rest of a training step: products and sums by BLAS, zeros, memory, dropout, updates, and waiting."""
+"""Experiments on the rest of a training step: BLAS's products and sums, zeros, memory, dropout, updates, waiting."""
 
 import functools
 import time

@@ -3,16 +3,42 @@
 from gpurnn.cells.cell import Cell
 from gpurnn.cells.functions import abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
 from gpurnn.cells.gru import GRU_CELL
+from gpurnn.cells.indrnn import INDRNN_CELL
+from gpurnn.cells.lru import LRU_CELL
 from gpurnn.cells.lstm import LSTM_CELL
+from gpurnn.cells.mingru import MINGRU_CELL
+from gpurnn.cells.minlstm import MINLSTM_CELL
+from gpurnn.cells.para import PARAGRU_CELL, PARALSTM_CELL
+from gpurnn.cells.rglru import RGLRU_CELL
 from gpurnn.cells.rnn import RNN_CELLS
+from gpurnn.cells.sru import SRU_CELL
 
-CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), LSTM_CELL, GRU_CELL)}
+UNITWISE_CELLS = (  # without a recurrent matrix
+    INDRNN_CELL,
+    MINGRU_CELL,
+    MINLSTM_CELL,
+    SRU_CELL,
+    RGLRU_CELL,
+    LRU_CELL,
+    PARAGRU_CELL,
+    PARALSTM_CELL,
+)
+CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), LSTM_CELL, GRU_CELL, *UNITWISE_CELLS)}
 
 __all__ = [
     "CELLS",
     "GRU_CELL",
+    "INDRNN_CELL",
+    "LRU_CELL",
     "LSTM_CELL",
+    "MINGRU_CELL",
+    "MINLSTM_CELL",
+    "PARAGRU_CELL",
+    "PARALSTM_CELL",
+    "RGLRU_CELL",
     "RNN_CELLS",
+    "SRU_CELL",
+    "UNITWISE_CELLS",
     "Cell",
     "abs",
     "exp",

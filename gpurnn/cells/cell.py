@@ -1,13 +1,16 @@
 """The cell contract: a recurrent cell is a few elementwise lines, forward and backward, for one unit at one time step."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from gpurnn.arguments import function, word
-from gpurnn.cells.trace import Graph, Symbol
+from gpurnn.cells.derive import SLOT, UNITWISE_SLOT, derive
+from gpurnn.cells.trace import Graph, Node, Symbol
 
 STATE_NAMES = ("h", "c")
 MATRICES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -19,16 +22,21 @@ class Cell:
     """A recurrent cell.  The engine multiplies matrices, adds biases and walks through time; the cell does the rest.
 
     name      as shown to people.
-    gates     G: weight_ih is (G*H, I), weight_hh is (G*H, H).
+    gates     G: weight_ih is (G*H, I), weight_hh is (G*H, H); there is no weight_hh where forward never reads r.
     states    how many values of shape (N, H) are carried from step to step; state[0] is h: the output, and what
               weight_hh multiplies.
-    forward   (x, r, state, params) -> next_state, saved.  x[g] is gate g of x_t weight_ih^T + bias_ih, r[g] of
-              h_{t-1} weight_hh^T + bias_hh; `saved` is whatever tuple backward wants to see again.
-    backward  (dnext, saved, state, next_state, params) -> dx, dr, dstate, dparams.  dnext[s] is dL/dnext_state[s], dx
-              and dr are the gradients of x and r, `dstate` that of `state` by the direct path only (the path through
-              weight_hh is the engine's), dparams that of the per-unit parameters.
+    forward   (x, r, state, params) -> next_state, a tuple of `states` values.  x[g] is gate g of x_t weight_ih^T + bias_ih,
+              r[g] of h_{t-1} weight_hh^T + bias_hh.
+    backward  None: it is derived from forward (`gpurnn.cells.derive`, which says what gradients are at kinks).  Or written
+              by hand, as the surrogate gradient of a spiking unit has to be:
+              (dnext, saved, state, next_state, params) -> dx, dr, dstate, dparams.  Forward returns next_state, saved
+              then; `saved` is whatever tuple backward wants to see again.  dnext[s] is dL/dnext_state[s], dx and dr are
+              the gradients of x and r, `dstate` that of `state` by the direct path only (the path through weight_hh is
+              the engine's), dparams that of the per-unit parameters.
     params    names of per-unit parameters of shape (H,): peephole weights, IndRNN's recurrent vector.  Names that a layer
               has of its own are refused: weight_ih, weight_hh, bias_ih, bias_hh, and h_0, c_0, ... for each state.
+    init      where these begin: {name: function (rng, rows, columns) as in `gpurnn.initializers`}, H rows of one column; 0
+              without one.
 
     Both functions are elementwise: tuples in and out, numbers, + - * /, comparisons, and `tanh sigmoid exp log sqrt abs
     maximum minimum where relu` of gpurnn (NumPy's own do as well).  They run on NumPy or CuPy arrays as they stand; the
@@ -42,19 +50,29 @@ class Cell:
     gates: int
     states: int
     forward: Callable
-    backward: Callable
+    backward: Callable | None = None
     params: tuple[str, ...] = ()
+    init: Mapping[str, Callable] = field(default_factory=dict, repr=False)
     trace: "Trace" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         word("name", self.name)
-        function("forward", self.forward), function("backward", self.backward)
+        function("forward", self.forward)
+        if self.backward is not None:
+            function("backward", self.backward)
         for what, given in (("gates", self.gates), ("states", self.states)):
             if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST:
                 raise ValueError(
                     f"cell {self.name}: expected {what} to be a whole number from 1 to {MOST}, got {given!r}"
                 )
         object.__setattr__(self, "params", self._checked_params())
+        if not isinstance(self.init, Mapping):
+            raise ValueError(f"cell {self.name}: expected init to be a mapping from names of params, got {self.init!r}")
+        for name, start in self.init.items():
+            if name not in self.params:
+                listed = ", ".join(self.params) or "none, for it has no params"
+                raise ValueError(f"cell {self.name}: expected names in init among {listed}, got {name!r}")
+            function(f"init[{name!r}]", start)
         object.__setattr__(self, "trace", Trace(self))
 
     def __reduce__(self) -> Any:
@@ -63,7 +81,7 @@ class Cell:
 
         if CELLS.get(self.name) is self:
             return _shipped, (self.name,)
-        return Cell, (self.name, self.gates, self.states, self.forward, self.backward, self.params)
+        return Cell, (self.name, self.gates, self.states, self.forward, self.backward, self.params, self.init)
 
     def _checked_params(self) -> tuple[str, ...]:
         given: Any = self.params
@@ -88,7 +106,12 @@ class Cell:
         return hash(self.trace)
 
     def functions(self) -> tuple[Callable, Callable]:
-        """forward and backward for arrays: the cell's own, or its trace where what they read has changed since."""
+        """forward, as (next_state, saved), and backward for arrays.
+
+        They are the cell's own, or its trace where backward is derived or where what they read has changed since.
+        """
+        if self.backward is None:
+            return self.trace.run_forward, self.trace.run_backward
         if all(getattr(f, "__module__", "").startswith(__package__ + ".") for f in (self.forward, self.backward)):
             return self.forward, self.backward  # a shipped cell's read nothing that changes
         try:
@@ -96,6 +119,11 @@ class Cell:
         except Exception:  # whatever a changed function may raise
             as_made = False
         return (self.forward, self.backward) if as_made else (self.trace.run_forward, self.trace.run_backward)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether forward reads r.  Where it does not, units are independent, and layers have no weight_hh and no bias_hh."""
+        return self.trace.recurrent
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -120,7 +148,8 @@ class Trace:
 
     so that the recurrent product fills the first G slots and the input projection the G slots from `len(split)` on,
     each in one GEMM.  Forward overwrites the slots with what backward needs to see (`kept`), backward overwrites that
-    with the gradients dr and dx, in the same places: a training step moves one buffer and not three.
+    with the gradients dr and dx, in the same places: a training step moves one buffer and not three.  A cell without r
+    has the slots of x alone, and no recurrent product.
 
     Traces are equal where their texts are: caches of compiled code are keyed by them.
     """
@@ -128,7 +157,7 @@ class Trace:
     def __init__(self, cell: Cell):
         self.cell = cell
         self._trace_forward()
-        self._trace_backward()
+        self._derive_backward() if cell.backward is None else self._trace_backward(cell.backward)
         self._lay_out()
         self.text = self._text()
 
@@ -141,11 +170,29 @@ class Trace:
         self.params = [graph.input("param", p) for p in range(len(cell.params))]
         with _naming(cell, "forward"):
             result = cell.forward(tuple(self.x), tuple(self.r), tuple(self.state), tuple(self.params))
-        next_state, saved = _parts(cell, "forward", result, ("next_state", "saved"))
+        saved: Any = ()
+        if cell.backward is None:
+            next_state = _next_state_alone(cell, result)
+        else:
+            next_state, saved = _parts(cell, "forward", result, ("next_state", "saved"))
         self.next_state = _values(cell, "forward", "next_state", next_state, cell.states, graph)
         self.saved = _values(cell, "forward", "saved", saved, None, graph)
 
-    def _trace_backward(self) -> None:
+    def _derive_backward(self) -> None:
+        known: dict[int, tuple] = {}
+        for kind, symbols in (("state", self.state), ("param", self.params), ("next_state", self.next_state)):
+            for number, symbol in enumerate(symbols):
+                known.setdefault(symbol.index, (kind, number))
+        inputs = (self.x, self.r, self.state, self.params)
+        wanted = [symbol.index for symbols in inputs for symbol in symbols]
+        ends = [symbol.index for symbol in self.next_state]
+        slot = SLOT if self.forward.reachable(ends) & {r.index for r in self.r} else UNITWISE_SLOT
+        self.backward, gradients, kept = derive(self.forward, ends, wanted, known, slot)
+        self.saved = [Symbol(self.forward, index) for index in kept]
+        each = iter(gradients)
+        self.dx, self.dr, self.dstate, self.dparams = (list(itertools.islice(each, len(own))) for own in inputs)
+
+    def _trace_backward(self, by_hand: Callable) -> None:
         """Values in `saved` that are a constant, a state or a next state by another name are not kept twice."""
         cell, graph = self.cell, Graph()
         self.backward = graph
@@ -159,7 +206,7 @@ class Trace:
         dnext = tuple(graph.input("dnext", s) for s in range(cell.states))
         params = tuple(graph.input("param", p) for p in range(len(cell.params)))
         with _naming(cell, "backward"):
-            result = cell.backward(dnext, tuple(saved), tuple(state), tuple(next_state), params)
+            result = by_hand(dnext, tuple(saved), tuple(state), tuple(next_state), params)
         dx, dr, dstate, dparams = _parts(cell, "backward", result, ("dx", "dr", "dstate", "dparams"))
         self.dx = _values(cell, "backward", "dx", dx, cell.gates, graph)
         self.dr = _values(cell, "backward", "dr", dr, cell.gates, graph)
@@ -171,8 +218,13 @@ class Trace:
         reads = [self.backward.nodes[i].value for i in sorted(needed) if self.backward.nodes[i].op == "input"]
         self.kept = tuple(name[1] for name in reads if name[0] == "saved")
         gates = range(self.cell.gates)
+        reached = self.forward.reachable(self.outputs)
+        self.recurrent = any(r.index in reached for r in self.r) or any(
+            dr.node != Node("const", (), 0.0) for dr in self.dr
+        )
         joint = tuple(g for g in gates if self._meets_only_in_a_sum(g) and self.dx[g].index == self.dr[g].index)
-        self.split = tuple(g for g in gates if g not in joint)
+        self.split = tuple(g for g in gates if g not in joint and self.recurrent)
+        joint = tuple(g for g in gates if g not in self.split)
         self.r_order = (*self.split, *joint)
         self.x_order = (*joint, *self.split)
         self.x_start = len(self.split)
@@ -194,12 +246,30 @@ class Trace:
         """What the cell's backward was when it was traced, on arrays."""
         seen = {symbol.index: value for symbol, value in zip(self.saved, saved, strict=True)}
         given = {"dnext": dnext, "saved": seen, "state": state, "next_state": next_state, "param": params}
-        values = iter(self.backward.run([s.index for s in self._gradients], given))
+        with np.errstate(all="ignore"):  # of values that a `where` does not take
+            values = iter(self.backward.run([s.index for s in self._gradients], given))
         return tuple(tuple(itertools.islice(values, len(p))) for p in (self.dx, self.dr, self.dstate, self.dparams))
 
     @property
     def _gradients(self) -> list[Symbol]:
         return [*self.dx, *self.dr, *self.dstate, *self.dparams]
+
+    @property
+    def given(self) -> list[list[int]]:
+        """Of each slot in turn, what it gives forward: the nodes of that value."""
+
+        def gate(g: int) -> list[int]:
+            if not self.recurrent:
+                return [self.x[g].index]
+            return [self.r[g].index] if g in self.split else self.forward.users(self.x[g].index)
+
+        return [*map(gate, self.r_order), *([self.x[g].index] for g in self.split)]
+
+    @property
+    def written(self) -> list[int]:
+        """Of each slot in turn, what backward writes there: the node of that gradient."""
+        first = self.dr if self.recurrent else self.dx
+        return [*(first[g].index for g in self.r_order), *(self.dx[g].index for g in self.split)]
 
     @property
     def outputs(self) -> list[int]:
@@ -235,16 +305,33 @@ def _naming(cell: Cell, function: str) -> Iterator[None]:
         raise
 
 
+def _next_state_alone(cell: Cell, result: Any) -> Any:
+    """What a forward without a backward returned; ValueError where it is what one with a backward returns."""
+    if isinstance(result, tuple) and any(isinstance(part, tuple | list) for part in result):
+        came = f"({', '.join(_kind(part) for part in result)})"
+        raise ValueError(
+            f"cell {cell.name}: without a backward, forward returns next_state alone, a tuple of {cell.states} values, "
+            f"got {came}; what backward needs of forward is found by itself"
+        )
+    return result
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "a value" if isinstance(value, Symbol) else f"{type(value).__name__}"
+
+
 def _parts(cell: Cell, function: str, result: Any, names: tuple[str, ...]) -> tuple:
     if not isinstance(result, tuple) or len(result) != len(names):
-        came = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
-        raise ValueError(f"cell {cell.name}: {function} returns {', '.join(names)}, got {came}")
+        hint = "; without a backward, next_state alone" if function == "forward" else ""
+        raise ValueError(f"cell {cell.name}: {function} returns {', '.join(names)}, got {_kind(result)}{hint}")
     return result
 
 
 def _values(cell: Cell, function: str, what: str, given: Any, count: int | None, graph: Graph) -> list[Symbol]:
     if not isinstance(given, tuple | list) or count not in (None, len(given)):
-        came = f"{len(given)}" if isinstance(given, tuple | list) else type(given).__name__
-        raise ValueError(f"cell {cell.name}: {function} returns {what} as a tuple of {count} values, got {came}")
+        wanted = "values" if count is None else f"{count} values" if count != 1 else "1 value, such as (h,)"
+        raise ValueError(f"cell {cell.name}: {function} returns {what} as a tuple of {wanted}, got {_kind(given)}")
     with _naming(cell, f"{what}, as returned by {function}"):
         return [graph.lift(value) for value in given]

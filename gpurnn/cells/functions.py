@@ -24,3 +24,8 @@ def sigmoid(x):
 def relu(x):
     """max(x, 0)."""
     return maximum(x, 0)
+
+
+def softplus(x):
+    """log(1 + exp(x)), where no exponential overflows; written with `where`, its derivative at 0 is right as well."""
+    return where(x < 0, 0, x) + log(1 + exp(where(x < 0, x, -x)))

@@ -50,6 +50,7 @@ class Graph:
     def __init__(self, nodes: Iterable[Node] = ()) -> None:
         self.nodes: list[Node] = list(nodes)
         self._index: dict[Node, int] = {node: index for index, node in enumerate(self.nodes)}
+        self._plans: dict[tuple[int, ...], tuple] = {}
 
     def add(self, op: str, *args: int, value: Any = None) -> int:
         node = Node(op, args, value)
@@ -127,13 +128,23 @@ class Graph:
         return [values[output] for output in outputs]
 
     def run(self, outputs: Sequence[int], inputs: Mapping[str, Any]) -> list[Any]:
-        """The values of `outputs` for arrays: an input (kind, number) is inputs[kind][number]."""
+        """`evaluate` for arrays, again and again: an input (kind, number) is inputs[kind][number]."""
+        if tuple(outputs) not in self._plans:
+            self._plans[tuple(outputs)] = self._plan(outputs)
+        constants, reads, operations = self._plans[tuple(outputs)]
+        values = dict(constants)
+        for index, (kind, number) in reads:
+            values[index] = inputs[kind][number]
+        for index, operation, args in operations:
+            values[index] = operation(*[values[a] for a in args])
+        return [values[i] for i in outputs]
 
-        def given(index: int) -> Any:
-            op, _, name = self.nodes[index]
-            return inputs[name[0]][name[1]] if op == "input" else None
-
-        return self.evaluate(ON_ARRAYS, outputs, given)
+    def _plan(self, outputs: Sequence[int]) -> tuple[dict[int, float], list[tuple], list[tuple]]:
+        needed = [(index, self.nodes[index]) for index in sorted(self.reachable(outputs))]
+        constants = {index: node.value for index, node in needed if node.op == "const"}
+        reads = [(index, node.value) for index, node in needed if node.op == "input"]
+        operations = [(index, getattr(ON_ARRAYS, node.op), node.args) for index, node in needed if node.args]
+        return constants, reads, operations
 
 
 class Symbol:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gpurnn.cells import Cell
 from gpurnn.cpu import costs, crew, memory, sharing
 from gpurnn.cpu.combine import combine
 from gpurnn.cpu.dot import dot
@@ -33,7 +34,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
         job = job._replace(rows=rows)
     cell, x, weights, state, rows, reverse, training, _ = job
     T, N, I = x.shape
-    H, dtype, ends = weights.weight_hh.shape[1], x.dtype, Ends.of(job, np)
+    H, dtype, ends = state[0].shape[1], x.dtype, Ends.of(job, np)
     allocate = memory.empty if ends.lengths is None else memory.zeros
     h = allocate((T + 1, N, H), dtype)
     rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
@@ -45,15 +46,16 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     window = T if training else chunk
     slots = allocate((window, N, cell.trace.slots * H), dtype)
     plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
-    lies = not packing_pays(1, T * N, I), not packing_pays(T, N, H)
-    dots = [dot(dtype).address if as_it_lies else 0 for as_it_lies in lies]
+    lies = not packing_pays(1, T * N, I), not (cell.recurrent and packing_pays(T, N, H))
+    dots = [dot(dtype).address if used and lie else 0 for used, lie in zip((True, cell.recurrent), lies, strict=True)]
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
-    given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih, weights.weight_hh
+    given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
     crew.run(
         forward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
+            _recurrent(cell, weights),
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
@@ -70,7 +72,7 @@ def backward(
     """See `contract.Executor.backward`."""
     cell, x, weights, _, rows, reverse, _, _ = tape.job
     T, N, I = x.shape
-    H, dtype = weights.weight_hh.shape[1], x.dtype
+    H, dtype = tape.h.shape[2], x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
         dy = dy.copy()
     slots = tape.slots.copy() if options.keep else tape.slots
@@ -85,21 +87,23 @@ def backward(
     clamp_at = clamp(dtype).address if options.clip is not None else 0
     squares_at = squares(dtype).address if options.flow is not None else 0
     limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
-    lies = not packing_pays_backwards(1, T * N, I, dtype), not packing_pays_backwards(T, N, H, dtype)
+    lies = (
+        not packing_pays_backwards(1, T * N, I, dtype),
+        not (cell.recurrent and packing_pays_backwards(T, N, H, dtype)),
+    )
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
     combine_one = combine(dtype).address if T * N == 1 else 0
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
     gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
     given = (
         rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
-        weights.weight_hh,
     )  # fmt: skip
     crew.run(
         backward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given),
+            *dy.strides[:2], *map(address, given), _recurrent(cell, weights),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
@@ -124,15 +128,16 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
     sums = np.zeros((split + cell.gates) * H)
     work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
     combine_few = combine(dtype).address if few_are_summed(T * N) else 0
-    given = slots, orders(cell), h_before, x, sums, grads.weight_hh, grads.weight_ih
+    given = slots, orders(cell), h_before, x, sums, grads.weight_ih
     crew.run(
         reduction(dtype),
-        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given)),
+        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given), _recurrent(cell, grads)),
         [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
     )
     sums = sums.astype(dtype)
-    if grads.bias_hh is not None and grads.bias_ih is not None:
+    if grads.bias_hh is not None:
         add_ordered(grads.bias_hh, sums[: cell.gates * H], trace.r_order, H)
+    if grads.bias_ih is not None:
         add_ordered(grads.bias_ih, sums[split * H :], trace.x_order, H)
 
 
@@ -153,6 +158,11 @@ def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, trainin
         return allocate((count, T + 1, N, H), dtype)
     place = allocate((count, N, H), dtype)
     return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))
+
+
+def _recurrent(cell: Cell, weights: Weights) -> int:
+    """Where weight_hh lies; 0 where the cell has none, for which no room is made either."""
+    return address(weights.weight_hh) if cell.recurrent and weights.weight_hh is not None else 0
 
 
 def _numbers(*cuts: slice) -> list[int]:

@@ -39,6 +39,8 @@ UNITS_FLOPS: Annotated[int, Cost("flop", "loops", "sharing", ORDER)] = 250_000
 ENOUGH_ROWS: Annotated[float, Cost("rows/thread", "loops", "sharing", ORDER)] = 4.0
 ENOUGH_ROWS_CACHED: Annotated[float, Cost("rows/thread", "loops", "sharing", ORDER)] = 3.0
 CACHED_BYTES: Annotated[int, Cost("bytes", "loops", "sharing", ORDER)] = 1 << 20
+# Of a matrix, whose product takes as long as all else in a step of a cell without a recurrent matrix.
+UNITWISE_COLUMNS: Annotated[int, Cost("columns", "unitwise", "sharing", ORDER)] = 100
 
 # products: whether weights are packed.  As they lie a product loses the time of LYING_ROWS + its rows in each step;
 # packing takes that of PACKING_ROWS, or of COPYING_ROWS where nothing has to be transposed.

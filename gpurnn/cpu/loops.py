@@ -58,7 +58,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     rest     (S-1, T+1, N, H) the states beyond h alike; of stride 0 in time they are updated in place
     bias     (S, H)           what is added to each slot
     params   (P, H)
-    weight_* (G*H, I), (G*H, H)
+    weight_* (G*H, I), (G*H, H); weight_hh 0 where the cell has none: then no product stands between the steps, and nobody waits
 
     A part's share: which part of how many it packs; the rows [first, last) of the batch, the units [unit, end_unit); where
     there is room for W_ih packed, for W_hh's split and for its joint gates.
@@ -72,7 +72,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
             rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint = read_share(values + shares + part * apart)
-        stride, aside, units, joint = H * size, unit * size, end_unit - unit, gates - split
+        stride, aside, units, joint = H * size, unit * size, end_unit - unit, gates - split if weight_hh else 0
         next_row, h_step = S * stride, N * stride
         x_orders, joint_orders = orders + gates * 8, orders + split * 8
         if dot_ih:
@@ -119,7 +119,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                     cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
                     rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
                 )  # fmt: skip
-                if units < H:
+                if weight_hh and units < H:
                     met += parties
                     meet(barrier, met)
 
@@ -165,7 +165,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
         if not ldw_ih:
             pack(w_ih, I * size, x_orders, gates, H, columns, packs, packers, packed_ih)
             w_ih = packed_ih
-        if not ldw_hh:
+        if weight_hh and not ldw_hh:
             pack(w_hh, stride, orders, gates, H, units, packs, packers, packed_hh)
             w_hh = packed_hh
         meet(ready, parties)
@@ -188,14 +188,18 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                     rest + before * rest_step + row, rest + after * rest_step + row, dy_t, dstate + row, params + aside,
                     dparams + unit * 8, stride, rest_stride, h_step,
                 )  # fmt: skip
-                if units < H:
-                    met += parties
-                    meet(barrier, met)
-                give_back(
-                    ldw_hh, combine, 1, at, 0, next_row, m, w_hh, H, units, orders, gates, dstate + row, 0, stride, 1
-                )  # fmt: skip
+                if weight_hh:
+                    if units < H:
+                        met += parties
+                        meet(barrier, met)
+                    give_back(
+                        ldw_hh, combine, 1, at, 0, next_row, m, w_hh, H, units, orders, gates, dstate + row, 0, stride, 1
+                    )  # fmt: skip
                 if clamp:
                     call(clamp, m, units, states, dstate + row, h_step, stride, limit)
+            if not weight_hh and units < H:  # dx is a sum over all units
+                met += parties
+                meet(barrier, met)
             steps, m = end - begin, least(word(rows + begin * 8), last) - first
             if m == N:  # the rows of all steps are one matrix
                 steps, m = 1, steps * m

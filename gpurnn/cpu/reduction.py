@@ -15,7 +15,7 @@ from gpurnn.cpu.packing import make_pack_rows, make_transpose, packed_size
 from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import add_wide, host, vector_loop
 
-REDUCTION = Record("K H I S gates split combine slots orders h x sums weight_hh weight_ih", "first last work")
+REDUCTION = Record("K H I S gates split combine slots orders h x sums weight_ih weight_hh", "first last work")
 SIDE_BY_SIDE = 4  # rows that are added up in their own type; their sums are, in float64
 
 
@@ -74,7 +74,7 @@ def reduction(dtype: np.dtype) -> Compiled:
     orders  (2, G)         whose gate they are, those of r and those of x
     h (K, H), x (K, I)     what the weights were multiplied by
     sums    ((split+G)*H,) float64: the column sums, gradients of the biases, are added to it
-    weight_hh, weight_ih   (G*H, H), (G*H, I): their gradients are added to
+    weight_ih, weight_hh   (G*H, I), (G*H, H): their gradients are added to; weight_hh 0 where the cell has none
 
     A part's share: first, last, and the address of `work`, room of `reduction_size`.
     """
@@ -91,8 +91,8 @@ def reduction(dtype: np.dtype) -> Compiled:
 
     def reduce(values, part):
         (
-            _parties, _ready, _barrier, shares, K, H, I, S, gates, split, combine, slots, orders, h, x, sums, weight_hh,
-            weight_ih,
+            _parties, _ready, _barrier, shares, K, H, I, S, gates, split, combine, slots, orders, h, x, sums, weight_ih,
+            weight_hh,
         ) = read(values)  # fmt: skip
         first, last, work = read_share(values + shares + part * apart)
         stride, x_orders = S * H * size, orders + (gates - split) * 8
@@ -104,7 +104,8 @@ def reduction(dtype: np.dtype) -> Compiled:
             k, h_rows, x_rows = end - begin, h + begin * H * size, x + begin * I * size
             d_stride = (k + width - 1) // width * width * size
             if not combine:
-                pack(h_rows, H * size, 0, 1, k, H, 0, 1, packed_h)
+                if weight_hh:
+                    pack(h_rows, H * size, 0, 1, k, H, 0, 1, packed_h)
                 pack(x_rows, I * size, 0, 1, k, I, 0, 1, packed_x)
             column, most = first, few_columns if combine else most_columns
             while column < last:
@@ -118,7 +119,7 @@ def reduction(dtype: np.dtype) -> Compiled:
                 for row in range(grouped, k):
                     add_row(count, d + row * stride, stride, sums + column * 8)
                 transpose(d, stride, k, count, work, d_stride)
-                if slot < gates:
+                if weight_hh and slot < gates:
                     to = weight_hh + (word(orders + slot * 8) * H + unit) * H * size
                     add(combine, work, d_stride, count, k, h_rows, packed_h, H, to)
                 if slot >= split:

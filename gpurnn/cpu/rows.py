@@ -24,8 +24,6 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     Slots are `next_row` bytes apart from row to row, states `stride`, as slots from one to the next are.
     """
     trace = cell.trace
-    slot_of_r = {g: k for k, g in enumerate(trace.r_order)}
-    slot_of_x = {g: trace.x_start + k for k, g in enumerate(trace.x_order)}
 
     @instruction
     def row(b: ir.IRBuilder, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
@@ -39,14 +37,9 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
             def slot(number):
                 return emit.add(load(slots, number), load(bias, number))
 
-            given = {}
-            for gate in range(cell.gates):
-                x, r = trace.x[gate].index, trace.r[gate].index
-                if gate in trace.split:
-                    given[x], given[r] = slot(slot_of_x[gate]), slot(slot_of_r[gate])
-                else:
-                    total = slot(slot_of_r[gate])
-                    given |= {user: total for user in trace.forward.users(x)}
+            given: dict[int, ir.Value] = {}
+            for k, nodes in enumerate(trace.given):
+                given |= dict.fromkeys(nodes, slot(k))
             for s, symbol in enumerate(trace.state):
                 given[symbol.index] = load(rest, s - 1, rest_stride) if s else load(h)
             for p, symbol in enumerate(trace.params):
@@ -80,8 +73,6 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     trace = cell.trace
     graph = trace.backward
     slot_of_saved = {index: k for k, index in enumerate(trace.kept)}
-    writes = {k: trace.dr[g].index for k, g in enumerate(trace.r_order)}
-    writes |= {trace.x_start + k: trace.dx[g].index for k, g in enumerate(trace.x_order)}
 
     @instruction
     def row(b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride):
@@ -109,9 +100,9 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
                 first, others = (h, rest) if kind == "state" else (h_next, rest_next)
                 return load(others, number - 1, rest_stride) if number else load(first)
 
-            outputs = [*writes.values(), *(s.index for s in (*trace.dstate, *trace.dparams))]
+            outputs = [*trace.written, *(s.index for s in (*trace.dstate, *trace.dparams))]
             values = iter(graph.evaluate(emit, outputs, value_of))
-            for k in writes:
+            for k in range(len(trace.written)):
                 emit.store(next(values), b.add(at(slots, k, stride), offset), mask)
             for s in range(cell.states):
                 emit.store(next(values), b.add(at(dstate, s, dstate_stride), offset), mask)

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype) -> Plan:
     """Who does what in a pass through time: as many threads as pay, and can be had."""
-    weights = cell.gates * H * (H + I)
+    weights = cell.gates * H * ((H if cell.recurrent else costs.UNITWISE_COLUMNS) + I)
     flops = 2 * max(T * N, costs.FEWEST_ROWS) * weights
     with_packing = flops + (costs.PACKING_FLOPS * weights if packing_pays(T, N, H) else 0)
     whole = Share(slice(0, N), slice(0, H), slice(0, I))
@@ -61,7 +61,9 @@ def _shared(cell: Cell, rows: np.ndarray, whole: Share, flops: int, dtype: np.dt
     cached = recurrent * dtype.itemsize <= costs.CACHED_BYTES
     enough = costs.ENOUGH_ROWS_CACHED if cached else costs.ENOUGH_ROWS
     by_rows = min(most, int(N / enough))
-    by_units = min(most, 2 * N * recurrent // costs.UNITS_FLOPS, H // host().width(dtype))
+    by_units = min(most, H // host().width(dtype))
+    if cell.recurrent:
+        by_units = min(by_units, 2 * N * recurrent // costs.UNITS_FLOPS)  # else they do not meet
     if by_rows < most and by_units > 1:
         columns = (_between_vectors(count, by_units, dtype) for count in (H, I))
         return Plan([Share(whole.rows, *both) for both in zip(*columns, strict=True)], by_units=True)
@@ -76,8 +78,9 @@ def _shared(cell: Cell, rows: np.ndarray, whole: Share, flops: int, dtype: np.dt
 def plan_reduction(cell: Cell, K: int, I: int, H: int, after: Plan) -> list[slice]:
     """The columns, of those slots that hold gradients, for each thread that sums K rows: those awake from the loop, or more."""
     slots, parts = cell.trace.x_start + cell.gates, len(after.shares)
-    work = [H * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
-    if parts == 1 and 2 * K * cell.gates * H * (H + I) >= costs.SUM_FLOPS:
+    back = H if cell.recurrent else 0
+    work = [back * (slot < cell.gates) + I * (slot >= cell.trace.x_start) for slot in range(slots)]
+    if parts == 1 and 2 * K * cell.gates * H * (back + I) >= costs.SUM_FLOPS:
         return crew.cut(lambda parts: _of_equal_work(work, H, parts))
     return _of_equal_work(work, H, parts)
 

@@ -2,13 +2,17 @@
 
 It also goes back over what `resident` wrote, and the other way round: their tapes are the same.
 
+Cells without a recurrent matrix need no product: one kernel runs all their steps (`unitwise`), unless the flow of gradients
+is asked for.
+
 All that stays from step to step is looked up before the loop, and addresses are counted on: about 1 us of Python a step.
 A graph of the T steps would save that as well, but each pass has other addresses, and a captured step is one graph anyway.
 """
 
+from collections.abc import Callable
+
 from gpurnn import backend
-from gpurnn.cuda import device, sweeps
-from gpurnn.cuda.moves import Moves
+from gpurnn.cuda import device, sweeps, unitwise
 from gpurnn.executors.contract import Backward, Job, States, Weights
 from gpurnn.executors.layout import Tape
 from gpurnn.kernels import step
@@ -18,6 +22,8 @@ from gpurnn.types import Array
 def forward(job: Job) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`."""
     sweep, reverse, training = sweeps.begin(job), job.reverse, job.training
+    if sweep.weight_hh is None:
+        return unitwise.forward(sweep)
     tape, trace = sweep.tape, job.cell.trace
     N, H = tape.h.shape[1:]
     kernel = device.kernel(step.forward, trace, dtype=job.x.dtype.name)
@@ -40,20 +46,11 @@ def forward(job: Job) -> tuple[States, Tape | None]:
             if living:
                 add(living, before + t * states, r + t * step_of_slots)
                 launch(-(-living * H // step.THREADS), t, living)
-    return sweeps.finish(sweep, _final(sweep))
+    return sweeps.finish(sweep, sweeps.final(sweep))
 
 
-def _final(sweep: sweeps.Sweep) -> tuple[Array, ...]:
-    """S arrays (N, H)."""
-    tape, last = sweep.tape, sweep.ends.last
-    places = [(part, last if len(part) > len(tape.job.x) else 0) for part in (tape.h, *tape.rest)]
-    if isinstance(last, tuple):  # row by row
-        return tuple(part[at] for part, at in places)
-    final, moves = backend.xp.empty((len(places), *tape.h.shape[1:]), tape.h.dtype), Moves()
-    for own, (part, at) in zip(final, places, strict=True):
-        moves.copy(own, part[at])
-    moves.run()
-    return tuple(final)
+def _nothing(*_: int) -> None:
+    """The product of a cell that has none."""
 
 
 def backward(
@@ -61,12 +58,16 @@ def backward(
 ) -> tuple[Array, tuple[Array, ...]]:
     """See `contract.Executor.backward`."""
     job, (T, N, _), H = tape.job, tape.job.x.shape, tape.h.shape[2]
+    if not job.cell.recurrent and options.flow is None:
+        return unitwise.backward(tape, dy, dstate, grads, options)
     way = sweeps.begin_back(tape, dy, dstate, options)
     slots, dy, passed = way.slots, way.dy, way.passed
     kernel = device.kernel(step.backward, job.cell.trace, dtype=passed.dtype.name, clip=options.clip is not None)
     pointers = [array.data.ptr for array in way.arrays]
     launch = kernel.series(pointers, (N, H, *way.numbers))
-    add = device.adding(way.weight_hh, slots.strides[1], passed.strides[1], job.precision)
+    add: Callable = _nothing
+    if way.weight_hh is not None:
+        add = device.adding(way.weight_hh, slots.strides[1], passed.strides[1], job.precision)
     dr, step_of_slots, dh, living_at, seen = pointers[0], slots.strides[0], pointers[4], job.rows.tolist(), 0
     for t in range(T) if job.reverse else reversed(range(T)):
         living = living_at[t]

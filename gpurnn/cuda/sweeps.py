@@ -35,7 +35,7 @@ class Sweep(NamedTuple):
     ends: Ends
     bias: Array
     params: Array
-    weight_hh: Array  # its gates in the order of the slots
+    weight_hh: Array | None  # its gates in the order of the slots
     steps: int
     initial: Array  # (S, N, H)
 
@@ -45,7 +45,7 @@ def begin(job: Job) -> Sweep:
     xp = backend.xp
     cell, x, weights, state, _, _, training, _ = job
     T, N, _ = x.shape
-    H, S, trace, dtype, ends = weights.weight_hh.shape[1], cell.states, cell.trace, x.dtype, Ends.of(job, xp)
+    H, S, trace, dtype, ends = state[0].shape[1], cell.states, cell.trace, x.dtype, Ends.of(job, xp)
     allocate = xp.empty if ends.lengths is None else xp.zeros
     h = allocate((T + 1, N, H), dtype)
     rest = allocate((S - 1, T + 1 if training else 1, N, H), dtype)
@@ -106,6 +106,19 @@ def r_slots(tape: Tape, slots: Array) -> Array:
     return _flat(slots)[:, : tape.job.cell.gates * tape.h.shape[2]]
 
 
+def final(sweep: Sweep) -> tuple[Array, ...]:
+    """The states behind each row's last step, S arrays (N, H)."""
+    tape, last = sweep.tape, sweep.ends.last
+    places = [(part, last if len(part) > len(tape.job.x) else 0) for part in (tape.h, *tape.rest)]
+    if isinstance(last, tuple):  # row by row
+        return tuple(part[at] for part, at in places)
+    ends, moves = backend.xp.empty((len(places), *tape.h.shape[1:]), tape.h.dtype), Moves()
+    for own, (part, at) in zip(ends, places, strict=True):
+        moves.copy(own, part[at])
+    moves.run()
+    return tuple(ends)
+
+
 def finish(sweep: Sweep, final: tuple[Array, ...]) -> tuple[States, Tape | None]:
     tape = sweep.tape
     return States(sweep.ends.visible(tape.h), final), tape if tape.job.training else None
@@ -126,7 +139,7 @@ class Return(NamedTuple):
     params: Array
     dparams: Array
     numbers: tuple[Any, ...]
-    weight_hh: Array
+    weight_hh: Array | None
 
     @property
     def arrays(self) -> tuple[Array, ...]:
@@ -162,8 +175,10 @@ def parameters(tape: Tape) -> tuple[Array, Array]:
     return params, backend.xp.zeros((len(params), N, H))
 
 
-def ordered_weight_hh(cell: Cell, weights: Weights) -> Array:
-    """weight_hh (G*H, H), its gates in the order of the slots."""
+def ordered_weight_hh(cell: Cell, weights: Weights) -> Array | None:
+    """weight_hh (G*H, H), its gates in the order of the slots; None where the cell has none."""
+    if weights.weight_hh is None:
+        return None
     return backend.xp.ascontiguousarray(ordered(weights.weight_hh, cell.trace.r_order, weights.weight_hh.shape[1]))
 
 
@@ -183,11 +198,15 @@ def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
     steps = T if factor is _as_it_is else max(1, PIECE_BYTES // max(1, 2 * slots[:1].size))
     for t0 in range(0, T, max(1, steps)):
         piece = slice(t0, t0 + steps)
-        gradients, inputs, h = (factor(array[piece]) for array in (slots, x, before))
-        _add_product(grads.weight_hh, trace.r_order, r_slots(tape, gradients), h, precision)
+        gradients, inputs = (factor(array[piece]) for array in (slots, x))
+        if grads.weight_hh is not None:
+            h = factor(before[piece])
+            _add_product(grads.weight_hh, trace.r_order, r_slots(tape, gradients), h, precision)
         _add_product(grads.weight_ih, trace.x_order, x_slots(tape, gradients), inputs, precision)
         product(x_slots(tape, gradients), weight_x, _flat(dx[piece]), precision)
-    if grads.bias_hh is not None and grads.bias_ih is not None:
+    if grads.bias_ih is not None and grads.bias_hh is None:
+        add_columns(_flat(slots), H, grads.bias_ih, first=trace.x_order, second=(), start=0)
+    elif grads.bias_ih is not None:
         orders = {"first": trace.r_order, "second": trace.x_order, "start": trace.x_start}
         add_columns(_flat(slots), H, grads.bias_hh, grads.bias_ih, **orders)
     return dx

@@ -11,7 +11,7 @@ NEAR_1 = 0.1  # spectral radii this far from 1 are
 MOST_BIAS = 3.0
 
 
-def reasons(cell: Cell, spectrum: Spectrum, seen: Evidence, exponent: float) -> tuple[str, ...]:
+def reasons(cell: Cell, spectrum: Spectrum | None, seen: Evidence, exponent: float) -> tuple[str, ...]:
     """What was measured, in sentences."""
     found = [f"its own Jacobians give x {math.exp(exponent):.3g} per step (leading Lyapunov exponent {exponent:.3f})"]
     for name, word in (("f", "forget"), ("z", "update")):
@@ -21,7 +21,10 @@ def reasons(cell: Cell, spectrum: Spectrum, seen: Evidence, exponent: float) -> 
             found.append(f"the {word} gate is {gate.mean:.3f} on average, {shares}")
     if any(seen.carry.values()):
         kept = ", ".join(f"{seen.kept[name]:.2g} of {name}" for name, part in seen.carry.items() if part)
-        found.append(f"past weight_hh, by the direct path alone, {seen.span} steps keep {kept} (mean over units)")
+        way = "by the direct path, the only one," if spectrum is None else "past weight_hh, by the direct path alone,"
+        found.append(f"{way} {seen.span} steps keep {kept} (mean over units)")
+    if spectrum is None:
+        return tuple(found)
     if spectrum.bound is not None:
         found.append(
             f"weight_hh has spectral radius {spectrum.radius[0]:.3f} and largest singular value "
@@ -37,7 +40,13 @@ def reasons(cell: Cell, spectrum: Spectrum, seen: Evidence, exponent: float) -> 
 
 
 def advice(
-    cell: Cell, kind: str, horizon: float, reach: int, spectrum: Spectrum, seen: Evidence, threshold: float | None
+    cell: Cell,
+    kind: str,
+    horizon: float,
+    reach: int,
+    spectrum: Spectrum | None,
+    seen: Evidence,
+    threshold: float | None,
 ) -> tuple[str, ...]:
     """What to do about it, the most effective first."""
     if kind == "holds":
@@ -65,9 +74,9 @@ def _clipping(threshold: float | None, when: str = "") -> tuple[str, ...]:
     )
 
 
-def _softer(cell: Cell, spectrum: Spectrum) -> list[str]:
+def _softer(cell: Cell, spectrum: Spectrum | None) -> list[str]:
     found = []
-    if spectrum.radius.max() > 1 + NEAR_1 or spectrum.sigma_max.max() > 1 + NEAR_1:
+    if spectrum is not None and max(spectrum.radius.max(), spectrum.sigma_max.max()) > 1 + NEAR_1:
         found.append(
             'start weight_hh orthogonal (init={"weight_hh": "orthogonal"}) or scale it down: no step grows then'
         )
@@ -76,11 +85,11 @@ def _softer(cell: Cell, spectrum: Spectrum) -> list[str]:
     return found
 
 
-def _longer(cell: Cell, reach: int, spectrum: Spectrum, seen: Evidence) -> list[str]:
+def _longer(cell: Cell, reach: int, spectrum: Spectrum | None, seen: Evidence) -> list[str]:
     if cell in (LSTM_CELL, GRU_CELL):
         place = "LSTM(forget_bias={:.1f})" if cell == LSTM_CELL else "GRU(update_bias={:.1f})"
         return [f"start with gates that stay open longer: {place.format(_gate_bias(reach))}"]
-    if cell not in RNN_CELLS.values():
+    if spectrum is None or cell not in RNN_CELLS.values():
         return ["let a state keep more of itself: a direct path with a factor near 1, as the LSTM's c has"]
     found = [f"an LSTM, or a GRU, whose states keep themselves: LSTM(forget_bias={_gate_bias(reach):.1f})"]
     if spectrum.radius.max() < 1 - NEAR_1:

@@ -155,8 +155,12 @@ class _Terms:
         dgates_x, dgates_r, dparams = gradients
         t, _, _, before, _ = step
         tape, end = self.tapes[at], "_" + self.suffixes[at]
-        found = {"weight_ih": dgates_x.swapaxes(1, 2) @ tape.job.x[t], "weight_hh": dgates_r.swapaxes(1, 2) @ before[0]}
+        found = {"weight_ih": dgates_x.swapaxes(1, 2) @ tape.job.x[t]}
+        if tape.job.weights.weight_hh is not None:
+            found["weight_hh"] = dgates_r.swapaxes(1, 2) @ before[0]
         if tape.job.weights.bias_ih is not None:
-            found |= {"bias_ih": dgates_x.sum(1), "bias_hh": dgates_r.sum(1)}
+            found["bias_ih"] = dgates_x.sum(1)
+        if tape.job.weights.bias_hh is not None:
+            found["bias_hh"] = dgates_r.sum(1)
         found |= {name: value.sum(1) for name, value in zip(tape.job.cell.params, dparams, strict=True)}
         return {self.prefix + name + end: value for name, value in found.items()}

@@ -10,9 +10,8 @@ from gpurnn.cells import GRU_CELL, LSTM_CELL
 from gpurnn.diagnose.spectrum import steepest_slope
 from gpurnn.executors.numpy_loop import Tape
 
-# Where forward leaves gates, and the candidate state, in `saved`.
-GATES = {LSTM_CELL.name: {"i": 0, "f": 1, "o": 3}, GRU_CELL.name: {"r": 0, "z": 1}}
-CANDIDATE = 2
+GATES = {LSTM_CELL: {"i": 0, "f": 1, "o": 3}, GRU_CELL: {"r": 0, "z": 1}}
+CANDIDATE = 2  # the gate of both that is none
 SHUT, FLAT = 0.05, 0.1
 
 
@@ -51,7 +50,6 @@ def evidence(tape: Tape, reach: int) -> Evidence:
     """Over all steps of `tape`, `kept` over the last `reach` that were run.  Costs S elementwise backward products a step."""
     cell = tape.job.cell
     shipped = cell in (LSTM_CELL, GRU_CELL)
-    places = GATES[cell.name] if shipped else {}
     steepest = steepest_slope(cell)
     slope = saturated = None
     if steepest is not None:
@@ -59,7 +57,7 @@ def evidence(tape: Tape, reach: int) -> Evidence:
         slope, saturated = float(slopes.mean()), float((slopes < FLAT * steepest).mean())
     elif shipped:
         saturated = float((abs(_saved(tape, CANDIDATE)) > 1 - SHUT).mean())
-    gates = {name: _gate(_saved(tape, place)) for name, place in places.items()}
+    gates = {name: _gate(_saved(tape, gate)) for name, gate in GATES.get(cell, {}).items()}
     carry, kept = {}, {}
     span = min(reach, len(tape.steps))
     for s, name in enumerate(cell.state_names):
@@ -69,7 +67,11 @@ def evidence(tape: Tape, reach: int) -> Evidence:
     return Evidence(slope, saturated, gates, carry, kept, span)
 
 
-def _saved(tape: Tape, place: int) -> np.ndarray:
+def _saved(tape: Tape, gate: int) -> np.ndarray:
+    """A gate's values, which backward reads: of what forward kept, what follows from x[gate] and from no gate behind it."""
+    graph, kept = tape.job.cell.trace.forward, [symbol.index for symbol in tape.job.cell.trace.saved]
+    names = [[graph.nodes[i].value for i in graph.reachable([k]) if graph.nodes[i].op == "input"] for k in kept]
+    (place,) = [k for k, of in enumerate(names) if max((n for kind, n in of if kind == "x"), default=-1) == gate]
     return np.stack([backend.to_numpy(saved[place]) for _, _, saved, _, _ in tape.steps])
 
 

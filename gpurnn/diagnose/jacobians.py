@@ -154,7 +154,7 @@ def exponents_of(tape: Tape, count: int, warmup: int = 0) -> np.ndarray:
 
 
 def _width(tape: Tape) -> int:
-    return tape.job.cell.states * tape.job.weights.weight_hh.shape[1]
+    return tape.job.cell.states * (tape.job.weights.weight_ih.shape[0] // tape.job.cell.gates)
 
 
 def _place(tape: Tape, t: int) -> int:

@@ -31,11 +31,14 @@ class Spectrum:
 def recurrent_spectrum(model: Any, layer: str = "l0") -> Spectrum:
     """The spectrum of one layer's weight_hh.
 
-    Costs G eigenvalue and singular value decompositions (H, H) on the host: seconds each where H is 1024.
+    Raises ValueError where the cell has none.  Costs G eigenvalue and singular value decompositions (H, H) on the host: seconds each where H is 1024.
     """
     part = recurrent_part(model)
     level, direction = divmod(layer_index(part, layer), part.directions)
-    weight = backend.to_numpy(part.weights(part.params, level, direction).weight_hh).astype(np.float64)
+    weight_hh = part.weights(part.params, level, direction).weight_hh
+    if weight_hh is None:
+        raise ValueError(f"model: expected a cell with a recurrent matrix, got {part.cell.name}, which has none")
+    weight = backend.to_numpy(weight_hh).astype(np.float64)
     if not np.isfinite(weight).all():
         raise FloatingPointError(f"weight_hh of {layer}: expected finite values, got some that are not")
     gates = weight.reshape(part.cell.gates, part.hidden_size, part.hidden_size)

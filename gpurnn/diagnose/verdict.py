@@ -34,7 +34,7 @@ class Verdict:
     reach           the steps back that count.
     lyapunov        the leading exponent of the layer's own Jacobians, in nats per step, the mean over rows.
     bound           max|f'| * sigma_max for a vanilla RNN, else None.
-    radius, sigma_max  of weight_hh, the largest of its gates.
+    radius, sigma_max  of weight_hh, the largest of its gates; None for a cell that has no such matrix.
     evidence        what units and gates did.
     clip_threshold  the 90th percentile of the gradient norms that were given, else None.
     reasons, advice sentences.
@@ -48,8 +48,8 @@ class Verdict:
     reach: int
     lyapunov: float
     bound: float | None
-    radius: float
-    sigma_max: float
+    radius: float | None
+    sigma_max: float | None
     evidence: Evidence
     clip_threshold: float | None
     reasons: tuple[str, ...]
@@ -101,12 +101,17 @@ def verdicts(
     found = []
     for at, name in enumerate(flows[0].layers):
         kind, rate, horizon = judge(flows[at % layer.directions], name, reach)
-        spectrum, seen = recurrent_spectrum(model, name), evidence(tapes[at], reach)
+        spectrum = recurrent_spectrum(model, name) if layer.cell.recurrent else None
+        seen = evidence(tapes[at], reach)
         exponent = float(exponents_of(tapes[at], 1).mean())
         why = reasons(layer.cell, spectrum, seen, exponent)
         what = advice(layer.cell, kind, horizon, reach, spectrum, seen, threshold)
-        numbers = (exponent, spectrum.bound, float(spectrum.radius.max()), float(spectrum.sigma_max.max()))
-        found.append(Verdict(name, layer.cell.name, kind, rate, horizon, reach, *numbers, seen, threshold, why, what))
+        of_matrix: tuple[float | None, float | None, float | None] = (None, None, None)
+        if spectrum is not None:
+            of_matrix = spectrum.bound, float(spectrum.radius.max()), float(spectrum.sigma_max.max())
+        found.append(
+            Verdict(name, layer.cell.name, kind, rate, horizon, reach, exponent, *of_matrix, seen, threshold, why, what)
+        )
     return tuple(found)
 
 

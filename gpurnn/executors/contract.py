@@ -12,10 +12,11 @@ class Weights(NamedTuple):
     """The parameters of one layer in one direction, or their gradients.
 
     weight_ih (G*H, I), weight_hh (G*H, H), bias_ih and bias_hh (G*H,) or None, params: per-unit (H,), one per cell.params.
+    A cell without r has neither weight_hh nor bias_hh.
     """
 
     weight_ih: Array
-    weight_hh: Array
+    weight_hh: Array | None
     bias_ih: Array | None
     bias_hh: Array | None
     params: tuple[Array, ...]

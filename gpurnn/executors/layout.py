@@ -82,17 +82,19 @@ def add_ordered(gradient: Array, value: Array, order: tuple[int, ...], H: int) -
 
 def biases(cell: Cell, weights: Weights, H: int, xp) -> Array:
     """(slots, H): what the cell adds to each slot, as it reads it."""
-    trace, gates, dtype = cell.trace, cell.gates, weights.weight_hh.dtype
-    if weights.bias_ih is None or weights.bias_hh is None:
+    trace, gates, dtype = cell.trace, cell.gates, weights.weight_ih.dtype
+    if weights.bias_ih is None:
         return xp.zeros((trace.slots, H), dtype)
-    if gates == trace.slots and trace.r_order == trace.x_order:  # every slot is the sum of both
+    sums = gates == trace.slots and trace.r_order == trace.x_order  # every slot is the sum of both
+    if sums and weights.bias_hh is not None:
         return ordered(weights.bias_ih + weights.bias_hh, trace.x_order, H).reshape(gates, H)
     bias, start = xp.zeros((trace.slots, H), dtype), trace.x_start
-    bias[:gates] += ordered(weights.bias_hh, trace.r_order, H).reshape(gates, H)
+    if weights.bias_hh is not None:
+        bias[:gates] += ordered(weights.bias_hh, trace.r_order, H).reshape(gates, H)
     bias[start : start + gates] += ordered(weights.bias_ih, trace.x_order, H).reshape(gates, H)
     return bias
 
 
 def params(weights: Weights, H: int, xp) -> Array:
     """(P, H)"""
-    return backend.stacked(weights.params) if weights.params else xp.empty((0, H), weights.weight_hh.dtype)
+    return backend.stacked(weights.params) if weights.params else xp.empty((0, H), weights.weight_ih.dtype)

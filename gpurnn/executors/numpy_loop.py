@@ -24,7 +24,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     xp = backend.xp
     cell, x, weights, state, rows, reverse, training, _ = job
     T, N, _ = x.shape
-    H = weights.weight_hh.shape[1]
+    H = state[0].shape[1]
     gates_x = x @ weights.weight_ih.T
     if weights.bias_ih is not None:
         gates_x = gates_x + weights.bias_ih
@@ -37,11 +37,13 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     for t in range(T - 1, -1, -1) if reverse else range(T):
         m = int(rows[t])
         before = tuple(part[:m].copy() for part in current)
-        gates_r = before[0] @ weights.weight_hh.T
-        if weights.bias_hh is not None:
-            gates_r = gates_r + weights.bias_hh
+        split_r: tuple = (0.0,) * cell.gates  # for a cell that does not read it
+        if weights.weight_hh is not None:
+            gates_r = before[0] @ weights.weight_hh.T
+            if weights.bias_hh is not None:
+                gates_r = gates_r + weights.bias_hh
+            split_r = tuple(gates_r[:, g * H : (g + 1) * H] for g in range(cell.gates))
         split_x = tuple(gates_x[t, :m, g * H : (g + 1) * H] for g in range(cell.gates))
-        split_r = tuple(gates_r[:, g * H : (g + 1) * H] for g in range(cell.gates))
         after, saved = equations(split_x, split_r, before, weights.params)
         for part, value in zip(current, after, strict=True):
             part[:m] = value
@@ -63,9 +65,9 @@ def backward(
     cell, x, weights = tape.job[:3]
     tape = tape._replace(derivative=cell.functions()[1])  # what it reads may have changed since forward
     T, N, I = x.shape
-    H = weights.weight_hh.shape[1]
-    totals = [(grad, xp.zeros(grad.shape)) for grad in (grads.weight_hh, *grads.params)]  # long sums are in float64
-    (_, dweight_hh), *dparams_totals = totals
+    H = dy.shape[2]
+    dparams_totals = [(grad, xp.zeros(grad.shape)) for grad in grads.params]  # long sums are in float64
+    dweight_hh = None if grads.weight_hh is None else xp.zeros(grads.weight_hh.shape)
     dbias_hh = xp.zeros(cell.gates * H)
     dgates_x = xp.zeros((T, N, cell.gates * H), x.dtype)
     if dstate is None:
@@ -80,16 +82,18 @@ def backward(
         dgates_x[t, :m], dgates_r, before_this, dparams = step_backward(tape, (t, m, saved, before, after), dnext)
         for part, gradient in zip(passed, before_this, strict=True):
             part[:m] = gradient if options.clip is None else xp.clip(gradient, -options.clip, options.clip)
-        dweight_hh += dgates_r.T @ before[0]
-        dbias_hh += dgates_r.sum(0, dtype="float64")
+        if dweight_hh is not None:
+            dweight_hh += dgates_r.T @ before[0]
+            dbias_hh += dgates_r.sum(0, dtype="float64")
         for (_, total), value in zip(dparams_totals, dparams, strict=True):
             total += value.sum(0, dtype="float64")
-    for grad, total in totals:
+    for grad, total in [*dparams_totals, *([] if grads.weight_hh is None else [(grads.weight_hh, dweight_hh)])]:
         grad[...] += total.astype(grad.dtype)
     flat = dgates_x.reshape(T * N, cell.gates * H)
     grads.weight_ih[...] += flat.T @ x.reshape(T * N, I)
-    if grads.bias_ih is not None and grads.bias_hh is not None:
+    if grads.bias_hh is not None:
         grads.bias_hh[...] += dbias_hh.astype(x.dtype)
+    if grads.bias_ih is not None:
         grads.bias_ih[...] += flat.sum(0, dtype="float64").astype(x.dtype)
     return dgates_x @ weights.weight_ih, passed
 
@@ -104,17 +108,20 @@ def step_backward(
     parameters its gradient at each row and unit (..., m, H).
     """
     xp = backend.xp
-    cell, weight_hh = tape.job.cell, tape.job.weights.weight_hh
+    cell, weight_hh, dtype = tape.job.cell, tape.job.weights.weight_hh, tape.job.x.dtype
     _, _, saved, before, after = step
-    H, shape = weight_hh.shape[1], dnext[0].shape
+    shape = dnext[0].shape
+    H = shape[-1]
     dx, dr, direct, dparams = tape.derivative(dnext, saved, before, after, tape.job.weights.params)
-    dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), weight_hh.dtype) for _ in range(2))
+    dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), dtype) for _ in range(2))
     for g in range(cell.gates):
         dgates_x[..., g * H : (g + 1) * H] = dx[g]
         dgates_r[..., g * H : (g + 1) * H] = dr[g]
 
     def full(value: Array) -> Array:  # a cell may answer with a number
-        return xp.broadcast_to(xp.asarray(value, weight_hh.dtype), shape)
+        return xp.broadcast_to(xp.asarray(value, dtype), shape)
 
-    through = (dgates_r.reshape(-1, cell.gates * H) @ weight_hh).reshape(shape)
-    return dgates_x, dgates_r, (full(direct[0]) + through, *map(full, direct[1:])), tuple(map(full, dparams))
+    first = full(direct[0])
+    if weight_hh is not None:
+        first = first + (dgates_r.reshape(-1, cell.gates * H) @ weight_hh).reshape(shape)
+    return dgates_x, dgates_r, (first, *map(full, direct[1:])), tuple(map(full, dparams))

@@ -5,6 +5,7 @@ a CPU, autocast, ONNX export, and other devices.
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,23 +15,23 @@ from torch.nn.functional import linear
 from gpurnn.cells import Cell
 from gpurnn.torch.stack import Stack
 
-FUNCTIONS = {
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "div": torch.div,
-    "maximum": torch.maximum,
-    "minimum": torch.minimum,
-    "less": torch.lt,
-    "less_equal": torch.le,
-    "where": torch.where,
-    "neg": torch.neg,
-    "abs": torch.abs,
-    "exp": torch.exp,
-    "log": torch.log,
-    "sqrt": torch.sqrt,
-    "tanh": torch.tanh,
-}
+ON_TENSORS = SimpleNamespace(
+    add=torch.add,
+    sub=torch.sub,
+    mul=torch.mul,
+    div=torch.div,
+    maximum=torch.maximum,
+    minimum=torch.minimum,
+    less=torch.lt,
+    less_equal=torch.le,
+    where=torch.where,
+    neg=torch.neg,
+    abs=torch.abs,
+    exp=torch.exp,
+    log=torch.log,
+    sqrt=torch.sqrt,
+    tanh=torch.tanh,
+)
 
 
 def run(
@@ -67,8 +68,10 @@ def _one(
     for t in reversed(range(T)) if reverse else range(T):
         living = int(rows[t])
         before = [part[:living] for part in state]
-        gates_r = linear(before[0], given.weight_hh, given.bias_hh)
-        after = _step(stack.cell, gates_x[t, :living].chunk(gates, -1), gates_r.chunk(gates, -1), before, given.params)
+        x_of, r_of = gates_x[t, :living].chunk(gates, -1), ()
+        if given.weight_hh is not None:
+            r_of = linear(before[0], given.weight_hh, given.bias_hh).chunk(gates, -1)
+        after = _step(stack.cell, x_of, r_of, before, given.params)
         outputs[t] = after[0]
         if living < N:
             outputs[t] = torch.cat([after[0], after[0].new_zeros(N - living, after[0].shape[1])])
@@ -79,16 +82,16 @@ def _one(
 
 def _step(cell: Cell, x: Sequence, r: Sequence, state: Sequence, params: Sequence) -> list[Tensor]:
     """The cell's forward, S arrays (rows, H)."""
-    trace, like = cell.trace, r[0]
+    graph, like = cell.trace.forward, state[0]
     given = {"x": x, "r": r, "state": state, "param": params}
-    outputs = [symbol.index for symbol in trace.next_state]
-    values: dict[int, Tensor] = {}
-    for index in sorted(trace.forward.reachable(outputs)):
-        op, args, value = trace.forward.nodes[index]
-        if op == "input":
-            values[index] = given[value[0]][value[1]]
-        elif op == "const":
-            values[index] = torch.full((), value, dtype=like.dtype, device=like.device)
-        else:
-            values[index] = FUNCTIONS[op](*(values[arg] for arg in args))
-    return [values[index].expand_as(like) for index in outputs]
+
+    def value_of(index: int) -> Tensor | None:
+        op, _, name = graph.nodes[index]
+        return given[name[0]][name[1]] if op == "input" else None
+
+    def constant(value: float) -> Tensor:
+        return torch.full((), value, dtype=like.dtype, device=like.device)
+
+    operations = SimpleNamespace(**vars(ON_TENSORS), constant=constant)
+    outputs = graph.evaluate(operations, [symbol.index for symbol in cell.trace.next_state], value_of)
+    return [value.expand_as(like) for value in outputs]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.environment import at_most_threads
 from gpurnn.torch import composite
 from gpurnn.torch.ops import name_of
-from gpurnn.torch.stack import ENGINE_DTYPES, Stack, full_rows
+from gpurnn.torch.stack import ENGINE_DTYPES, Stack, full_rows, parameters_of
 from gpurnn.torch.sweep import Sweep, run
 
 Fallback = Literal["allow", "warn", "raise"]
@@ -249,16 +249,17 @@ class RNN(OnEngine, nn.RNN):
 class Recurrent(OnEngine):
     """Layers of any cell, with the call forms, names and options of torch.nn.LSTM: y, state = module(x, state).
 
-    cell     a `gpurnn.Cell`.  The state is one tensor (L*D, N, H), or a tuple of S where the cell has several.
+    cell     a `gpurnn.Cell`, or the name of one that ships.  The state is one tensor (L*D, N, H), or a tuple of S where the cell has several.
     fallback, executor   see `OnEngine`.
 
-    Weights and biases begin uniform in +-1/sqrt(H), as torch.nn's; a cell's own parameters, (H,) each, at 0.
+    Weights and biases begin uniform in +-1/sqrt(H), as torch.nn's; a cell's own parameters, (H,) each, where the cell says,
+    else at 0.  A cell without a recurrent matrix has no weight_hh and no bias_hh.
     Where the engine does not run a call, PyTorch's operations run the cell's equations, step by step.
     """
 
     def __init__(
         self,
-        cell: Cell,
+        cell: Cell | str,
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
@@ -270,33 +271,44 @@ class Recurrent(OnEngine):
         device: Any = None,
         dtype: Any = None,
     ):
+        if isinstance(cell, str) and cell in CELLS:
+            cell = CELLS[cell]
         if not isinstance(cell, Cell):
-            raise TypeError(f"cell: expected a gpurnn.Cell, got {type(cell).__name__}")
+            came = repr(cell) if isinstance(cell, str) else type(cell).__name__
+            raise TypeError(f"cell: expected a gpurnn.Cell or one of {', '.join(CELLS)}, got {came}")
         super().__init__(
-            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device
+            "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
         )
         self.cell, self.mode = cell, cell.name
         name_of(cell)  # so that graphs know it
-        for names in self._all_weights:
-            suffix = names[0].removeprefix("weight_ih")
-            for name in names:  # RNNBase has made room for one gate
-                shape = (cell.gates * hidden_size, *getattr(self, name).shape[1:])
-                delattr(self, name)
-                setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-            for name in cell.params:
-                setattr(self, name + suffix, nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)))
-            names.extend(name + suffix for name in cell.params)
+        self._all_weights = [self._made(names, bias, device, dtype) for names in self._all_weights]
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
         self.reset_parameters()
 
+    def _made(self, names: list[str], bias: bool, device: Any, dtype: Any) -> list[str]:
+        """The names of one layer in one direction, whose parameters stand in place of RNNBase's, which are of one gate."""
+        suffix, (G, H) = names[0].removeprefix("weight_ih"), (self.cell.gates, self.hidden_size)
+        shapes = {name: (G * H, *getattr(self, name).shape[1:]) for name in names}
+        for name in names:
+            delattr(self, name)
+        own = [kind + suffix for kind in parameters_of(self.cell, bias)]
+        for name in own:
+            setattr(self, name, nn.Parameter(torch.empty(shapes.get(name, (H,)), device=device, dtype=dtype)))
+        return own
+
     def reset_parameters(self) -> None:
-        super().reset_parameters()
         cell = getattr(self, "cell", None)
-        own = cell.params if cell is not None else ()
+        if cell is None:  # RNNBase is at work
+            return
+        super().reset_parameters()
+        rng = np.random.default_rng(int(torch.randint(2**62, ()))) if cell.init else None
         for name, weight in self.named_parameters():
-            if name.removesuffix("_reverse").rpartition("_l")[0] in own:
-                nn.init.zeros_(weight)
+            kind = name.removesuffix("_reverse").rpartition("_l")[0]
+            if kind in cell.params:
+                start = cell.init[kind](rng, len(weight), 1) if kind in cell.init else np.zeros(len(weight))
+                with torch.no_grad():
+                    weight.copy_(torch.from_numpy(np.asarray(start, np.float64).reshape(-1)))
 
     def extra_repr(self) -> str:
         return f"{self.cell.name}, {super().extra_repr()}"

@@ -42,17 +42,17 @@ class Stack(NamedTuple):
     def weights(self, arrays: Sequence, at: int) -> Weights:
         """What the engine calls the arrays of one layer in one direction, in the order of `torch.nn.RNNBase.all_weights`."""
         each = len(arrays) // (self.layers * self.directions)
-        weight_ih, weight_hh, *rest = arrays[at * each : (at + 1) * each]
-        bias_ih, bias_hh = rest[:2] if self.bias else (None, None)
-        return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(rest[2 * self.bias :]))
+        given = iter(arrays[at * each : (at + 1) * each])
+        kinds = parameters_of(self.cell, self.bias)
+        matrices = [next(given) if kind in kinds else None for kind in Weights._fields[:4]]
+        return Weights(*matrices, tuple(given))
 
 
-def array(tensor: Tensor) -> np.ndarray:
-    """A tensor's memory, contiguous; of a tensor that is not, a copy."""
-    tensor = tensor.detach()
-    if tensor.is_neg() or not tensor.is_contiguous():
-        tensor = tensor.resolve_neg().contiguous()
-    return tensor.numpy()
+def parameters_of(cell: Cell, bias: bool) -> tuple[str, ...]:
+    """The kinds of parameters that a layer of this cell has: without a recurrent matrix, no bias_hh either."""
+    recurrent = ("weight_hh", "bias_hh") if cell.recurrent else ()
+    every = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if bias else ()))
+    return (*(kind for kind in every if kind.endswith("_ih") or kind in recurrent), *cell.params)
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,3 +61,11 @@ def full_rows(T: int, N: int) -> np.ndarray:
     rows = np.full(T, N)
     rows.flags.writeable = False
     return rows
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory, contiguous; of a tensor that is not, a copy."""
+    tensor = tensor.detach()
+    if tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_neg().contiguous()
+    return tensor.numpy()

@@ -1,0 +1,43 @@
+"""Cells without a recurrent matrix on CUDA: one kernel runs all T steps, and nothing in it waits (`kernels.unitwise`).
+
+What stands before and behind it, x W_ih^T and the gradients of the weights, is that of the other executors (`sweeps`).
+"""
+
+from typing import cast
+
+from gpurnn.cuda import device, sweeps
+from gpurnn.cuda.sweeps import Sweep
+from gpurnn.executors.contract import Backward, States, Weights
+from gpurnn.executors.layout import Tape
+from gpurnn.kernels import unitwise
+from gpurnn.types import Array
+
+
+def forward(sweep: Sweep) -> tuple[States, Tape | None]:
+    """What `contract.Executor.forward` returns."""
+    tape, job = sweep.tape, sweep.tape.job
+    N, H = tape.h.shape[1:]
+    kernel = device.kernel(unitwise.forward, job.cell.trace, dtype=job.x.dtype.name)
+    strides = (tape.rest.strides[0] // job.x.itemsize, N * H if job.training else 0)
+    for t0, t1, slots in sweeps.pieces(sweep):
+        if N:
+            rest = tape.rest[:, t0:] if job.training else tape.rest
+            arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, cast(Array, tape.lengths))
+            pointers = [array.data.ptr for array in arrays]
+            kernel(device.grid(N * H, unitwise.THREADS), *pointers, t1 - t0, t0, N, H, int(job.reverse), *strides)
+    return sweeps.finish(sweep, sweeps.final(sweep))
+
+
+def backward(
+    tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
+) -> tuple[Array, tuple[Array, ...]]:
+    """See `contract.Executor.backward`; `options.flow` is for `step`, which can stop to look."""
+    job, (N, H) = tape.job, tape.h.shape[1:]
+    way = sweeps.begin_back(tape, dy, dstate, options)
+    if N and len(job.x):
+        kernel = device.kernel(
+            unitwise.backward, job.cell.trace, dtype=tape.h.dtype.name, clip=options.clip is not None
+        )
+        pointers = [array.data.ptr for array in way.arrays] + [cast(Array, tape.lengths).data.ptr]
+        kernel(device.grid(N * H, unitwise.THREADS), *pointers, N, H, *way.numbers)
+    return sweeps.finish_back(way, tape, grads)
