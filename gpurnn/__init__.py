@@ -7,19 +7,19 @@ from typing import Any as _Any
 from gpurnn import startup  # noqa: F401 (first: it says what is wrong with the environment)
 
 # isort: split
-from gpurnn import backend, initializers, schedules
+from gpurnn import backend, initializers
 from gpurnn import locks as _locks
 from gpurnn._version import __version__
 from gpurnn.bptt import TruncatedBPTT, full_bptt
 from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
-from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from gpurnn.cuda.capture import captured
 from gpurnn.cuda.faults import synchronize
 from gpurnn.environment import set_num_threads
 from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
 from gpurnn.model import SequenceModel
-from gpurnn.optim import SGD, Adam, AdamW, RMSprop
+from gpurnn.optim import SGD, Adam, AdamW, RMSprop, schedules
+from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 if _TYPE_CHECKING:

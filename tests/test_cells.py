@@ -56,7 +56,16 @@ def test_gates_are_joint_where_x_and_r_meet_only_in_a_sum_and_their_gradients_ar
 
 def test_values_that_are_known_by_another_name_are_not_kept_twice(any_cell):
     kept = {"lstm": 4, "gru": 4, "minimal_gated_unit": 3, "peephole_lstm": 4, "three_states": 4, "every_function": 3}
-    kept |= {"hoarder": 4, "mingru": 2, "minlstm": 3}  # of the hoarder a, x, r and a*a of nine saved values
+    kept |= {
+        "hoarder": 4,
+        "mingru": 2,
+        "minlstm": 3,
+        "sru": 4,
+        "rglru": 4,
+        "lru": 2,
+        "paragru": 3,
+        "paralstm": 3,
+    }  # of the hoarder a, x, r and a*a of nine saved values
     assert len(any_cell.trace.kept) == kept.get(any_cell.name, 0)
     assert any_cell.trace.slots == max(any_cell.gates + len(any_cell.trace.split), len(any_cell.trace.kept))
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from gpurnn.cpu import costs
 from gpurnn.layers import Linear
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop
+from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm
+from gpurnn.optim.schedules import SCHEDULES, constant, exponential_decay, linear_decay, step_decay, warmup_cosine
 from gpurnn.parameters import Parameters
-from gpurnn.schedules import SCHEDULES, constant, exponential_decay, linear_decay, step_decay, warmup_cosine
 
 pytestmark = pytest.mark.skipif(
     backend.name != "numpy", reason="written for NumPy arrays, the backend is " + backend.name

@@ -5,9 +5,9 @@ import pytest
 
 import gpurnn
 from gpurnn import backend
-from gpurnn.clipping import clip_grad_norm
 from gpurnn.layers import Linear
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop
+from gpurnn.optim.clipping import clip_grad_norm
 
 pytestmark = pytest.mark.skipif(
     backend.name != "numpy", reason="written for NumPy arrays, the backend is " + backend.name

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from gpurnn import clipping, diagnose, plot, schedules
+from gpurnn import diagnose, plot
 from gpurnn.app import character_model, checkpoint, data, train_command, training
 from gpurnn.app.config import TrainConfig
 from gpurnn.app.metrics import read_metrics
 from gpurnn.cli import main
+from gpurnn.optim import clipping, schedules
 
 BASE = ["--hidden-size", "6", "--embedding-size", "3", "--batch", "2", "--k1", "4", "--steps", "8"]
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import gpurnn
-from gpurnn import arguments, backend, diagnose, initializers, schedules
+from gpurnn import arguments, backend, diagnose, initializers
 from gpurnn.app import character_model
 from gpurnn.app.config import TrainConfig
 from gpurnn.app.data import load_corpus
+from gpurnn.optim import schedules
 
 LOSS = gpurnn.softmax_cross_entropy
 GENERATOR = np.random.default_rng(0)

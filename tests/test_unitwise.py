@@ -9,7 +9,7 @@ import gpurnn
 from gpurnn import backend, diagnose
 from gpurnn.cells import CELLS, UNITWISE_CELLS, Cell, tanh
 from gpurnn.cells.functions import softplus
-from gpurnn.cpu import products, sharing
+from gpurnn.cpu import sharing
 
 ON_CPU = pytest.mark.skipif(backend.name == "cuda", reason="the executors of a CPU")
 each = pytest.mark.parametrize("cell", UNITWISE_CELLS, ids=lambda cell: cell.name)
@@ -66,11 +66,11 @@ def test_training_goes_down(cell):
 @pytest.mark.parametrize("lengths", [None, [9, 7, 7, 0, 2]], ids=["full", "ragged"])
 def test_threads_share_rows_or_units(monkeypatch, way, options, lengths):
     monkeypatch.setenv("GPURNN_NUM_THREADS", "1" if way == "one" else "3")
-    monkeypatch.setattr(sharing, "PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(costs, "LOOP_FLOPS", 0)
     for name in ("ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"):
-        monkeypatch.setattr(sharing, name, 1e18 if way == "units" else 1)
-    for name in ("PACKING", "COPYING"):
-        monkeypatch.setattr(products, name, 0)
+        monkeypatch.setattr(costs, name, 1e18 if way == "units" else 1)
+    for name in ("PACKING_ROWS", "COPYING_ROWS"):
+        monkeypatch.setattr(costs, name, 0)
     for cell in (CELLS["sru"], CELLS["mingru"]):
         made = {
             executor: gpurnn.Recurrent(cell, 7, 70, executor=executor, rng=0, **options)

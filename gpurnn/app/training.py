@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from gpurnn import backend, clipping, environment, optim, schedules
+from gpurnn import backend, environment, optim
 from gpurnn.app import checkpoint
 from gpurnn.app.character_model import bits_per_symbol, build
 from gpurnn.app.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ from gpurnn.diagnose.monitor import Alarm, look_at
 from gpurnn.diagnose.non_finite import raise_where_it_began
 from gpurnn.diagnose.subject import layer_names
 from gpurnn.losses import softmax_cross_entropy
+from gpurnn.optim import clipping, schedules
 from gpurnn.parameters import all_finite
 from gpurnn.types import Array
 

@@ -10,8 +10,8 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import positive, whole
 from gpurnn.bptt import TruncatedBPTT
-from gpurnn.clipping import clip_grad_norm, clip_grad_value
 from gpurnn.diagnose.subject import Loss, checked_input, output_gradient, recurrent_part, undisturbed
+from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value
 
 Gradients = dict[str, np.ndarray]
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, clipping, losses, optim, plot
+from gpurnn import backend, losses, optim, plot
 from gpurnn.bptt import full_bptt
 from gpurnn.lab.page import Page
 from gpurnn.layers import Linear
 from gpurnn.model import SequenceModel
+from gpurnn.optim import clipping
 from gpurnn.recurrent import RNN
 
 T, ROWS, UNITS, UPDATES = 20, 32, 4, 300

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import clipping, plot
+from gpurnn import plot
 from gpurnn.bptt import full_bptt
 from gpurnn.initializers import zeros
 from gpurnn.lab.page import Page
 from gpurnn.lab.tasks import squared_error
+from gpurnn.optim import clipping
 from gpurnn.recurrent import RNN
 
 T, BEGIN, TARGET = 50, 0.5, 0.7

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 
-from gpurnn import backend, clipping, diagnose, losses, optim, plot
+from gpurnn import backend, diagnose, losses, optim, plot
 from gpurnn.bptt import full_bptt
 from gpurnn.lab.page import Page
 from gpurnn.lab.tasks import with_head
 from gpurnn.model import SequenceModel
+from gpurnn.optim import clipping
 from gpurnn.recurrent import RNN
 
 WORD = "neuron"

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn import backend, clipping, losses, optim
+from gpurnn import backend, losses, optim
 from gpurnn.arguments import whole
 from gpurnn.bptt import full_bptt
 from gpurnn.layers import Linear
 from gpurnn.losses import Loss
 from gpurnn.model import SequenceModel
+from gpurnn.optim import clipping
 from gpurnn.recurrent import Recurrent
 from gpurnn.sequence import checked_lengths
 from gpurnn.types import Array

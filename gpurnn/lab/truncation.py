@@ -4,11 +4,12 @@ import time
 
 import numpy as np
 
-from gpurnn import clipping, diagnose, losses, optim, plot
+from gpurnn import diagnose, losses, optim, plot
 from gpurnn.bptt import TruncatedBPTT
 from gpurnn.lab.page import Page
 from gpurnn.lab.tasks import echo, with_head
 from gpurnn.model import SequenceModel
+from gpurnn.optim import clipping
 from gpurnn.recurrent import GRU
 
 LAG, K1, STREAMS = 8, 5, 32

@@ -72,6 +72,7 @@ class OnEngine(nn.RNNBase):
     """
 
     cell: Cell
+    _all_weights: list[list[str]]
     executor: str | None = None
     fallback: Fallback = "allow"
 

@@ -44,8 +44,8 @@ class Stack(NamedTuple):
         each = len(arrays) // (self.layers * self.directions)
         given = iter(arrays[at * each : (at + 1) * each])
         kinds = parameters_of(self.cell, self.bias)
-        matrices = [next(given) if kind in kinds else None for kind in Weights._fields[:4]]
-        return Weights(*matrices, tuple(given))
+        weight_ih, *others = (next(given) if kind in kinds else None for kind in Weights._fields[:4])
+        return Weights._make([weight_ih, *others, tuple(given)])
 
 
 def parameters_of(cell: Cell, bias: bool) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Optimisers, schedules, clipping and losses."""
 
 UPDATES, OPS, CROSS_ENTROPY = "gpurnn/cpu/updates", "gpurnn/cpu/ops", "gpurnn/cpu/cross_entropy"
-OPTIM, CLIPPING, SCHEDULES, LOSSES = "gpurnn/optim", "gpurnn/clipping", "gpurnn/schedules", "gpurnn/losses"
+OPTIM, CLIPPING = "gpurnn/optim/optimizers", "gpurnn/optim/clipping"
+SCHEDULES, LOSSES = "gpurnn/optim/schedules", "gpurnn/losses"
 VECTORS = "optim::reference_vectors"
 
 # fmt: off

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 import gpurnn
-from gpurnn import diagnose, initializers, schedules
+from gpurnn import diagnose, initializers
+from gpurnn.optim import schedules
 from tests.fuzz.values import H, I, N, T
 
 X = np.random.default_rng(0).standard_normal((T, N, I)).astype("f4")
