@@ -9,7 +9,7 @@ import gpurnn
 from gpurnn import backend, diagnose
 from gpurnn.cells import CELLS, UNITWISE_CELLS, Cell, tanh
 from gpurnn.cells.functions import softplus
-from gpurnn.cpu import sharing
+from gpurnn.cpu import costs, sharing
 
 ON_CPU = pytest.mark.skipif(backend.name == "cuda", reason="the executors of a CPU")
 each = pytest.mark.parametrize("cell", UNITWISE_CELLS, ids=lambda cell: cell.name)
