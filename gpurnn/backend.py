@@ -222,7 +222,9 @@ def joined(parts: Sequence[Array]) -> Array:
 
     CuPy's own functions copy addresses from the host where there are more than 8 parts, which no graph can hold.
     """
-    if name == "numpy" or len(parts) <= 8:
+    if isinstance(parts[0], numpy.ndarray):  # of the CPU's executor, which PyTorch's tensors have on any machine
+        return numpy.concatenate(parts)
+    if len(parts) <= 8:
         return xp.concatenate(parts)
     whole = xp.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     start = 0

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 import gpurnn  # noqa: E402
 from gpurnn import environment  # noqa: E402
 from gpurnn import torch as ours  # noqa: E402
+from tests.fake_cupy.backend import as_backend  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 nn = torch.nn
@@ -336,6 +337,17 @@ def test_executors():
     module.executor = "step"
     with pytest.raises(ValueError, match="expected one of compiled, numpy for tensors on the CPU, got 'step'"):
         module(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_on_the_cpu_of_a_machine_with_a_gpu(name):
+    module, reference = pair(name, 5, 7, 2, bidirectional=True)
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    with as_backend():
+        same(results(module, [x]), results(reference, [x]))
+        module.executor = "numpy"
+        with pytest.raises(ValueError, match="expected one of compiled for tensors on the CPU, got 'numpy'"):
+            module(x)
 
 
 def test_models_turn_and_turn_back():

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 
 # isort: split
 from gpurnn.torch.convert import from_torch, to_torch
-from gpurnn.torch.modules import GRU, LSTM, RNN, Recurrent
+from gpurnn.torch.modules import GRU, LSTM, RNN
+from gpurnn.torch.recurrent import Recurrent
 
 __all__ = ["GRU", "LSTM", "RNN", "Recurrent", "from_torch", "to_torch"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpurnn import variables
+from gpurnn import backend, variables
 from gpurnn.cells import Cell
 from gpurnn.environment import compiles
 from gpurnn.executors import executor
@@ -33,11 +33,13 @@ class Stack(NamedTuple):
     executor: str | None
 
     def engine(self) -> Executor:
-        if self.executor is not None and self.executor not in EXECUTORS:
-            choices = ", ".join(EXECUTORS)
-            raise ValueError(f"executor: expected one of {choices} for tensors on the CPU, got {self.executor!r:.80}")
+        """For tensors on the CPU, whatever the backend is; the oracle runs on the backend's own arrays."""
+        choices = EXECUTORS if backend.xp is np else EXECUTORS[:1]
+        if self.executor is not None and self.executor not in choices:
+            expected = f"executor: expected one of {', '.join(choices)} for tensors on the CPU"
+            raise ValueError(f"{expected}, got {self.executor!r:.80}")
         name = self.executor or variables.given("GPURNN_EXECUTOR")
-        return executor(name if name in EXECUTORS else "compiled" if compiles() else "numpy")
+        return executor(name if name in choices else "compiled" if compiles() else "numpy")
 
     def weights(self, arrays: Sequence, at: int) -> Weights:
         """What the engine calls the arrays of one layer in one direction, in the order of `torch.nn.RNNBase.all_weights`."""
