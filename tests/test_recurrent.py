@@ -420,7 +420,7 @@ def test_options_of_one_kind():
         LSTM(3, 4, forget_bias=None)
     with pytest.raises(TypeError, match="batch_first"):
         GRU(3, 4, batch_first=True)
-    with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell, got type"):
+    with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell or one of rnn_tanh, .*, got type"):
         Recurrent(GRU, 3, 4)
 
 
