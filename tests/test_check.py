@@ -151,5 +151,5 @@ def test_the_layer_comes_back_as_it_was():
 def test_bad_subjects():
     with pytest.raises(ValueError, match="layer: expected dtype float64, which central differences need, got float32"):
         check_gradients(LSTM(2, 2))
-    with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell, got str"):
-        check_gradients("lstm")
+    with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell or one of rnn_tanh, .*, got 'nosuch'"):
+        check_gradients("nosuch")
