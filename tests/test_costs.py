@@ -240,7 +240,7 @@ def test_calibrate_measures_every_constant(capsys):
 def test_calibrate_takes_an_experiment_or_a_constant_by_name(capsys):
     assert calibrate.selected(["UNITS_FLOPS", "loops", "chains"]) == ["loops", "chains"]
     assert main(["calibrate", "--quick", "--only", "speed"]) == 2
-    assert "expected an experiment (loops, sums," in capsys.readouterr().err
+    assert "expected an experiment (loops, unitwise, sums," in capsys.readouterr().err
     assert main(["calibrate", "--rounds", "0"]) == 2
 
 

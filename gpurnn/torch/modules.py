@@ -96,9 +96,6 @@ class OnEngine(nn.RNNBase):
         y, final = self._run(call)
         return self._answer(input, call, y, final)
 
-    def flatten_parameters(self) -> None:
-        """Nothing to do: the engine reads the parameters where they are."""
-
     def _foreign(self, input: Tensor | PackedSequence) -> str | None:
         """Why this call is none that the engine could run, whatever is asked of its results."""
         data, weights = input[0] if isinstance(input, PackedSequence) else input, self._flat_weights

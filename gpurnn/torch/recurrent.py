@@ -77,6 +77,9 @@ class Recurrent(OnEngine):
                 with torch.no_grad():
                     weight.copy_(torch.from_numpy(np.asarray(start, np.float64).reshape(-1)))
 
+    def flatten_parameters(self) -> None:
+        """Nothing to do: cuDNN, which wants them in one piece, does not know the cell."""
+
     def extra_repr(self) -> str:
         return f"{self.cell.name}, {super().extra_repr()}"
 

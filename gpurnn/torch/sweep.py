@@ -17,6 +17,8 @@ from gpurnn.executors.layout import Tape
 from gpurnn.torch import composite
 from gpurnn.torch.stack import Stack, array
 
+# Whether the backward pass under way was told to keep its graph (retain_graph); where PyTorch does not say, it may have been.
+_kept_by_backward = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 EMPTY: Any = Tape(None, None, None, None)  # type: ignore[arg-type]
 
 
@@ -74,7 +76,7 @@ class Sweep(torch.autograd.Function):
             gradients = _differentiable(stack, rows, noises, (x, *tensors), wanted, (dy, *dfinal))
         else:
             read, buffers = (x, *kept[: stack.layers - 1]), kept[stack.layers - 1 :]
-            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            keep = _kept_by_backward()
             with at_most_threads(torch.get_num_threads()):
                 gradients = go_back(stack, rows, noises, read, tensors, filled(tapes, buffers), dy, dfinal, keep)
         return None, None, None, *gradients
