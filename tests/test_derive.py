@@ -53,8 +53,12 @@ def test_cells_of_the_literature_are_right_at_once(name, executor):
     gpurnn.check_gradients(LITERATURE[name], executor=executor, T=3, N=2)
 
 
-@pytest.mark.parametrize("executor", ["step", "resident", "persistent"])
-@pytest.mark.parametrize("name", ["intersection", "exponential_gates"])
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [("intersection", "step"), ("exponential_gates", "resident")]
+    + [pytest.param("intersection", executor, marks=pytest.mark.slow) for executor in ("resident", "persistent")]
+    + [pytest.param("exponential_gates", executor, marks=pytest.mark.slow) for executor in ("step", "persistent")],
+)
 def test_on_interpreted_kernels(name, executor):
     pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
     from tests.test_kernels import compare
