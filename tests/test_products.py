@@ -30,7 +30,7 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     sums, weight_hh, weight_ih = np.ones(4 * H), np.ones((3 * H, H), dtype), np.ones((3 * H, I), dtype)
     for first, last in ((0, 17), (17, 433), (433, 4 * H)):
         work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
-        places = map(address, (slots, orders, h, x, sums, weight_hh, weight_ih))
+        places = map(address, (slots, orders, h, x, sums, weight_ih, weight_hh))
         by = combine(np.dtype(dtype)).address if few_are_summed(rows) else 0
         crew.run(reduction(np.dtype(dtype)), (rows, H, I, 5, 3, 1, by, *places), [(first, last, address(work))])
     limit = 1e-5 if dtype == "float32" else 1e-13
