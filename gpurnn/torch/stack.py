@@ -44,10 +44,11 @@ class Stack(NamedTuple):
     def weights(self, arrays: Sequence, at: int) -> Weights:
         """What the engine calls the arrays of one layer in one direction, in the order of `torch.nn.RNNBase.all_weights`."""
         each = len(arrays) // (self.layers * self.directions)
-        given = iter(arrays[at * each : (at + 1) * each])
-        kinds = parameters_of(self.cell, self.bias)
-        weight_ih, *others = (next(given) if kind in kinds else None for kind in Weights._fields[:4])
-        return Weights._make([weight_ih, *others, tuple(given)])
+        own, recurrent = arrays[at * each : (at + 1) * each], int(self.cell.recurrent)
+        biases = own[1 + recurrent : 2 + 2 * recurrent] if self.bias else ()
+        bias_ih, bias_hh = (*biases, None, None)[:2]
+        params = own[len(own) - len(self.cell.params) :]
+        return Weights(own[0], own[1] if recurrent else None, bias_ih, bias_hh, tuple(params))
 
 
 def parameters_of(cell: Cell, bias: bool) -> tuple[str, ...]:
