@@ -135,7 +135,9 @@ def test_what_does_not_fit_is_said_as_torch_says_it(name):
     x, state = torch.randn(6, 4, 5, dtype=torch.float64), state_for(module, 4)
     half = tuple(part[:1] for part in state) if isinstance(state, tuple) else state[:1]
     flat = tuple(part[:, 0] for part in state) if isinstance(state, tuple) else state[:, 0]
+    other = [torch.utils._pytree.tree_map(turn, state) for turn in (torch.Tensor.float, lambda part: part.to("meta"))]
     bad = [x[..., :3]], [x[0, 0]], [x[:0]], [x, half], [x, flat], [x.float()], [x[:, 0], state], [x[None]]
+    bad += ([x, other[0]], [x, other[1]])
     for given in bad:
         with pytest.raises((RuntimeError, ValueError)) as expected:
             reference(*given)

@@ -145,7 +145,8 @@ class OnEngine(nn.RNNBase):
             return None
         if lengths is None and input.dim() == 2:
             state = [part.unsqueeze(1) for part in state if part.dim() == 2]
-        if len(state) != S or any(part.shape != shape or part.dtype != x.dtype for part in state):
+        as_x = (shape, x.dtype, x.device)
+        if len(state) != S or any((part.shape, part.dtype, part.device) != as_x for part in state):
             return None
         return Call(x, tuple(state if order is None else (part.index_select(1, order) for part in state)), lengths)
 
