@@ -5,7 +5,7 @@ are counted the instructions of a usual step: without the fence and the emptying
 once.  They are replayed as the warps of one of an SM's four schedulers issue them: in order, by their stall counts,
 scoreboards and the pipes' rates.  The way of mail from SM to SM, and memory where it shows, are not in it and are taken
 from the plan.  Beside the sum stand the plan's figure and the floor (`bench.floors`).  Against what an H200 took
-(tests/test_plan.py) the sum is good to about 20 %, most often too much.
+(tests/kernels/test_plan.py) the sum is good to about 20 %, most often too much.
 """
 
 import argparse

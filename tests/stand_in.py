@@ -1,6 +1,6 @@
 """gpurnn on the stand-in for CuPy and its kernels in the interpreter, for a whole process: as on a GPU, without one.
 
-    python -m pytest -p tests.stand_in -m gpu tests/test_gpu.py tests/test_gpu_training.py
+    python -m pytest -p tests.stand_in -m gpu tests/gpu/test_gpu.py tests/gpu/test_gpu_training.py
 
 runs the GPU's own tests so.  What only a chip has is skipped by its marker, `chip(reason)`; what would take hours is
 smaller by `size`.  A program that is no test calls `start()` before it makes arrays.

@@ -16,8 +16,7 @@ from gpurnn import files
 from gpurnn.app import checkpoint
 from gpurnn.app.checkpoint import Checkpoint
 from gpurnn.app.metrics import MetricsLog, read_metrics
-
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
 
 
 def filled(step):
@@ -216,13 +215,11 @@ def test_clean_removes_leftovers_only(tmp_path):
 
 
 KILLED_WHILE_TRAINING = """
-import sys
 from pathlib import Path
 from gpurnn import files
 from gpurnn.app import checkpoint
 from gpurnn.app.metrics import MetricsLog
-sys.path.insert(0, {tests!r})
-from test_checkpoint import assert_filled, filled
+from tests.app.test_checkpoint import assert_filled, filled
 
 run = Path({folder!r})
 files.clean(run)
@@ -237,11 +234,10 @@ with MetricsLog.resume(run / checkpoint.METRICS, step) as log:
 """
 
 KILLED_WHILE_CREATING = """
-import sys, time
+import time
 from pathlib import Path
 from gpurnn.app import checkpoint
-sys.path.insert(0, {tests!r})
-from test_checkpoint import filled
+from tests.app.test_checkpoint import filled
 
 while True:
     checkpoint.create_run(Path({folder!r}) / str(time.time_ns()), {{"steps": 1}}, filled(0))
@@ -251,7 +247,7 @@ while True:
 
 def run_and_kill(program, folder, seconds):
     """Runs `program`, and kills it some time after its first line."""
-    program = program.format(tests=str(ROOT / "tests"), folder=str(folder))
+    program = program.format(folder=str(folder))
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) as process:
         first = process.stdout.readline()
         time.sleep(seconds)

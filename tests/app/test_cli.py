@@ -14,19 +14,18 @@ from pathlib import Path
 
 import pytest
 
-import gpurnn
 from gpurnn import plot
 from gpurnn.app import checkpoint, training
 from gpurnn.app.config import TrainConfig
 from gpurnn.app.metrics import read_metrics
 from gpurnn.app.train_command import _signals
 from gpurnn.cli import main
+from tests import ROOT
 
 SMALL = [
     "--hidden-size", "9", "--embedding-size", "5", "--batch", "3", "--k1", "6", "--steps", "8", "--validation", "0.2",
     "--log-every", "2", "--validate-every", "4", "--save-every", "3",
 ]  # fmt: skip
-ROOT = Path(gpurnn.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 COMMAND = [sys.executable, "-m", "gpurnn.cli"]
 

@@ -135,8 +135,8 @@ def test_the_summary_says_what_counts(tmp_path):
     lines = [json.dumps(dict(zip(watched.Outcome._fields, line, strict=True))) for line in smoke]
     (tmp_path / "smoke.jsonl").write_text("\n".join(lines))
     (tmp_path / "tests.log").write_text(
-        "[gw1] [ 50%] PASSED tests/test_gpu.py::test_sizes[step-float32-(1, 1, 1, 1)] \n"
-        "tests/test_gpu.py::test_two FAILED [ 60%]\nFAILED tests/test_gpu.py::test_two - assert 1 == 2\n"
+        "[gw1] [ 50%] PASSED tests/gpu/test_gpu.py::test_sizes[step-float32-(1, 1, 1, 1)] \n"
+        "tests/gpu/test_gpu.py::test_two FAILED [ 60%]\nFAILED tests/gpu/test_gpu.py::test_two - assert 1 == 2\n"
     )
     first, second = (case for case in cases.GROUPS["gaps"] if case.rank == 0 and case.cell in ("lstm", "gru") and case.dtype == "bfloat16")  # fmt: skip
     for one in (
@@ -158,13 +158,13 @@ def test_the_summary_says_what_counts(tmp_path):
     text = (tmp_path / "summary.md").read_text()
     assert "failed: tests (exit status 1: 1 failed)" in text
     assert "1 of 2 right; a WRONG: y off by 3e-01" in text
-    assert "1 passed, 1 failed; tests/test_gpu.py::test_two" in text
+    assert "1 passed, 1 failed; tests/gpu/test_gpu.py::test_two" in text
     assert "1 of 6; gpurnn-persistent: RuntimeError: hung" in text
     assert f"training 1.22 x over 2 (least 0.50: {second.name}), 40% of the floor" in text
     assert "over 2, " in text.split("measured / predicted")[1]
     assert "the fastest in 1 of 2; the fastest takes 1/1.41 of its time" in text
     found = [json.loads(line) for line in (tmp_path / "summary.jsonl").read_text().splitlines()]
-    assert next(line for line in found if line["what"] == "tests")["bad"] == ["tests/test_gpu.py::test_two"]
+    assert next(line for line in found if line["what"] == "tests")["bad"] == ["tests/gpu/test_gpu.py::test_two"]
 
 
 WORKER = """

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from bench import harness, quiet
-from tests.test_bench_run import FAST, MACHINE, SMALL, STAMP, Fake, _fake
+from tests.bench.test_bench_run import FAST, MACHINE, SMALL, STAMP, Fake, _fake
 
 
 def test_rounds_begin_with_another_each_time(monkeypatch):

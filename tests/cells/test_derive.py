@@ -12,9 +12,9 @@ from gpurnn import backend
 from gpurnn.cells import CELLS, Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
 from gpurnn.cells.derive import PRICES, SLOT, cheapest, derive
 from gpurnn.cells.trace import COMPARISONS, Graph
+from tests.cells.literature import LITERATURE
 from tests.conftest import USER_CELLS
 from tests.fuzz.random_cells import random_cell
-from tests.literature import LITERATURE
 
 ON_CPU = pytest.mark.skipif(backend.name == "cuda", reason="the executors of a CPU")
 
@@ -61,7 +61,7 @@ def test_cells_of_the_literature_are_right_at_once(name, executor):
 )
 def test_on_interpreted_kernels(name, executor):
     pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
-    from tests.test_kernels import compare
+    from tests.kernels.test_kernels import compare
 
     compare(LITERATURE[name], (3, 3, 2, 5), executor, inference=False)
 

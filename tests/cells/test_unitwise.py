@@ -118,7 +118,7 @@ def test_kernels_that_keep_a_matrix_refuse():
 )
 def test_on_interpreted_kernels(options):
     pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
-    from tests.test_kernels import compare
+    from tests.kernels.test_kernels import compare
 
     others = {name: value for name, value in options.items() if name not in ("dtype", "precision")}
     kind = options.get("dtype", options.get("precision", "float32"))
@@ -128,7 +128,7 @@ def test_on_interpreted_kernels(options):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (0, 2, 3, 4), (2, 0, 3, 4), (5, 3, 2, 50)], ids=str)
 def test_odd_sizes_on_interpreted_kernels(shape):
     pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
-    from tests.test_kernels import compare
+    from tests.kernels.test_kernels import compare
 
     compare(CELLS["indrnn"], shape, "step")
 

@@ -8,7 +8,6 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +18,9 @@ from gpurnn.cpu.barrier import make_meet
 from gpurnn.cpu.instructions import put, word
 from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import address, host
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
-
-ROOT = Path(__file__).parents[1]
 
 
 @functools.cache

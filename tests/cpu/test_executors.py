@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,10 +16,10 @@ from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.cpu import compiled, costs, memory
 from gpurnn.executors import choose, numpy_loop
 from gpurnn.executors.contract import Backward, Job, Weights
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
-ROOT = Path(__file__).parents[1]
 # The largest difference, relative to a tensor's largest entry, between the compiled executor and the float64 oracle.
 TOLERANCES = {"float64": 1e-12, "float32": 2e-5}
 # A gradient that is added to ones may nearly cancel them: it is measured by the larger of its terms.
@@ -296,15 +295,15 @@ WIDTHS = ("16", "32")
 
 def test_narrower_vectors():
     nested(
-        "tests/test_executors.py::test_every_cell_agrees[lstm-float32]",
-        "tests/test_simd.py::test_tanh",
-        "tests/test_products.py::test_packing_rows",
+        "tests/cpu/test_executors.py::test_every_cell_agrees[lstm-float32]",
+        "tests/cpu/test_simd.py::test_tanh",
+        "tests/cpu/test_products.py::test_packing_rows",
     )
 
 
 @pytest.mark.slow
 def test_narrower_vectors_everywhere():
-    nested("tests/test_executors.py", "tests/test_simd.py", "tests/test_products.py", "-k", "not narrower")
+    nested("tests/cpu/test_executors.py", "tests/cpu/test_simd.py", "tests/cpu/test_products.py", "-k", "not narrower")
 
 
 def nested(*arguments):

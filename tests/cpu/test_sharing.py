@@ -5,7 +5,6 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,12 @@ from gpurnn.cpu import costs, crew, sharing, threads
 from gpurnn.cpu.simd import host
 from gpurnn.initializers import normal
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
 CELLS = (RNN_CELLS["tanh"], GRU_CELL, LSTM_CELL)
 FLOAT32 = np.dtype(np.float32)
-ROOT = Path(__file__).parents[1]
 
 
 def full(T, N):

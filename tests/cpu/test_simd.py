@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ from numba.extending import intrinsic
 from gpurnn import backend
 from gpurnn.cpu import simd
 from gpurnn.cpu.simd import Emitter, address, vector_loop
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
-ROOT = Path(__file__).parents[1]
 DTYPES = ("float32", "float64")
 
 

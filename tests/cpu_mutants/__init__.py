@@ -1,6 +1,6 @@
 """Tables of mutants for `test_cpu_mutants`, by room: {"kind: what is wrong then": (file, text, text instead, tests ...)}.
 
-file: without .py.  tests: "optim::schedules" is test_schedules in test_optim.py; those that ought to see it, and quick ones.
+file: without .py.  tests: "optim::schedules" is test_schedules in tests/*/test_optim.py; those that ought to see it, and quick ones.
 A mutant is a slip that somebody could make.  One that no input tells from the original is none: it is replaced.
 """
 

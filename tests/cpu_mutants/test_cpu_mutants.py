@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 
 from gpurnn import backend
+from tests import ROOT
 from tests.cpu_mutants import ROOMS, SURVIVORS
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("gpurnn", "kernels", "bench", "tests", "pyproject.toml", "README.md")
 LIMIT = 300  # s: of one mutant's tests, which take seconds; who takes that long hangs, and is not called caught
+FILES = {
+    path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")
+}  # a row names `test_NAME.py` in whatever folder
 ROWS = {f"{room}, {name}": row for room, table in ROOMS.items() for name, row in table.items()}
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU other code runs")
@@ -38,7 +41,7 @@ def test_the_tests_that_are_named_are_there():
         assert tests, name
         for test in tests:
             file, function = re.fullmatch(r"(\w+)::(\w+)(?:\[.*\])?", test).groups()
-            assert f"def test_{function}(" in (ROOT / f"tests/test_{file}.py").read_text(), f"{name}: {test}"
+            assert f"def test_{function}(" in FILES[f"test_{file}"].read_text(), f"{name}: {test}"
 
 
 def test_the_table_is_large_and_few_survive():
@@ -89,7 +92,8 @@ def copy(folder):
 
 def outcome(folder, tests, limit):
     """Exit status of the tests, as pytest gives it (1: some failed; negative: the process died), and what they printed."""
-    nodes = ["tests/test_{}.py::test_{}".format(*test.split("::")) for test in tests]
+    named = [test.split("::", 1) for test in tests]
+    nodes = [f"{FILES[f'test_{file}'].relative_to(ROOT)}::test_{function}" for file, function in named]
     command = [sys.executable, "-m", "pytest", "-n0", "-xq", "--tb=short", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -14,7 +14,7 @@ from gpurnn.kernels import exchange
 from gpurnn.kernels.faults import GAVE_UP, SITE
 from gpurnn.kernels.tiles import Ffma
 from tests.interpreted import Interpreted, interpreted
-from tests.mutants import Case, check, plant, run
+from tests.kernels.mutants import Case, check, plant, run
 from tests.ptx.mbarriers import Mbarriers
 from tests.ptx.races import Tracker
 

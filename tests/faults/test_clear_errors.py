@@ -14,8 +14,8 @@ from gpurnn import executors, files, plot
 from gpurnn.app import checkpoint, data, metrics
 from gpurnn.cli import main
 from gpurnn.cpu import ops
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     "--hidden-size", "5", "--embedding-size", "3", "--batch", "2", "--k1", "6",
     "--steps", "3", "--validation", "0.3", "--dropout", "0.2",

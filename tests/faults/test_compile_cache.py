@@ -18,12 +18,12 @@ from gpurnn.app import data
 from gpurnn.cpu import cache
 from gpurnn.files import code_folder
 from gpurnn.kernels import entries
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
 posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system keeps users' files apart by itself")
 
-ROOT = Path(__file__).parents[1]
 # Runs a tiny cell forward and backward, and prints the compilations that it took, the results, and the entries it asked for.
 PROGRAM = """
     import numpy as np

@@ -17,13 +17,13 @@ from threadpoolctl import ThreadpoolController
 
 import gpurnn
 from gpurnn import backend, locks
+from tests import ROOT
 
 pytestmark = [
     pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
 ]
 
-ROOT = Path(__file__).parents[1]
 RIGHT, WRONG = 7, 8
 THESE_TESTS = f"""
     import importlib.util, os, sys, threading, warnings

@@ -10,8 +10,8 @@ import pytest
 from gpurnn import plot
 from gpurnn.cli import main
 from gpurnn.plot import style
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 METRICS = [{"step": 10 * n, "loss": 2 + 4 / (n + 1), "grad_norm": 1 / (n + 1)} for n in range(9)]
 NAMES = ("loss.png", "loss.svg")
 CODE = f"from gpurnn import plot; [plot.loss_curve({METRICS}, name) for name in {NAMES}]"

@@ -4,14 +4,13 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from gpurnn import backend, environment, variables
 from gpurnn.cli import _parser, main
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)).choices
 BAD = {
     "GPURNN_BACKEND": "cdua",

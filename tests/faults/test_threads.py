@@ -20,10 +20,10 @@ from gpurnn import backend
 from gpurnn.cpu import costs, crew, threads
 from gpurnn.layers import Dropout
 from gpurnn.recurrent import LSTM
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")
 
-ROOT = Path(__file__).parents[1]
 T, N, I, H = 6, 9, 20, 100  # a step and the large products are both worth several threads
 
 

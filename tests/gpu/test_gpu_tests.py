@@ -2,25 +2,24 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from gpurnn import backend
+from tests import ROOT
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="they run by themselves here")
 
-ROOT = Path(__file__).parents[1]
 SOME = [
-    "tests/test_gpu.py::test_a_captured_graph",
-    "tests/test_gpu.py::test_another_stream[step-float32]",
-    "tests/test_gpu.py::test_a_new_thread[step]",
-    "tests/test_gpu.py::test_out_of_memory_is_an_error_and_the_next_call_works",
-    "tests/test_gpu_training.py::test_rows_that_are_not_finite",
-    "tests/test_gpu_training.py::test_windows_arrive_in_time",
+    "tests/gpu/test_gpu.py::test_a_captured_graph",
+    "tests/gpu/test_gpu.py::test_another_stream[step-float32]",
+    "tests/gpu/test_gpu.py::test_a_new_thread[step]",
+    "tests/gpu/test_gpu.py::test_out_of_memory_is_an_error_and_the_next_call_works",
+    "tests/gpu/test_gpu_training.py::test_rows_that_are_not_finite",
+    "tests/gpu/test_gpu_training.py::test_windows_arrive_in_time",
 ]
-ALL = ["tests/test_gpu.py", "tests/test_gpu_training.py"]
+ALL = ["tests/gpu/test_gpu.py", "tests/gpu/test_gpu_training.py"]
 
 
 def run(tests, processes, seconds):

@@ -17,9 +17,9 @@ import gpurnn
 from gpurnn.cells import CELLS
 from gpurnn.kernels import build, mail
 from gpurnn.kernels.tiles import Ffma, Mma
-from tests import mutants
 from tests.interpreted import CAPABILITY, interpreted
-from tests.mutants import Case, Wrong, catch, check, plant, run, stand
+from tests.kernels import mutants
+from tests.kernels.mutants import Case, Wrong, catch, check, plant, run, stand
 from tests.ptx.errors import BarrierMisuse, Deadlock, OutOfBounds, PeerExited, Race, Uninitialised
 from tests.ptx.parse import parse
 

@@ -12,7 +12,7 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 
 from gpurnn.cells import PARALSTM_CELL, SRU_CELL
 from gpurnn.kernels.tiles import Ffma, Mma
-from tests.mutants import Case, Wrong, catch, check, plant, stand
+from tests.kernels.mutants import Case, Wrong, catch, check, plant, stand
 from tests.ptx.errors import Misaligned, OutOfBounds, Race, Uninitialised
 
 FEW, MANY = (4, 3, 3, 1, 1), (4, 4, 4, 3, 3, 2, 2, 2, 2, 1)  # several blocks' rows, and the last block is not full

@@ -19,7 +19,7 @@ from gpurnn.cuda.tuning import registers
 from gpurnn.kernels import build, packing, persistent, plan, step, tiles, unitwise
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
 from tests.conftest import USER_CELLS
-from tests.mutants import anew
+from tests.kernels.mutants import anew
 
 ARCHITECTURES = ((8, 0), (9, 0))
 NEWER = ((10, 0), (12, 0))

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 from gpurnn.kernels import build, columns, dropout, embedding, losses, moves, norms, optim, rounding
-from tests.test_lint import NEWER, built, opcodes
+from tests.kernels.test_lint import NEWER, built, opcodes
 
 RECIPES = {
     "begin_update": (optim.begin_update, {"dtype": "float32"}),

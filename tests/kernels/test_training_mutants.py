@@ -20,8 +20,8 @@ from gpurnn.cuda import device, launches
 from gpurnn.cuda import moves as moving
 from gpurnn.cuda import updates as on_device
 from tests.interpreted import interpreted
+from tests.kernels.test_training_kernels import LONG, Model, put, rows
 from tests.ptx.errors import Misaligned, OutOfBounds, Race, Uninitialised
-from tests.test_training_kernels import LONG, Model, put, rows
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
 

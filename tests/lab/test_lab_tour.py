@@ -3,16 +3,14 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import gpurnn
 from gpurnn.cli import main
 from gpurnn.lab import tour, weight
 from gpurnn.lab.page import Page
+from tests import ROOT
 
-ROOT = Path(gpurnn.__file__).parent.parent
 FIGURES = {
     "one-weight", "activations", "neuron", "by-lag", "initialisers", "cliff", "clipping", "memory", "flow-map-rnn",
     "flow-map-gru", "flow-map-lstm", "eigenvalues", "truncation", "initial-state",

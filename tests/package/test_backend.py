@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpurnn import backend
-
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
 
 
 class FakeDriver:

@@ -2,11 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 TABLE = re.findall(
     r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text().partition("Dependencies run one way")[2], re.M
 )

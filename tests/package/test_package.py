@@ -11,8 +11,7 @@ import pytest
 
 import gpurnn
 from gpurnn import backend
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 def python(code: str, *, cwd: Path | None = None) -> str:
@@ -45,7 +44,7 @@ for name in names:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         assert name.startswith(("bench.peers.", "gpurnn.torch")) and error.name in ("torch", "jax", "flashrnn"), (name, error)
-for name in ("conftest", "test_gpu", "test_gpu_training"):
+for name in ("conftest", "gpu.test_gpu", "gpu.test_gpu_training"):
     importlib.import_module(f"tests.{name}")
 
 from gpurnn.cli import main

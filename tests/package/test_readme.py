@@ -1,11 +1,12 @@
 """The README's Python runs as it stands, each example by itself, and does what the text around it says."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from tests import ROOT
+
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 

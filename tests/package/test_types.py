@@ -1,13 +1,13 @@
 """The types tell the truth: mypy passes the README's examples, and finds slips in the use of a layer."""
 
 import re
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 api = pytest.importorskip("mypy.api", reason="mypy is not installed: pip install 'gpurnn[dev]'")
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 SLIPS = {
     "a misspelt option": ("gpurnn.LSTM(10, 32, bidirectionl=True)", "bidirectionl"),

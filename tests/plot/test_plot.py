@@ -2,7 +2,6 @@ import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ import pytest
 from gpurnn import plot
 from gpurnn.plot import style
 from gpurnn.plot import training as training_figures
-
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Parity with PyTorch is then tested where PyTorch is not installed.  Needs torch (`pip install torch==2.13.0`) and nothing
 of gpurnn; inputs come from NumPy's seeded generator, so that a second run writes the same inputs:
 
-    python tests/reference/make_vectors.py
+    python tests/executors/reference/make_vectors.py
 
 For every case, arrays are stored as `<case>/<what>`: `x`, `dy`; `state/h`, `dstate/h` (and `c`) where a state is given;
 `lengths` where rows have one; `params/<name>` and, from torch, `y`, `final/h`, `dx`, `dinitial/h`, `grads/<name>`.

@@ -1,0 +1,1 @@
+"""The cell contract, what is derived and traced from it, cells from the literature."""

@@ -1,0 +1,1 @@
+"""What both machines share, and both against PyTorch and float64."""

@@ -1,0 +1,1 @@
+"""A file for each kind of fault, whatever module it is in."""

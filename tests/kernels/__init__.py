@@ -1,0 +1,1 @@
+"""The CUDA kernels without a GPU: results, machine code, building, and bugs planted in them."""

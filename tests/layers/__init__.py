@@ -1,0 +1,1 @@
+"""What users put together: layers, models, losses, parameters, backpropagation through time."""

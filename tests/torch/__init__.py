@@ -1,0 +1,1 @@
+"""`gpurnn.torch` against torch.nn."""
