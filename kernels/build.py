@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import entries
+from . import entries, garbage
 
 TOOLS = (
     "numba-cuda",
@@ -143,7 +143,7 @@ def ptx(source: Source, name: str, capability: tuple[int, int]) -> str:
     from .numba_cuda import cuda
 
     options = {"cc": capability, "device": False, "abi": "numba", "output": "ptx"}
-    with _without_device(capability):
+    with _without_device(capability), garbage.left_lying():
         text, _ = cuda.compile(source.function, source.signature, launch_bounds=(source.threads, 1), **options)
     entry = re.search(r"\.visible \.entry (\w+)\(", text)
     if entry is None:

@@ -1,6 +1,7 @@
 """What the tests share: one compile cache for the session, marks that skip visibly, and the cells of users."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,12 @@ def same_backend():
     before = backend.name, backend.xp
     yield
     assert (backend.name, backend.xp) == before
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Figures are made as always and then not rendered, which takes most of a small run's time."""
+    monkeypatch.setattr("gpurnn.plot.style.save", lambda figure, path: Path(path).write_bytes(b"a figure"))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -30,7 +30,7 @@ from gpurnn import locks
 from gpurnn._version import __version__
 from gpurnn.cpu import costs
 from gpurnn.files import code_folder
-from gpurnn.kernels import entries
+from gpurnn.kernels import entries, garbage
 
 _called_by_name: list[Any] = []  # Numba frees code with its dispatcher, and would free it under its callers
 
@@ -67,7 +67,8 @@ def _external(function: Callable, key: tuple, record: Any) -> Compiled:
     if place is not None:
         text = "\n".join(map(str, (_environment_key(), function.__qualname__, signature, *key)))
         dispatcher._cache = _File(place / f"{function.__name__}-{entries.key(text)}.bin")
-    dispatcher.compile(signature)
+    with garbage.left_lying():
+        dispatcher.compile(signature)
     dispatcher.disable_compile()
     _called_by_name.append(dispatcher)
     found = dispatcher.overloads[signature.args]

@@ -10,6 +10,8 @@ from gpurnn import diagnose, plot
 from gpurnn.app import character_model
 from gpurnn.cli import main
 
+pytestmark = pytest.mark.usefixtures("blank_figures")  # `tests/plot` draws them
+
 SMALL = [
     "--hidden-size", "9", "--num-layers", "2", "--embedding-size", "5", "--batch", "3", "--k1", "6", "--steps", "8",
     "--validation", "0.2", "--log-every", "2", "--validate-every", "4", "--dropout", "0.2",

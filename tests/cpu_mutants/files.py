@@ -34,7 +34,7 @@ MUTANTS = {
         "checkpoint::a_run_killed_while_it_is_made_is_whole_or_absent"),
     "passed: a run that another process trains": (CHECKPOINT,
         '            raise BlockingIOError(f"{folder}: another process is training this run") from None\n',
-        "            pass\n", "cli::a_signal_finishes_the_step_and_saves"),
+        "            pass\n", "processes::a_signal_finishes_the_step_and_saves"),
     "kind: bfloat16 in the lower half": (CHECKPOINT, '.astype("<u4") << 16)', '.astype("<u4") << 0)',
         "checkpoint::bfloat16_becomes_float32"),
     "strides: a transposed tensor as it lies": (CHECKPOINT, 'np.asarray(tensor, order="C")', "np.asarray(tensor)",

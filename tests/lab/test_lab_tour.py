@@ -17,7 +17,8 @@ FIGURES = {
 }  # fmt: skip
 
 
-def test_the_quick_tour(tmp_path, capsys):
+def test_the_quick_tour(tmp_path, capsys, blank_figures):
+    """All of it but the figures' rendering, which `tests/plot` shows."""
     folder = tmp_path / "new" / "lab"
     assert main(["lab", "--quick", "--out", str(folder)]) == 0
     screen, page = capsys.readouterr().out, (folder / "summary.md").read_text()
