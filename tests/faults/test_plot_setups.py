@@ -64,7 +64,7 @@ def text(tmp_path, monkeypatch) -> Path:
     return tmp_path / "text.txt"
 
 
-def test_a_figure_that_fails_costs_no_result(text, tmp_path, capsys, monkeypatch):
+def test_a_figure_that_fails_costs_no_result(text, tmp_path, capsys, monkeypatch, blank_figures):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         for name in ("loss_curve", "by_lag"):
