@@ -1,5 +1,6 @@
 """What the tests share: one compile cache for the session, marks that skip visibly, and the cells of users."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_configure(config):
     config.user_cells = USER_CELLS  # for tests that want one of them by name
+
+
+def pytest_collection_finish():
+    """What was collected stays to the end, so Python's own collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
