@@ -148,10 +148,30 @@ class Emitter:
     def sqrt(self, a):
         return self.intrinsic("sqrt", a)
 
-    def log(self, a):
-        """The C library's, lane by lane: exact, and rare in cells.  It takes subnormal numbers apart, which here are zero."""
-        nothing = self.constant(0)
-        return self.intrinsic("log", self.where(self.builder.fcmp_ordered("==", a, nothing), nothing, a))
+    def log(self, x):
+        """log by x = m 2**e with m between sqrt(1/2) and sqrt(2), then Cephes' polynomial or rational form of m - 1 (Moshier).
+
+        Subnormal numbers count as zero, as everywhere in compiled loops.
+        """
+        b, bits = self.builder, self.integers(0).type
+        single = self.dtype.itemsize == 4
+        mantissa, root = (23, 0x3F3504F3) if single else (52, 0x3FE6A09E667F3BCD)  # sqrt(1/2)
+        pattern = b.bitcast(x, bits)
+        exponent = b.ashr(b.sub(pattern, self.integers(root)), self.integers(mantissa))
+        m = b.bitcast(b.sub(pattern, b.shl(exponent, self.integers(mantissa))), self.type)
+        e, f = b.sitofp(exponent, self.type), self.sub(m, self.constant(1))
+        ff = self.mul(f, f)
+        if single:
+            ratio = self.polynomial(f, LOG_F32)
+        else:
+            ratio = self.div(self.polynomial(f, LOG_F64_P), self.polynomial(f, LOG_F64_Q))
+        high, low = 0.693359375, -2.121944400546905827679e-4  # of log 2; e times the first is exact
+        small = self.fma(e, self.constant(low), self.mul(self.mul(f, ff), ratio))
+        value = self.fma(e, self.constant(high), self.add(f, self.fma(self.constant(-0.5), ff, small)))
+        infinite = self.constant(float("inf"))
+        value = self.where(b.fcmp_ordered("==", x, infinite), infinite, value)
+        value = self.where(b.fcmp_unordered("<", x, self.constant(0)), self.constant(float("nan")), value)  # NaN too
+        return self.where(b.fcmp_ordered("==", x, self.constant(0)), self.neg(infinite), value)
 
     def less(self, a, b):
         return self.builder.fcmp_ordered("<", a, b)
@@ -235,6 +255,33 @@ class Emitter:
 
 
 EXP_F32 = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+LOG_F32 = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+LOG_F64_P = (
+    1.01875663804580931796e-4,
+    4.97494994976747001425e-1,
+    4.70579119878881725854,
+    1.44989225341610930846e1,
+    1.79368678507819816313e1,
+    7.70838733755885391666,
+)
+LOG_F64_Q = (
+    1.0,
+    1.12873587189167450590e1,
+    4.52279145837532221105e1,
+    8.29875266912776603211e1,
+    7.11544750618563894466e1,
+    2.31251620126765340583e1,
+)
 EXP_F64_P = (1.26177193074810590878e-4, 3.02994407707441961300e-2, 9.99999999999999999910e-1)
 EXP_F64_Q = (3.00198505138664455042e-6, 2.52448340349684104192e-3, 2.27265548208155028766e-1, 2.0)
 TANH_F32_P = (

@@ -19,6 +19,8 @@ from gpurnn.torch.stack import Stack, array
 
 # Whether the backward pass under way was told to keep its graph (retain_graph); where PyTorch does not say, it may have been.
 _kept_by_backward = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+# Whether a gradient stands for many at once: `is_grads_batched`, `torch.autograd.functional.jacobian(..., vectorize=True)`.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 EMPTY: Any = Tape(None, None, None, None)  # type: ignore[arg-type]
 
 
@@ -72,8 +74,9 @@ class Sweep(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         saved, given = ctx.saved_tensors, len(wanted)
         (x, *tensors), noises, kept = saved[:given], saved[given : given + noisy], saved[given + noisy : -1]
-        if torch.is_grad_enabled():  # somebody wants the gradient of this gradient
-            gradients = _differentiable(stack, rows, noises, (x, *tensors), wanted, (dy, *dfinal))
+        again = torch.is_grad_enabled()  # somebody wants the gradient of this gradient
+        if again or any(part is not None and _is_batched(part) for part in (dy, *dfinal)):
+            gradients = _differentiable(stack, rows, noises, (x, *tensors), wanted, (dy, *dfinal), again)
         else:
             read, buffers = (x, *kept[: stack.layers - 1]), kept[stack.layers - 1 :]
             keep = _kept_by_backward()
@@ -167,15 +170,17 @@ def _differentiable(
     given: Sequence[Tensor],
     wanted: Sequence[bool],
     upstream: Sequence[Tensor | None],
+    again: bool,
 ) -> list[Tensor | None]:
-    """The gradients of what is wanted of `given` as PyTorch finds them, to be differentiated again."""
+    """The gradients of what is wanted of `given` as PyTorch finds them; again: to be differentiated once more."""
     S, (x, *tensors) = stack.cell.states, given
-    y, final = composite.run(stack, rows, noises, x, tensors[:S], tensors[S:])
+    with torch.enable_grad():
+        y, final = composite.run(stack, rows, noises, x, tensors[:S], tensors[S:])
     pairs = [(out, of) for out, of in zip((y, *final), upstream, strict=True) if of is not None]
     inputs = [part for part, one in zip(given, wanted, strict=True) if one]
     found = iter(
         torch.autograd.grad(
-            [out for out, _ in pairs], inputs, [of for _, of in pairs], create_graph=True, allow_unused=True
+            [out for out, _ in pairs], inputs, [of for _, of in pairs], create_graph=again, allow_unused=True
         )
     )
     return [next(found) if one else None for one in wanted]

@@ -87,7 +87,8 @@ def test_exp(dtype, low, high):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_log_and_sqrt(dtype):
-    x = np.logspace(-37, 37, 200_001).astype(dtype)
+    around_one = 1 + np.concatenate([np.linspace(-0.6, 2, 200_000), np.logspace(-16, -1), -np.logspace(-16, -1)])
+    x = np.concatenate([np.logspace(-37, 37, 200_001), around_one]).astype(dtype)
     for operation, exact in ((Emitter.log, np.log(x.astype(FINEST))), (Emitter.sqrt, np.sqrt(x.astype(FINEST)))):
         function = vector_function(operation, dtype)
         assert (np.abs(function(x) - exact) <= np.finfo(dtype).eps * np.abs(exact)).all()

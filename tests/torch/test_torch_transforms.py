@@ -54,6 +54,27 @@ def test_gradients_and_gradients_of_gradients(name, rows):
     assert torch.autograd.gradgradcheck(f, (x, *states, *weights), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", SMOOTH)
+def test_many_gradients_at_once(name):
+    stack, x, states, weights = case(CELLS[name], 2, 2)
+    rows = np.array([3, 3, 2, 1])
+    live = torch.as_tensor(rows)[:, None, None] > torch.arange(N)[None, :, None]
+
+    def f(x, *states):
+        return Sweep.apply(stack, rows, [], x * live, *states, *weights)[0].sum(1)
+
+    at_once, one_by_one = (
+        torch.autograd.functional.jacobian(f, (x.detach(), *map(torch.Tensor.detach, states)), vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    for many, each in zip(at_once, one_by_one, strict=True):
+        torch.testing.assert_close(many, each, rtol=1e-12, atol=1e-12)
+    y = f(x, *states)
+    many = torch.autograd.grad(y, weights, torch.stack([torch.ones_like(y), y.detach()]), is_grads_batched=True)
+    for gradient, both in zip(torch.autograd.grad(f(x, *states), weights, y.detach()), many, strict=True):
+        torch.testing.assert_close(both[1], gradient, rtol=1e-10, atol=1e-12)
+
+
 def test_a_penalty_on_the_gradient_with_dropout_and_one_output_used():
     torch.manual_seed(0)
     module, reference = ours.LSTM(I, H, 2, dropout=0.5).double(), nn.LSTM(I, H, 2, dropout=0.5).double()
