@@ -32,7 +32,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     rows = np.ascontiguousarray(job.rows, np.int64)
     if rows is not job.rows:
         job = job._replace(rows=rows)
-    cell, x, weights, state, rows, reverse, training, _ = job
+    cell, x, weights, state, rows, reverse, training = job[:7]
     T, N, I = x.shape
     H, dtype, ends = state[0].shape[1], x.dtype, Ends.of(job, np)
     allocate = memory.empty if ends.lengths is None else memory.zeros

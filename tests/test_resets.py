@@ -1,0 +1,164 @@
+"""Resets inside a sequence, against the segments run by themselves; and all states of all steps."""
+
+import numpy as np
+import pytest
+
+import gpurnn
+from gpurnn import backend
+from gpurnn.cells import CELLS
+
+ON_CPU = pytest.mark.skipif(backend.name == "cuda", reason="the executors of a CPU")
+CELL_NAMES = ("rnn_tanh", "lstm", "gru", "sru", "lru", "indrnn")
+T, N, I, H = 9, 5, 3, 6
+LENGTHS = [9, 7, 4, 0, 9]
+
+
+def drawn(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def flags(T=T, N=N, seed=1, share=0.3):
+    """Rows that begin again often, at their first and their last step too, and one that never does."""
+    found = np.random.default_rng(seed).random((T, N)) < share
+    found[:, -1] = False
+    if T > 1 and N > 1:
+        found[0, 0] = found[-1, 1] = found[0, 1] = True
+    return found
+
+
+def layer_of(cell, executor="numpy", dtype="float64", **options):
+    layer = gpurnn.Recurrent(cell, I, H, executor=executor, dtype=dtype, rng=0, **options)
+    rng = np.random.default_rng(2)
+    for value in layer.params.values():
+        value += backend.asarray(rng.normal(0, 0.4, value.shape), layer.dtype, "noise")
+    return layer
+
+
+def tuples(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def in_one(layer, resets, lengths=None, given=True, all_states=False, keep=False):
+    """Every tensor of a training pass, by name."""
+    D, L, S = layer.directions, layer.num_layers, layer.cell.states
+    put = lambda array: backend.asarray(array, layer.dtype, "array")  # noqa: E731
+    steps, rows = resets.shape
+    x, dy = put(drawn(steps, rows, I)), [put(drawn(steps, rows, D * H, seed=3 + s)) for s in range(S)]
+    state, dstate = ([put(drawn(L * D, rows, H, seed=seed + s)) for s in range(S)] for seed in (10, 20))
+    packed = (lambda parts: parts[0] if S == 1 else tuple(parts))  # noqa: E731
+    layer.zero_grad()
+    options = {"lengths": lengths, "resets": resets, "all_states": all_states}
+    y, final, backward = layer(x, packed(state) if given else None, **options)
+    for call in range(2 if keep else 1):
+        layer.zero_grad()
+        dx, dinitial = backward(packed(dy) if all_states else dy[0], packed(dstate), keep=keep and call == 0)
+    found = {"y": y} if not all_states else {f"y {s}": part for s, part in enumerate(tuples(y))}
+    found |= {"dx": dx} | {f"d{name}": value.copy() for name, value in layer.grads.items()}
+    found |= {f"final {s}": part for s, part in enumerate(tuples(final))}
+    found |= {f"dinitial {s}": part for s, part in enumerate(tuples(dinitial))}
+    again = layer(x, packed(state) if given else None, training=False, **options)
+    found |= {f"inference {s}": part for s, part in enumerate((*tuples(again[0]), *tuples(again[1])))}
+    return {name: backend.to_numpy(value).copy() for name, value in found.items()}
+
+
+def by_segments(layer, resets, lengths=None, given=True, all_states=False):
+    """The same, each segment of each row a call of its own, layer by layer, and no resets anywhere."""
+    cell, D, L, S = layer.cell, layer.directions, layer.num_layers, layer.cell.states
+    x, dys = drawn(T, N, I), [drawn(T, N, D * H, seed=3 + s) for s in range(S)]
+    state, dstate = ([drawn(L * D, N, H, seed=seed + s) for s in range(S)] for seed in (10, 20))
+    lengths = [T] * N if lengths is None else lengths
+    h0 = [layer.params[f"{n}_0"] if layer.trainable_h0 else np.zeros((L * D, H)) for n in cell.state_names]
+    found = {f"d{name}": np.zeros_like(value) for name, value in layer.params.items()}
+    final, dinitial = [np.zeros_like(p) for p in state], [np.zeros_like(p) for p in state]
+    everything, level, backs = [], x, []
+    for place in range(L):
+        outputs = [np.zeros((T, N, D * H)) for _ in range(S)]
+        calls = []
+        for n, direction in np.ndindex(N, D):
+            at = place * D + direction
+            end = lengths[n]
+            cuts = [0, *(t for t in range(1, end) if resets[t, n]), end]
+            pieces = [(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
+            if not pieces:
+                for s in range(S):
+                    final[s][at, n] = state[s][at, n] if given else h0[s][at]
+            for a, b in pieces:
+                begins = a == 0 if direction == 0 else b == end
+                ends = b == end if direction == 0 else a == 0
+                own = begins and given and not (direction == 0 and resets[0, n])
+                one = gpurnn.Recurrent(cell, level.shape[2], H, executor="numpy", dtype="float64")
+                suffix = f"_l{place}" + ("_reverse" if direction else "")
+                for name in one.params:
+                    one.params[name][...] = layer.params[name.replace("_l0", suffix)]
+                start = tuple((state if own else h0)[s][at, n] if own else h0[s][at] for s in range(S))
+                piece = level[a:b, n : n + 1][:: -1 if direction else 1]
+                packed = tuple(part[None, None] for part in start)
+                y, last, back = one(piece, packed if S > 1 else packed[0], all_states=True)
+                for out, part in zip(outputs, tuples(y)):
+                    out[a:b, n, direction * H : (direction + 1) * H] = part[:: -1 if direction else 1, 0]
+                if ends:
+                    for whole, part in zip(final, tuples(last)):
+                        whole[at, n] = part[0, 0]
+                calls.append((one, back, (a, b, n, direction, at), own, ends, suffix, begins))
+        backs.append((calls, level.shape[2]))
+        level, everything = outputs[0], outputs
+    above = [dys[0], *(dys[1:] if all_states else [None] * (S - 1))]
+    for place in reversed(range(L)):
+        calls, width = backs[place]
+        below = np.zeros((T, N, width))
+        for one, back, (a, b, n, direction, at), own, ends, suffix, begins in calls:
+            cut = slice(direction * H, (direction + 1) * H)
+            step = -1 if direction else 1
+            dy = tuple(None if part is None else part[a:b, n : n + 1, cut][::step] for part in above)
+            dlast = tuple(part[at, n][None, None] if ends else np.zeros((1, 1, H)) for part in dstate)
+            dx, dstart = back(dy if S > 1 else dy[0], dlast if S > 1 else dlast[0])
+            below[a:b, n] += dx[::step, 0]
+            for name, value in one.grads.items():
+                found[f"d{name.replace('_l0', suffix)}"] += value
+            for s, part in enumerate(tuples(dstart)):
+                reset = direction == 0 and a == 0 and resets[0, n]
+                if begins and not reset:
+                    dinitial[s][at, n] = part[0, 0]
+                if layer.trainable_h0 and not own:
+                    found[f"d{cell.state_names[s]}_0"][at] += part[0, 0]
+        for n, direction in np.ndindex(N, D):
+            if lengths[n] == 0:
+                for s in range(S):
+                    at = place * D + direction
+                    dinitial[s][at, n] = dstate[s][at, n]
+                    if layer.trainable_h0 and not given:
+                        found[f"d{cell.state_names[s]}_0"][at] += dstate[s][at, n]
+        above = [below, *[None] * (S - 1)]
+    found |= {f"y {s}": part for s, part in enumerate(everything)} if all_states else {"y": everything[0]}
+    found |= {"dx": below} | {f"final {s}": part for s, part in enumerate(final)}
+    return found | {f"dinitial {s}": part for s, part in enumerate(dinitial)}
+
+
+def agree(got, expected, tolerance=1e-12):
+    for name, reference in expected.items():
+        assert got[name].shape == reference.shape, name
+        error = np.abs(got[name] - reference).max() / max(1.0, np.abs(reference).max())
+        assert error <= tolerance, f"{name}: off by {error:.1e}"
+
+
+OPTIONS = [
+    {},
+    {"trainable_h0": True},
+    {"trainable_h0": True, "given": False, "lengths": LENGTHS, "bidirectional": True},
+    {"num_layers": 2, "bidirectional": True, "trainable_h0": True, "lengths": LENGTHS},
+    {"all_states": True, "bidirectional": True, "lengths": LENGTHS},
+]
+
+
+def split(options):
+    own = {name: options[name] for name in ("given", "lengths", "all_states") if name in options}
+    return own, {name: value for name, value in options.items() if name not in own}
+
+
+@ON_CPU
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cell", CELL_NAMES)
+def test_a_row_is_its_segments(cell, options):
+    own, others = split(options)
+    layer = layer_of(CELLS[cell], **others)
+    agree(in_one(layer, flags(), **own), by_segments(layer, flags(), **own))
