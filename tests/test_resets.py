@@ -162,3 +162,19 @@ def test_a_row_is_its_segments(cell, options):
     own, others = split(options)
     layer = layer_of(CELLS[cell], **others)
     agree(in_one(layer, flags(), **own), by_segments(layer, flags(), **own))
+
+
+EXECUTORS = ("compiled",)
+
+
+@ON_CPU
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cell", CELL_NAMES)
+def test_the_compiled_loop_agrees(cell, options):
+    own, others = split(options)
+    for dtype, tolerance in (("float64", 1e-12), ("float32", 2e-5)):
+        got, expected = (
+            in_one(layer_of(CELLS[cell], executor, kind, **others), flags(), keep=True, **own)
+            for executor, kind in (("compiled", dtype), ("numpy", "float64"))
+        )
+        agree(got, expected, tolerance)
