@@ -266,6 +266,8 @@ class Recurrent(Layer):
 
     def _above(self, dy: Any, states: int, shape: tuple[int, ...]) -> tuple[Array, ...]:
         """dL/d(every step's states), one array (T, N, D*H) each: of h alone, or of all that the cell has."""
+        if states == 1 and dy is not None:
+            return (checked(dy, self.dtype, "dy", shape, "(T, N, D*H)"),)
         names = self.cell.state_names[:states]
         parts = (dy,) if states == 1 else (None,) * states if dy is None else dy
         if not isinstance(parts, tuple | list) or len(parts) != states:

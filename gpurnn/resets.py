@@ -4,6 +4,7 @@ A reset before step t cuts a row in two.  Each direction sees each segment by it
 before step t; in reverse, where the row comes from step t to step t-1, before step t-1.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,13 +37,13 @@ class Restarts(NamedTuple):
     fresh: States
 
     @classmethod
-    def of(cls, resets: Array | None, fresh: States, lengths: Any) -> "Restarts | None":
+    def of(cls, resets: Array | None, fresh: Callable[[], States], lengths: Any) -> "Restarts | None":
         """None where there is none; on CUDA nobody looks."""
         if resets is None:
             return None
         at = resets if lengths is None else lengths.sorted(resets[..., None], lengths.padding)[..., 0]
         none = not at.size or (not backend.ops.LOOKING_WAITS and not at.any())
-        return None if none else cls(at, fresh)
+        return None if none else cls(at, fresh())
 
     def job(self, place: int, reverse: bool) -> Resets:
         """For one layer in one direction, `place` in L*D."""

@@ -117,7 +117,7 @@ def run(
         x = lengths.sorted(x, lengths.padding)
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
         initial = tuple(lengths.sorted(part, lengths.empty) for part in initial)
-    restarts = Restarts.of(resets, layers.fresh(), lengths)
+    restarts = Restarts.of(resets, layers.fresh, lengths)
     levels: list[tuple[list[Any], Mask | None]] = []
     finals: list[States] = []
     rest: States = ()

@@ -6,6 +6,7 @@ import pytest
 import gpurnn
 from gpurnn import backend
 from gpurnn.cells import CELLS
+from gpurnn.cpu import costs, memory, sharing
 
 ON_CPU = pytest.mark.skipif(backend.name == "cuda", reason="the executors of a CPU")
 CELL_NAMES = ("rnn_tanh", "lstm", "gru", "sru", "lru", "indrnn")
@@ -26,8 +27,8 @@ def flags(T=T, N=N, seed=1, share=0.3):
     return found
 
 
-def layer_of(cell, executor="numpy", dtype="float64", **options):
-    layer = gpurnn.Recurrent(cell, I, H, executor=executor, dtype=dtype, rng=0, **options)
+def layer_of(cell, executor="numpy", dtype="float64", hidden=H, **options):
+    layer = gpurnn.Recurrent(cell, I, hidden, executor=executor, dtype=dtype, rng=0, **options)
     rng = np.random.default_rng(2)
     for value in layer.params.values():
         value += backend.asarray(rng.normal(0, 0.4, value.shape), layer.dtype, "noise")
@@ -40,7 +41,7 @@ def tuples(state):
 
 def in_one(layer, resets, lengths=None, given=True, all_states=False, keep=False):
     """Every tensor of a training pass, by name."""
-    D, L, S = layer.directions, layer.num_layers, layer.cell.states
+    D, L, S, H = layer.directions, layer.num_layers, layer.cell.states, layer.hidden_size
     put = lambda array: backend.asarray(array, layer.dtype, "array")  # noqa: E731
     steps, rows = resets.shape
     x, dy = put(drawn(steps, rows, I)), [put(drawn(steps, rows, D * H, seed=3 + s)) for s in range(S)]
@@ -164,9 +165,6 @@ def test_a_row_is_its_segments(cell, options):
     agree(in_one(layer, flags(), **own), by_segments(layer, flags(), **own))
 
 
-EXECUTORS = ("compiled",)
-
-
 @ON_CPU
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cell", CELL_NAMES)
@@ -178,3 +176,25 @@ def test_the_compiled_loop_agrees(cell, options):
             for executor, kind in (("compiled", dtype), ("numpy", "float64"))
         )
         agree(got, expected, tolerance)
+
+
+@ON_CPU
+@pytest.mark.parametrize("way", ["rows", "units", "one"])
+@pytest.mark.parametrize("cell", ["lstm", "lru"])
+def test_threads_share_rows_or_units(monkeypatch, way, cell):
+    """Chunks of few steps; memory that nobody wrote is NaN."""
+    monkeypatch.setenv("GPURNN_NUM_THREADS", "1" if way == "one" else "3")
+    costs_of = {"LOOP_FLOPS": 0, "UNITS_FLOPS": 1, "PROJECTED_ROWS": 10}
+    costs_of |= dict.fromkeys(("ENOUGH_ROWS", "ENOUGH_ROWS_CACHED"), 1e18 if way == "units" else 1)
+    for name, value in costs_of.items():
+        monkeypatch.setattr(costs, name, value)
+    empty = lambda shape, dtype: np.full(shape, 255 if dtype == np.uint8 else np.nan, dtype)  # noqa: E731
+    monkeypatch.setattr(memory, "empty", empty)
+    plan = sharing.plan_loop(CELLS[cell], np.full(T, N), T, N, I, 70, np.dtype("float64"))
+    assert (len(plan.shares) > 1, plan.by_units) == {"rows": (True, False), "units": (True, True), "one": (False, False)}[way]
+    for own in ({}, {"lengths": LENGTHS, "all_states": True}):
+        got, expected = (
+            in_one(layer_of(CELLS[cell], executor, hidden=70, trainable_h0=True, clip_in_time=0.4), flags(), keep=True, **own)
+            for executor in ("compiled", "numpy")
+        )
+        agree(got, expected, 1e-12)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gpurnn.cells import Cell
-from gpurnn.cpu import costs, crew, memory, restart, sharing
+from gpurnn.cpu import costs, crew, memory, sharing
 from gpurnn.cpu.combine import combine
 from gpurnn.cpu.dot import dot
 from gpurnn.cpu.loops import backward_loop, forward_loop, orders
@@ -58,7 +58,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _recurrent(cell, weights), cell.states, restart.begin(dtype).address, _behind(rest), *again[:3],
+            _recurrent(cell, weights), cell.states, _behind(rest), again.begin, *again[2:5],
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows))
@@ -110,8 +110,7 @@ def backward(
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, restart.begin(dtype).address,
-            restart.end(dtype).address, _behind(tape.rest), *again[:4],
+            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, _behind(tape.rest), *again[:6],
             0 if options.dfresh is None else address(options.dfresh),
         ),
         [

@@ -21,12 +21,12 @@ from gpurnn.cpu.simd import host
 
 FORWARD = Record(
     "T N I H S gates split reverse window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh states begin rest_copy some resets fresh",
+    "rows orders x slots h rest bias params weight_ih weight_hh states rest_copy begin some resets fresh",
     "packs packers first last unit end_unit w_ih w_split w_joint copies",
 )
 BACKWARD = Record(
     "T N I H S gates split states reverse chunk cell_rows ldw_ih ldw_hh combine clamp squares rest_stride rest_step dy_step "
-    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest begin end rest_copy some resets "
+    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest rest_copy begin end some resets "
     "fresh copies dfresh",
     "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
 )
@@ -61,8 +61,8 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     params   (P, H)
     weight_* (G*H, I), (G*H, H); weight_hh 0 where the cell has none: then no product stands between the steps, and nobody waits
 
-    Of resets (`restart`): how many states the cell has; begin, the address of `restart.begin`; rest_copy, bytes from a state of
-    `rest` to where a copy of a step of it has room; and what `Again` has, `some` 0 where there are none.
+    Of resets: how many states the cell has; rest_copy, bytes from a state of `rest` to where a copy of a step of it has room;
+    and what `restart.Again` has, `some` 0 where there are none.
 
     A part's share: which part of how many it packs; the rows [first, last) of the batch, the units [unit, end_unit); where
     there is room for W_ih packed, for W_hh's split and for its joint gates; for a copy of the share's rows of h.
@@ -73,8 +73,8 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     def forward(values, part):
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, reverse, window, chunk, cell_rows, dot_ih, dot_hh,
-            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, states, begin_again,
-            rest_copy, some, resets, fresh,
+            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, states, rest_copy,
+            begin_again, some, resets, fresh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint, copies = read_share(
             values + shares + part * apart
@@ -159,8 +159,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     dx       (T, N, I)  out: the gradient of the inputs, `chunk` steps at once
     limit               a float64
     add, drest          0, or the address of `rows.add_above`, and dL/d(the states beyond h behind each step), (S-1, T, N, H)
-    end, dfresh         of `restart.end`, and (states, N, H) in float64: gradients of the states that rows were set back to
-    copies   (N, H)     room for one step of h
+    dfresh              (states, N, H) in float64, added to: gradients of the states that rows were set back to
 
     In a part's share follow the columns [column, end_column) of dx; where there is room for those columns of W_ih, and for
     those of W_hh; dparams (P, H), which is added to, and flow (states, T), both in float64.
@@ -172,7 +171,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, states, reverse, chunk, cell_rows, ldw_ih, ldw_hh,
             combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
-            params, limit, weight_ih, weight_hh, add, drest, begin_again, end_again, rest_copy, some, resets, fresh, copies,
+            params, limit, weight_ih, weight_hh, add, drest, rest_copy, begin_again, end_again, some, resets, fresh, copies,
             dfresh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (

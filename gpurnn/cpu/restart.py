@@ -19,12 +19,15 @@ from gpurnn.executors.contract import Resets
 class Again(NamedTuple):
     """What the loops are told about resets: addresses, all 0 where there are none; and the memory that they lie in.
 
+    begin, end  the functions below
     some        (T,) int64, not 0 where a row is reset
     resets      (T, N) int64
     fresh       (S, H)
     copies      of h, (parts, N, H): one for each thread that reads all units
     """
 
+    begin: int = 0
+    end: int = 0
     some: int = 0
     resets: int = 0
     fresh: int = 0
@@ -34,10 +37,11 @@ class Again(NamedTuple):
     @classmethod
     def of(cls, resets: Resets | None, parts: int) -> "Again":
         if resets is None:
-            return cls()
+            return NONE
         flags, fresh = resets.before.astype(np.int64), np.stack(resets.state)
         held = flags.sum(1), flags, fresh, memory.empty((parts, flags.shape[1], fresh.shape[1]), fresh.dtype)
-        return cls(*map(address, held), held)
+        dtype = fresh.dtype
+        return cls(begin(dtype).address, end(dtype).address, *map(address, held), held)
 
     def copy(self, part: int, rows: slice) -> int:
         """Where a thread has room for a copy of its rows of h."""
@@ -45,6 +49,9 @@ class Again(NamedTuple):
             return 0
         copies = self.held[-1]
         return address(copies) + (part % len(copies)) * copies.strides[0] + rows.start * copies.strides[1]
+
+
+NONE = Again()
 
 
 @functools.cache
