@@ -198,3 +198,32 @@ def test_threads_share_rows_or_units(monkeypatch, way, cell):
             for executor in ("compiled", "numpy")
         )
         agree(got, expected, 1e-12)
+
+
+def interpreted_agrees(cell, executor, options, tolerance=1e-5, dtype="float32"):
+    pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+    from tests.interpreted import Interpreted, interpreted
+
+    own, others = split(options)
+    expected = in_one(layer_of(cell, **others), flags(), keep=True, **own)
+    before = Interpreted.launches
+    with interpreted():
+        got = in_one(layer_of(cell, executor, dtype, **others), flags(), keep=True, **own)
+    assert Interpreted.launches > before, "nothing ran in the interpreter"
+    agree(got, expected, tolerance)
+
+
+KERNELS = [
+    {"trainable_h0": True, "bidirectional": True, "lengths": LENGTHS, "clip_in_time": 0.3},
+    {"all_states": True, "bidirectional": True},
+]
+
+
+@ON_CPU
+@pytest.mark.parametrize("options", KERNELS, ids=str)
+@pytest.mark.parametrize(
+    ("cell", "executor"),
+    [("lstm", "step"), ("gru", "step"), ("sru", "step"), ("lru", "step"), ("lstm", "resident"), ("gru", "persistent")],
+)
+def test_on_interpreted_kernels(cell, executor, options):
+    interpreted_agrees(CELLS[cell], executor, options)
