@@ -227,3 +227,158 @@ KERNELS = [
 )
 def test_on_interpreted_kernels(cell, executor, options):
     interpreted_agrees(CELLS[cell], executor, options)
+
+
+# Training loops
+
+
+def model_of(executor=None, dtype="float64", **options):
+    recurrent = gpurnn.LSTM(I, H, rng=0, dtype=dtype, executor=executor, trainable_h0=True, **options)
+    return gpurnn.SequenceModel(None, recurrent, gpurnn.Linear(H, 2, rng=1, dtype=dtype))
+
+
+def summed(out, target):
+    return ((out - target) ** 2).sum() / 2, out - target
+
+
+@ON_CPU
+@pytest.mark.parametrize("k1", [1, 4, 7, 20])
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_windows_add_up_to_the_whole(k1, share):
+    steps = 20
+    model, x, target = model_of(), drawn(steps, N, I), drawn(steps, N, 2, seed=1)
+    resets = flags(steps, share=share) & (share > 0)
+    whole, _ = gpurnn.full_bptt(model, x, target, summed, resets=resets)
+    expected = model.grads.flat.copy()
+    for again in (False, True):
+        model.zero_grad()
+        bptt, total = gpurnn.TruncatedBPTT(model, summed, k1, k2=40), 0
+        for t in range(0, steps, k1):
+            cut = slice(t, t + k1)
+            window = resets[cut].copy()
+            total += bptt.step(x[cut].copy(), target[cut], resets=window if window.any() or not again else None)
+            window[...] = True  # what is kept is a copy
+            if again:  # and what a run goes on from is all there
+                saved, bptt = bptt.state_dict(), gpurnn.TruncatedBPTT(model, summed, k1, k2=40)
+                bptt.load_state_dict(saved)
+        np.testing.assert_allclose(total, whole, rtol=1e-12)
+        np.testing.assert_allclose(model.grads.flat, expected, rtol=1e-11, atol=1e-12)
+
+
+@ON_CPU
+def test_a_short_last_window_reaches_back_through_resets():
+    model, x, target, resets = model_of(), drawn(9, N, I), drawn(9, N, 2, seed=1), flags(9)
+    found = []
+    for k1, sizes in ((4, (4, 4, 1)), (1, (1,) * 9)):
+        bptt, t = gpurnn.TruncatedBPTT(model, summed, k1, k2=6), 0
+        for size in sizes:
+            model.zero_grad()
+            bptt.step(x[t : t + size], target[t : t + size], resets=resets[t : t + size])
+            t += size
+        found.append(model.grads.flat.copy())
+    np.testing.assert_allclose(*found, rtol=1e-11, atol=1e-12)
+
+
+@ON_CPU
+def test_nothing_passes_a_reset():
+    layer = layer_of(CELLS["lstm"], "compiled")
+    resets = np.zeros((T, N), bool)
+    resets[4] = True
+    y, _, backward = layer(drawn(T, N, I), tuple(drawn(2, 1, N, H)), resets=resets)
+    dy = drawn(T, N, H)
+    dy[:4] = 0
+    dx, dstate = backward(dy)
+    assert dx[4:].all() and not dx[:4].any() and not any(part.any() for part in dstate)
+
+
+@ON_CPU
+def test_without_a_reset_the_bits_are_those_without_resets():
+    layer = layer_of(CELLS["gru"], "compiled")
+    plain, nothing = (in_one(layer, np.zeros((T, N), bool)), in_one(layer, np.zeros((T, N), bool), keep=True))
+    y, final, _ = layer(drawn(T, N, I), drawn(1, N, H, seed=10))
+    assert (plain["y"] == y).all() and (plain["final 0"] == final).all()
+    assert all((plain[name] == nothing[name]).all() for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("resets", "came"),
+    [
+        (np.zeros((3, 2)), "float64 of shape (3, 2)"),
+        (np.full((3, 2), np.nan, np.float32), "float32 of shape (3, 2)"),
+        (np.zeros((2, 3), bool), "bool of shape (2, 3)"),
+        (np.zeros((3, 2, 1), bool), "bool of shape (3, 2, 1)"),
+        (np.zeros((3, 2), int), "int64 of shape (3, 2)"),
+        (True, "bool of shape ()"),
+    ],
+    ids=str,
+)
+def test_what_resets_must_be(resets, came):
+    x, says = backend.asarray(drawn(3, 2, I), "float32", "x"), "resets: expected bool of shape (T, N) = (3, 2), got "
+    layer = gpurnn.LSTM(I, H)
+    bptt = gpurnn.TruncatedBPTT(layer, summed, 3)
+    for call in (lambda: layer(x, resets=resets), lambda: bptt.step(x, x, resets=resets)):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == says + came
+    assert layer(x, resets=[[False, True]] * 3)[0].shape == (3, 2, H)
+
+
+def test_captured_windows_with_resets():
+    """A stream of other resets in each window; the third and later calls are a graph."""
+    pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+    from tests.fake_cupy import counters
+    from tests.interpreted import interpreted
+
+    x, target = drawn(14, N, I), drawn(14, N, 2, seed=1)
+    resets, found = flags(14), []
+    for graphs in (True, False):
+        with interpreted("step"):
+            model = model_of(dtype="float32")
+            bptt = gpurnn.TruncatedBPTT(model, gpurnn.mean_squared_error, 2, k2=4)
+
+            def step(x, target, resets, model=model, bptt=bptt):
+                model.zero_grad()
+                loss = bptt.step(x, target, resets=resets)
+                return loss, model.grads.flat
+
+            run, before = gpurnn.captured(step, when=lambda bptt=bptt: bptt.steady) if graphs else step, counters.graphs
+            for t in range(0, 14, 2):
+                given = [backend.asarray(part[t : t + 2], kind, "part") for part, kind in ((x, "float32"), (target, "float32"), (resets, None))]
+                found.append([backend.to_numpy(part).copy() for part in run(*given)])
+            assert not graphs or counters.graphs - before >= 2
+    for got, expected in zip(found[:7], found[7:], strict=True):
+        assert all((a == b).all() for a, b in zip(got, expected, strict=True))
+
+
+# All states
+
+
+@ON_CPU
+@pytest.mark.parametrize("executor", ["compiled", "numpy"])
+def test_all_states_of_an_lstm(executor):
+    layer = layer_of(CELLS["lstm"], executor, num_layers=2)
+    x, state = drawn(T, N, I), tuple(drawn(2, 2, N, H))
+    for training in (True, False):
+        (h, c), (_, c_last), _ = layer(x, state, all_states=True, training=training)
+        assert (h == layer(x, state)[0]).all() and (c[-1] == c_last[1]).all()
+        for t in range(1, T):
+            assert np.allclose(layer(x[:t], state)[1][1][1], c[t - 1], rtol=1e-12)
+
+
+@ON_CPU
+def test_what_comes_back_for_all_states():
+    layer = layer_of(CELLS["lstm"], "compiled")
+    backward = lambda: layer(drawn(T, N, I), all_states=True)[2]  # noqa: E731
+    dh, dc = drawn(2, T, N, H)
+    alone = layer(drawn(T, N, I))[2](dh)[0]
+    assert (backward()((dh, None))[0] == alone).all() and not backward()(None)[0].any()
+    assert (backward()((None, dc))[0] == backward()((dh * 0, dc))[0]).all()
+    with pytest.raises(ValueError, match=r"dy: expected a tuple of 2 arrays \(h, c\) of shape \(9, 5, 6\), got ndarray"):
+        backward()(dh)
+    with pytest.raises(ValueError, match=r"dy c: expected \(T, N, D\*H\)"):
+        backward()((dh, dc[1:]))
+    with pytest.raises(ValueError, match="all_states: expected"):
+        layer(drawn(T, N, I), all_states="yes")
+    one = layer_of(CELLS["gru"], "compiled")
+    y, _, back = one(drawn(T, N, I), all_states=True)
+    assert y.shape == (T, N, H) and back(dh)[0].shape == (T, N, I)
