@@ -382,3 +382,14 @@ def test_what_comes_back_for_all_states():
     one = layer_of(CELLS["gru"], "compiled")
     y, _, back = one(drawn(T, N, I), all_states=True)
     assert y.shape == (T, N, H) and back(dh)[0].shape == (T, N, I)
+
+
+@ON_CPU
+@pytest.mark.parametrize("executor", ["compiled", "numpy"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lru"])
+def test_gradients(cell, trained, executor):
+    layer = layer_of(CELLS[cell], executor, hidden=3, trainable_h0=trained, bidirectional=True)
+    resets = flags(4, 3)
+    gpurnn.check_gradients(layer, resets=resets, all_states=True, lengths=[4, 2, 3])
+    gpurnn.check_gradients(layer, resets=resets)
