@@ -22,7 +22,7 @@ from gpurnn.cpu.restart import Again
 from gpurnn.cpu.rows import add_above, backward_rows, clamp, forward_rows, squares
 from gpurnn.cpu.simd import address
 from gpurnn.executors import layout
-from gpurnn.executors.contract import Backward, Job, States, Weights
+from gpurnn.executors.contract import Backward, Job, Resets, States, Weights
 from gpurnn.executors.layout import Ends, Tape, add_ordered, is_ragged
 
 BYTES = np.dtype(np.uint8)
@@ -39,7 +39,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     allocate = memory.empty if ends.lengths is None else memory.zeros
     h = allocate((T + 1, N, H), dtype)
     whole = training or job.all_states
-    rest = _rest(cell.states - 1, T, N, H, dtype, allocate, whole, job.resets is not None)
+    rest = _rest(cell.states - 1, T, N, H, dtype, allocate, whole, job.resets)
     h[ends.first] = state[0]
     for part, values in zip(rest, state[1:], strict=True):
         part[ends.first] = values
@@ -51,14 +51,14 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     lies = not packing_pays(1, T * N, I), not (cell.recurrent and packing_pays(T, N, H))
     dots = [dot(dtype).address if used and lie else 0 for used, lie in zip((True, cell.recurrent), lies, strict=True)]
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
-    again = Again.of(job.resets, len(plan.shares) if plan.by_units else 1)
+    again = Again.forward(job.resets, len(plan.shares) if plan.by_units else 1)
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
     crew.run(
         forward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _recurrent(cell, weights), cell.states, _behind(rest), again.begin, *again[2:5],
+            _recurrent(cell, weights), _behind(rest), again.begin, again.runs, *again[3:6],
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows))
@@ -99,7 +99,7 @@ def backward(
     combine_one = combine(dtype).address if T * N == 1 else 0
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
     gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
-    again = Again.of(tape.job.resets, 1)
+    again = Again.backward(tape.job.resets)
     drest = None if options.drest is None else np.stack(options.drest)
     add, above = (0, 0) if drest is None else (add_above(dtype).address, address(drest))
     given = (
@@ -110,7 +110,7 @@ def backward(
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, _behind(tape.rest), *again[:6],
+            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, _behind(tape.rest), *again[1:6],
             0 if options.dfresh is None else address(options.dfresh),
         ),
         [
@@ -165,21 +165,25 @@ def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]
 
 
 def _rest(
-    count: int, T: int, N: int, H: int, dtype: np.dtype, allocate: Callable, whole: bool, copied: bool
+    count: int, T: int, N: int, H: int, dtype: np.dtype, allocate: Callable, whole: bool, resets: Resets | None
 ) -> np.ndarray:
     """The states beyond h, (S-1, T+1, N, H); unless they are kept whole their stride in time is 0: each step replaces the last.
 
-    copied: `_behind` the steps of each state there is room for a copy of one of them.
+    `_behind` a state's steps stands what resets set it back to.
     """
-    place = allocate((count, (T + 1 if whole else 1) + copied, N, H), dtype)
+    steps = T + 1 if whole else 1
+    place = allocate((count, steps + (resets is not None), N, H), dtype)
+    if resets is not None:
+        for part, fresh in zip(place, resets.state[1:], strict=True):
+            part[-1, 0] = fresh
     if whole:
         return place[:, : T + 1]
     return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[2:]))
 
 
 def _behind(rest: np.ndarray) -> int:
-    """Bytes from a state's first step to behind its last: see `_rest`."""
-    return max(rest.shape[1] * rest.strides[1], rest.shape[2] * rest.strides[2])
+    """Where the memory of the first state's steps ends: see `_rest`."""
+    return address(rest) + max(rest.shape[1] * rest.strides[1], rest.shape[2] * rest.strides[2])
 
 
 def _recurrent(cell: Cell, weights: Weights) -> int:

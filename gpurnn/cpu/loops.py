@@ -21,13 +21,13 @@ from gpurnn.cpu.simd import host
 
 FORWARD = Record(
     "T N I H S gates split reverse window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh states rest_copy begin some resets fresh",
+    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin runs some resets fresh",
     "packs packers first last unit end_unit w_ih w_split w_joint copies",
 )
 BACKWARD = Record(
     "T N I H S gates split states reverse chunk cell_rows ldw_ih ldw_hh combine clamp squares rest_stride rest_step dy_step "
-    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest rest_copy begin end some resets "
-    "fresh copies dfresh",
+    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest fresh_rest runs end some resets "
+    "fresh dfresh",
     "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
 )
 
@@ -61,8 +61,8 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     params   (P, H)
     weight_* (G*H, I), (G*H, H); weight_hh 0 where the cell has none: then no product stands between the steps, and nobody waits
 
-    Of resets: how many states the cell has; rest_copy, bytes from a state of `rest` to where a copy of a step of it has room;
-    and what `restart.Again` has, `some` 0 where there are none.
+    Of resets: fresh_rest, the address of fresh states beyond h, as far apart as those in `rest`; and what `restart.Again` has,
+    `some` 0 where there are none.
 
     A part's share: which part of how many it packs; the rows [first, last) of the batch, the units [unit, end_unit); where
     there is room for W_ih packed, for W_hh's split and for its joint gates; for a copy of the share's rows of h.
@@ -73,8 +73,8 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     def forward(values, part):
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, reverse, window, chunk, cell_rows, dot_ih, dot_hh,
-            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, states, rest_copy,
-            begin_again, some, resets, fresh,
+            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, fresh_rest,
+            begin_again, runs, some, resets, fresh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint, copies = read_share(
             values + shares + part * apart
@@ -112,28 +112,33 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                 if m <= 0:
                     continue
                 at, row = slots_at + (t - begin) * N * next_row, first * stride + aside
-                h_t, rest_t = h + before * h_step + first * stride, rest + before * rest_step + row
+                h_t, again = h + before * h_step + first * stride, 0
+                factor = h_t
                 if some and word(some + t * 8):
-                    at_t = resets + (t * N + first) * 8
-                    call(begin_again, at_t, m, 1, H, h_t, 0, fresh, copies, stride)
-                    call(
-                        begin_again, at_t, m, states - 1, units, rest_t, rest_stride, fresh + stride + aside,
-                        rest + rest_copy + row, stride,
-                    )  # fmt: skip
-                    h_t, rest_t = copies, rest + rest_copy + row
+                    again = resets + (t * N + first) * 8
+                    if weight_hh:
+                        factor = copies
+                        call(begin_again, again, m, H, h_t, fresh, copies, stride)
                 if split:
                     project(
-                        dot_hh, 1, h_t, 0, stride, m, w_split, H, H, unit, end_unit, orders, split, at, 0, next_row, 0
+                        dot_hh, 1, factor, 0, stride, m, w_split, H, H, unit, end_unit, orders, split, at, 0, next_row, 0
                     )  # fmt: skip
                 if joint:
                     project(
-                        dot_hh, 1, h_t, 0, stride, m, w_joint, H, H, unit, end_unit, joint_orders, joint,
+                        dot_hh, 1, factor, 0, stride, m, w_joint, H, H, unit, end_unit, joint_orders, joint,
                         at + split * stride, 0, next_row, 1,
                     )  # fmt: skip
-                call(
-                    cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
-                    rest_t, rest + after * rest_step + row, params + aside, stride, rest_stride,
-                )  # fmt: skip
+                if again:
+                    call(
+                        runs, cell_rows, again, fresh + aside, fresh_rest + aside, m, next_row, units, at, bias + aside,
+                        h_t + aside, h + after * h_step + row, rest + before * rest_step + row,
+                        rest + after * rest_step + row, params + aside, stride, rest_stride,
+                    )  # fmt: skip
+                else:
+                    call(
+                        cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
+                        rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
+                    )  # fmt: skip
                 if weight_hh and units < H:
                     met += parties
                     meet(barrier, met)
@@ -171,7 +176,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, states, reverse, chunk, cell_rows, ldw_ih, ldw_hh,
             combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
-            params, limit, weight_ih, weight_hh, add, drest, rest_copy, begin_again, end_again, some, resets, fresh, copies,
+            params, limit, weight_ih, weight_hh, add, drest, fresh_rest, runs, end_again, some, resets, fresh,
             dfresh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
@@ -199,24 +204,24 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                 if m <= 0:
                     continue
                 at, dy_t = slots_at + (t - begin) * N * next_row, dy + t * dy_step + first * dy_row + aside
-                h_t, rest_t, at_t = h + before * h_step + row, rest + before * rest_step + row, 0
-                if some and word(some + t * 8):
-                    at_t = resets + (t * N + first) * 8
-                    call(begin_again, at_t, m, 1, units, h_t, 0, fresh + aside, copies + row, stride)
-                    call(
-                        begin_again, at_t, m, states - 1, units, rest_t, rest_stride, fresh + stride + aside,
-                        rest + rest_copy + row, stride,
-                    )  # fmt: skip
-                    h_t, rest_t = copies + row, rest + rest_copy + row
                 if add:
                     call(add, m, states - 1, units, dstate + h_step + row, h_step, drest + t * h_step + row, T * h_step, stride)
                 if squares:
                     call(squares, m, dy_row, units, states, dstate + row, h_step, stride, dy_t, flow + t * 8, T * 8)
-                call(
-                    cell_rows, m, next_row, dy_row, units, at + aside, h_t, h + after * h_step + row,
-                    rest_t, rest + after * rest_step + row, dy_t, dstate + row, params + aside,
-                    dparams + unit * 8, stride, rest_stride, h_step,
-                )  # fmt: skip
+                again = resets + (t * N + first) * 8 if some and word(some + t * 8) else 0
+                if again:
+                    call(
+                        runs, cell_rows, again, fresh + aside, fresh_rest + aside, m, next_row, dy_row, units, at + aside,
+                        h + before * h_step + row, h + after * h_step + row, rest + before * rest_step + row,
+                        rest + after * rest_step + row, dy_t, dstate + row, params + aside, dparams + unit * 8, stride,
+                        rest_stride, h_step,
+                    )  # fmt: skip
+                else:
+                    call(
+                        cell_rows, m, next_row, dy_row, units, at + aside, h + before * h_step + row,
+                        h + after * h_step + row, rest + before * rest_step + row, rest + after * rest_step + row, dy_t,
+                        dstate + row, params + aside, dparams + unit * 8, stride, rest_stride, h_step,
+                    )  # fmt: skip
                 if weight_hh:
                     if units < H:
                         met += parties
@@ -226,9 +231,9 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                     )  # fmt: skip
                 if clamp:
                     call(clamp, m, units, states, dstate + row, h_step, stride, limit)
-                if at_t:
+                if again:
                     place = first * H + unit
-                    call(end_again, at_t, m, states, units, dstate + row, h_step, dfresh + place * 8, stride)
+                    call(end_again, again, m, states, units, dstate + row, h_step, dfresh + place * 8, stride)
             if not weight_hh and units < H:  # dx is a sum over all units
                 met += parties
                 meet(barrier, met)
