@@ -298,7 +298,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
                 now, following = advance(slots, t * N * SLOT_STEP), placed(arrays, strides, t + 1 if reverse else t - 1)
             hand_on(ready)
             if resets:
-                load_flags(next_flags, advance(again, (t + 1 if reverse else t - 1) * N), length, row_at, i + 1 < steps)
+                load_flags(next_flags, advance(again, (t - 1 + 2 * reverse) * N), length, row_at, i + 1 < steps)
             for p in range(PAIRS):
                 if step < length[p]:
                     for k in range(WRITTEN):

@@ -234,7 +234,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
             if AHEAD and i + 1 < steps:
                 load_x(coming, following, length, slot_at)
             if resets:
-                load_flags(flags, advance(again, (t - 1 if reverse else t + 1) * N), length, row_at, i + 1 < steps)
+                load_flags(flags, advance(again, (t + 1 - 2 * reverse) * N), length, row_at, i + 1 < steps)
             multiply(weights, u32(vector + (i & BUFFERS - 1) * BUFFER), sums)
             advance_pairs(step, length, sums, x, (biases, own), values, results, outgoing, (flags, unit_of, fresh))
             if i + 1 < steps and owner:
