@@ -14,6 +14,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import flow_array, length, loss_function, mapping, returned, sequence_model, uncopied, whole
 from gpurnn.losses import Loss, evaluate
+from gpurnn.resets import checked_resets
 from gpurnn.sequence import checked_lengths
 from gpurnn.types import Array
 
@@ -28,23 +29,25 @@ def full_bptt(
     state: Any = None,
     *,
     lengths: Any = None,
+    resets: Any = None,
     flow: Array | None = None,
 ) -> tuple[Any, Any]:
     """Forward over all T steps, backward over all T steps; adds the gradients, summed over steps, to `model.grads`.
 
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
-    them, time first.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
-    final state.
+    them, time first.  lengths: as the model takes them; means are then over valid steps only.  resets: as the model takes
+    them.  Returns the loss's value and the final state.
     """
     sequence_model(model), loss_function(loss)
-    out, final, backward = _run(model, x, state, lengths)
+    out, final, backward = _run(model, x, state, lengths, resets)
     value, dout = evaluate(loss, out, targets, lengths)
     backward(dout, flow=flow)
     return value, final
 
 
-def _run(model: Any, x: Array, state: Any, lengths: Any) -> tuple:
-    return returned("model", model(x, state, lengths=lengths, **uncopied(model)), "out, state, backward")
+def _run(model: Any, x: Array, state: Any, lengths: Any, resets: Any) -> tuple:
+    options = uncopied(model) if resets is None else {**uncopied(model), "resets": resets}
+    return returned("model", model(x, state, lengths=lengths, **options), "out, state, backward")
 
 
 class TruncatedBPTT:
@@ -77,20 +80,26 @@ class TruncatedBPTT:
             raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2
         self._own: dict[str, Array] = {}
+        self._seen: set[bool] = set()  # whether windows came with resets
         self.reset()
 
     def reset(self, state: Any = None) -> None:
         """Starts a new sequence, from `state` or the model's own initial state."""
         self.stretch: Array | None = None  # the inputs of the last call's up to k2 steps
         self.lengths: np.ndarray | None = None  # of each row, how many of those steps are valid; None: all of them
+        self.resets: Array | None = None  # at those steps
         state = _copied(state)
         self.begin = self.carried = state  # the states at its start, and where the next k1 steps' stretch begins
 
-    def step(self, x: Array, targets: Array, *, lengths: Any = None, flow: Array | None = None) -> Any:
+    def step(
+        self, x: Array, targets: Array, *, lengths: Any = None, resets: Any = None, flow: Array | None = None
+    ) -> Any:
         """The next 1..k1 steps: x (t, N, ...), targets (t, ...).  Adds to `model.grads`; returns the loss's value.
 
         lengths: N whole numbers in 0..t, of each row how many steps of this window are valid; means are over those only.
         A row that has ended stays at length 0 as long as its end lies within the k2 steps: ValueError where it does not.
+        resets: (t, N) of bool, rows that begin again before a step of this window (see `Recurrent`); what is carried into the
+        window's first step as well.
         flow: float64 (L*D, S, t) that receives the L2 norms of dL/dstate over the window (see `Recurrent`).
         """
         steps, given = length("x", x), length("targets", targets)
@@ -105,6 +114,7 @@ class TruncatedBPTT:
             )
         own = None if lengths is None else checked_lengths(lengths, len(x), x.shape[1] if x.ndim > 1 else 0)
         valid = self._valid(len(x), own)
+        again = self._resets(len(x), checked_resets(resets, len(x), x.shape[1] if x.ndim > 1 else 0))
         begin, stretch = self.before(len(x))
         stretch = x if stretch is None else backend.xp.concatenate([stretch, x])
         before, cut = len(stretch) - len(x), self._dropped(len(stretch), self.k1)
@@ -112,7 +122,9 @@ class TruncatedBPTT:
         state, outputs, backwards, carried = begin, [], [], begin
         for part in parts:
             own_part = _within(valid, part.start, part.stop)
-            out, state, backward = _run(self.model, stretch[part], state, own_part)
+            out, state, backward = _run(
+                self.model, stretch[part], state, own_part, None if again is None else again[part]
+            )
             if part.stop == cut:
                 carried = state
             outputs.append(out[max(0, before - part.start) :])
@@ -120,7 +132,7 @@ class TruncatedBPTT:
         out = outputs[0] if len(outputs) == 1 else backend.xp.concatenate(outputs)
         value, dout = evaluate(self.loss, out, targets, own)
         self._back(parts, before, backwards, dout, flow)
-        self._keep(stretch, begin, carried, borrowed=("stretch",) if stretch is x else ())
+        self._keep(stretch, begin, carried, again, borrowed=("stretch", "resets") if stretch is x else ())
         self.lengths = valid
         return value
 
@@ -131,12 +143,15 @@ class TruncatedBPTT:
         They are once k2 steps lie behind, and a captured step needs it: `gpurnn.captured(step, when=lambda: bptt.steady)`.
         """
         known = not any(part is None for part in (self.stretch, self.begin, self.carried))
-        return known and self.lengths is None and len(self.stretch) == self.k2  # type: ignore[arg-type]
+        alike = len(self._seen) < 2 or self.k1 == self.k2  # else one kind of window would not keep what the other reads
+        return known and alike and self.lengths is None and len(self.stretch) == self.k2  # type: ignore[arg-type]
 
-    def _keep(self, stretch: Array | None, begin: Any, carried: Any, borrowed: tuple[str, ...] = ()) -> None:
+    def _keep(
+        self, stretch: Array | None, begin: Any, carried: Any, resets: Array | None, borrowed: tuple[str, ...] = ()
+    ) -> None:
         """For the next window.  `begin` first: what was carried becomes it.  borrowed: what is the caller's."""
-        values = {"begin": begin, "carried": carried, "stretch": stretch}
-        self.begin, self.carried, self.stretch = backend.ops.kept(self._own, values, borrowed).values()
+        values = {"begin": begin, "carried": carried, "stretch": stretch, "resets": resets}
+        self.begin, self.carried, self.stretch, self.resets = backend.ops.kept(self._own, values, borrowed).values()
 
     def before(self, steps: int) -> tuple[Any, Array | None]:
         """The state and the inputs from which a window of `steps` steps starts its k2 steps; None: no inputs."""
@@ -146,7 +161,8 @@ class TruncatedBPTT:
         begin = self.carried
         if cut != self._dropped(len(self.stretch), self.k1):  # a shorter window, a stream's last, reaches further back
             valid = _within(self.lengths, 0, cut)
-            run = self.model(self.stretch[:cut], self.begin, lengths=valid, training=False) if cut else None
+            options = {} if self.resets is None else {"resets": self.resets[:cut]}
+            run = self.model(self.stretch[:cut], self.begin, lengths=valid, training=False, **options) if cut else None
             begin = run[1] if run else self.begin
         return begin, self.stretch[cut:] if cut < len(self.stretch) else None
 
@@ -166,6 +182,18 @@ class TruncatedBPTT:
                 f"lengths: row {row} has ended within the last k2 steps, expected 0 for it, got {own[row]}"
             )
         return past + own
+
+    def _resets(self, steps: int, own: Array | None) -> Array | None:
+        """Those of the past in reach and of a window of `steps` steps, which has `own`; None: none at all."""
+        self._seen.add(own is not None)
+        reach = len(self.stretch[self._dropped(len(self.stretch), steps) :]) if self.stretch is not None else 0
+        past = self.resets[-reach:] if reach and self.resets is not None else None
+        if past is None and own is None:
+            return None
+        N = (past if own is None else own).shape[1]  # type: ignore[union-attr]
+        parts = ((past, reach), (own, steps))
+        found = [backend.xp.zeros((count, N), np.bool_) if part is None else part for part, count in parts if count]
+        return found[0] if len(found) == 1 else backend.xp.concatenate(found)
 
     def _dropped(self, length: int, steps: int) -> int:
         """How many of the last `length` steps are out of reach for a window of `steps` more."""
@@ -193,7 +221,7 @@ class TruncatedBPTT:
     def state_dict(self) -> dict[str, np.ndarray]:
         """What a run needs to go on from here: the carried states, and the inputs that are still in reach."""
         states = {f"{name}{s}": part for name in STATES for s, part in enumerate(_parts(getattr(self, name)))}
-        kept = {"stretch": self.stretch, "lengths": self.lengths}
+        kept = {"stretch": self.stretch, "lengths": self.lengths, "resets": self.resets}
         arrays = states | {name: part for name, part in kept.items() if part is not None}
         return {name: backend.to_numpy(array).copy() for name, array in arrays.items()}
 
@@ -203,12 +231,12 @@ class TruncatedBPTT:
         Raises TypeError for anything but a mapping; ValueError for other names, for states that are missing, misshapen or not finite, for more than k2 steps.
         """
         given = {name: backend.asarray(value, None, name).copy() for name, value in mapping(values).items()}
-        stretch, valid = given.pop("stretch", None), given.pop("lengths", None)
+        stretch, valid, resets = (given.pop(name, None) for name in ("stretch", "lengths", "resets"))
         like = stretch if stretch is not None else given.get("carried0")
         N = like.shape[1] if like is not None and like.ndim > 1 else 0
         begin, carried = (self._loaded(given, name, N) for name in STATES)
         if given:
-            names = "begin0, begin1, ..., carried0, ..., stretch, lengths"
+            names = "begin0, begin1, ..., carried0, ..., stretch, lengths, resets"
             raise ValueError(f"expected {names}; got {', '.join(values)}")
         length = 0 if stretch is None else len(stretch) if stretch.ndim > 1 else -1
         if not 0 <= length <= self.k2 or (stretch is not None and not length):
@@ -218,8 +246,9 @@ class TruncatedBPTT:
             raise ValueError(f"expected begin and carried states that go with {length} steps, got {', '.join(values)}")
         if stretch is not None and not bool(backend.xp.isfinite(stretch).all()) and valid is None:
             raise ValueError("stretch: expected finite values, got some that are not")
+        resets = checked_resets(resets, length, N)
         self.lengths = None if valid is None else checked_lengths(valid, length, N)
-        self._keep(stretch, begin, carried)
+        self._keep(stretch, begin, carried, resets)
 
     def _loaded(self, given: dict[str, Array], name: str, N: int) -> Any:
         """Takes the states `name` out of `given`: None, one array or a tuple, as the model takes them."""

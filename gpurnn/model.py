@@ -29,23 +29,51 @@ class SequenceModel(Layer):
 
     @overload
     def __call__(
-        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[True] = ..., copy: bool = ...
+        self,
+        x: Array,
+        state: Any = ...,
+        *,
+        lengths: Any = ...,
+        resets: Any = ...,
+        training: Literal[True] = ...,
+        copy: bool = ...,
     ) -> tuple[Array, Any, RecurrentBackward]: ...
     @overload
     def __call__(
-        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[False], copy: bool = ...
+        self,
+        x: Array,
+        state: Any = ...,
+        *,
+        lengths: Any = ...,
+        resets: Any = ...,
+        training: Literal[False],
+        copy: bool = ...,
     ) -> tuple[Array, Any, None]: ...
     @overload
     def __call__(
-        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: bool, copy: bool = ...
+        self,
+        x: Array,
+        state: Any = ...,
+        *,
+        lengths: Any = ...,
+        resets: Any = ...,
+        training: bool,
+        copy: bool = ...,
     ) -> tuple[Array, Any, RecurrentBackward | None]: ...
     def __call__(
-        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
+        self,
+        x: Array,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        training: bool = True,
+        copy: bool = True,
     ) -> tuple[Array, Any, RecurrentBackward | None]:
         """x: tokens (T, N), or (T, N, I) without an embedding -> out (T, N, C), state, backward.
 
         `dx, dstate0 = backward(dout, dstate=None, keep=False, flow=None)`; dx is None behind an embedding.  The other
-        arguments are those of `Recurrent`: behind a row's length x and dout are not read, and out is 0.
+        arguments are those of `Recurrent`: behind a row's length x and dout are not read, and out is 0; resets (T, N).
         """
         training, copy = switch("training", training), switch("copy", copy)
         padding = None
@@ -56,7 +84,9 @@ class SequenceModel(Layer):
         if self.embedding is not None:
             x, embed_backward = self.embedding(x, training=training, **({} if copy else uncopied(self.embedding)))
             copy = copy and type(self.embedding) not in (Embedding, Linear)  # whose y is in memory of its own
-        options = {} if copy else uncopied(self.recurrent)
+        options: dict[str, Any] = {} if copy else {**uncopied(self.recurrent)}
+        if resets is not None:
+            options["resets"] = resets
         y, state, recurrent_backward = self.recurrent(x, state, lengths=lengths, training=training, **options)
         if self.dropout is not None:
             y, drop_backward = self.dropout(y, training=training)

@@ -30,6 +30,7 @@ from gpurnn.executors.contract import Weights
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import Initializer, chosen, drawn, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
+from gpurnn.resets import checked_resets
 from gpurnn.sequence import prepare_lengths, run
 from gpurnn.types import Array, RecurrentBackward
 
@@ -160,19 +161,51 @@ class Recurrent(Layer):
 
     @overload
     def __call__(
-        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[True] = ..., copy: bool = ...
+        self,
+        x: Array,
+        state: Any = ...,
+        *,
+        lengths: Any = ...,
+        resets: Any = ...,
+        all_states: bool = ...,
+        training: Literal[True] = ...,
+        copy: bool = ...,
     ) -> tuple[Array, Any, RecurrentBackward]: ...
     @overload
     def __call__(
-        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: Literal[False], copy: bool = ...
+        self,
+        x: Array,
+        state: Any = ...,
+        *,
+        lengths: Any = ...,
+        resets: Any = ...,
+        all_states: bool = ...,
+        training: Literal[False],
+        copy: bool = ...,
     ) -> tuple[Array, Any, None]: ...
     @overload
     def __call__(
-        self, x: Array, state: Any = ..., *, lengths: Any = ..., training: bool, copy: bool = ...
+        self,
+        x: Array,
+        state: Any = ...,
+        *,
+        lengths: Any = ...,
+        resets: Any = ...,
+        all_states: bool = ...,
+        training: bool,
+        copy: bool = ...,
     ) -> tuple[Array, Any, RecurrentBackward | None]: ...
     def __call__(
-        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
-    ) -> tuple[Array, Any, RecurrentBackward | None]:
+        self,
+        x: Array,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        all_states: bool = False,
+        training: bool = True,
+        copy: bool = True,
+    ) -> tuple[Any, Any, RecurrentBackward | None]:
         """Runs over a sequence: `y, state, backward = layer(x)`.
 
         x        (T, N, I).  It is copied for backward; with copy=False it is kept, and must not change before.  The
@@ -180,6 +213,14 @@ class Recurrent(Layer):
         state    initial states (L*D, N, H): one array, or a tuple where the cell has several, (h, c) for an LSTM;
                  None, for all or one of the tuple: zeros, or the trained initial state.
         lengths  N whole numbers in 0..T: each row's own length.  Behind it y = 0, and x and dy are not read.
+        resets  (T, N) of bool: before step t the state of row n is set back to the one that a new sequence begins with,
+                zeros or what was trained (h_0, c_0), also where `state` was given: that goes into a row's first segment
+                alone, and into none where resets[0, n].  In reverse each segment begins at its own last step, `state` at
+                the row's.  No gradient passes a reset; trained initial states get the sum over all of them.  Behind a
+                row's length resets are not read.
+        all_states  y becomes every state behind every step, of the last layer: one array (T, N, D*H) for a cell with one
+                state, else a tuple of such, (h, c) for an LSTM, and dy is of the same form, with None for zeros.  Without
+                it y is h alone.  Where a row is reset, a state is what the step before the reset left.
         Returns y (T, N, D*H), the states behind each row's last step (L*D, N, H), and
         `dx, dstate0 = backward(dy, dstate=None, keep=False, flow=None)`, None without training.  It adds to `grads`.
         dy may be None, for a loss of the final state alone; `keep` lets it be called again; `flow`, a float64 array
@@ -194,32 +235,66 @@ class Recurrent(Layer):
             raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
         T, N, _ = x.shape
         initial = self.unpacked(state, N, "state", self.trainable_h0)
-        prepared = prepare_lengths(lengths, T, N)
+        prepared, resets = prepare_lengths(lengths, T, N), checked_resets(resets, T, N)
+        all_states = switch("all_states", all_states)
         if training and copy and prepared is None:  # else the engine is given a copy in any case
             x = x.copy()
-        y, final, back = run(self, x, initial, prepared, training)
+        y, final, back = run(self, x, initial, prepared, training, resets, all_states)
         if back is None:
-            return y, self._packed(final), None
-        return backend.ops.protected(y), self._packed(final), self._backward(back, T, N, self._given(state))
+            return self._packed(y) if all_states else y[0], self._packed(final), None
+        y = tuple(map(backend.ops.protected, y))
+        states = self.cell.states if all_states else 1
+        returned = self._backward(back, T, N, self._given(state), states)
+        return self._packed(y) if all_states else y[0], self._packed(final), returned
 
-    def _backward(self, back: Callable, T: int, N: int, given: tuple[bool, ...]) -> RecurrentBackward:
+    def _backward(self, back: Callable, T: int, N: int, given: tuple[bool, ...], states: int) -> RecurrentBackward:
+        """states: how many of them y has."""
         turn = Turn()
 
-        def backward(dy: Array, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
+        def backward(dy: Any, dstate: Any = None, keep: bool = False, flow: Array | None = None) -> tuple[Array, Any]:
             with turn:
-                keep, shape = switch("keep", keep), (T, N, self.directions * self.hidden_size)
-                if dy is None:
-                    dy = backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
-                dy = checked(dy, self.dtype, "dy", shape, "(T, N, D*H)")
+                keep = switch("keep", keep)
+                dy = self._above(dy, states, (T, N, self.directions * self.hidden_size))
                 dfinal = self.check_backward(dstate, flow, T, N)
                 turn.gone = not keep
-                dx, dinitial = back(dy, dfinal, keep, flow)
-                for name, part, was_given in zip(self.cell.state_names, dinitial, given, strict=True):
-                    if self.trainable_h0 and not was_given:
-                        self.grads[f"{name}_0"][...] += part.sum(1, dtype="float64").astype(self.dtype)
+                dx, dinitial, dfresh = back(dy, dfinal, keep, flow)
+                if self.trainable_h0:
+                    self._add_to_initial(dinitial, given, dfresh)
                 return dx, self._packed(dinitial)
 
         return backward
+
+    def _above(self, dy: Any, states: int, shape: tuple[int, ...]) -> tuple[Array, ...]:
+        """dL/d(every step's states), one array (T, N, D*H) each: of h alone, or of all that the cell has."""
+        if states == 1 and dy is not None:
+            return (checked(dy, self.dtype, "dy", shape, "(T, N, D*H)"),)
+        names = self.cell.state_names[:states]
+        parts = (dy,) if states == 1 else (None,) * states if dy is None else dy
+        if not isinstance(parts, tuple | list) or len(parts) != states:
+            came = f"{len(parts)} of them" if isinstance(parts, tuple | list) else type(parts).__name__
+            raise ValueError(f"dy: expected a tuple of {states} arrays ({', '.join(names)}) of shape {shape}, got {came}")
+        nothing = backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
+        called = ["dy", *(f"dy {name}" for name in names[1:])]
+        given = [nothing if part is None else part for part in parts]
+        found = tuple(
+            checked(part, self.dtype, name, shape, "(T, N, D*H)") for part, name in zip(given, called, strict=True)
+        )
+        return found[:1] if all(part is None for part in parts[1:]) else found
+
+    def _add_to_initial(
+        self, dinitial: tuple[Array, ...], given: tuple[bool, ...], dfresh: tuple[Array, ...] | None
+    ) -> None:
+        """Adds to the gradients of trained initial states: of the rows that began with them, and of those set back."""
+        for s, (name, part, was_given) in enumerate(zip(self.cell.state_names, dinitial, given, strict=True)):
+            for value in ([] if was_given else [part]) + ([] if dfresh is None else [dfresh[s]]):
+                self.grads[f"{name}_0"][...] += value.sum(1, dtype="float64").astype(self.dtype)
+
+    def fresh(self) -> tuple[Array, ...]:
+        """What a sequence begins with by itself, for each state of the cell (L*D, H)."""
+        shape = self.num_layers * self.directions, self.hidden_size
+        if self.trainable_h0:
+            return tuple(self.params[f"{name}_0"] for name in self.cell.state_names)
+        return tuple(backend.xp.zeros(shape, self.dtype) for _ in self.cell.state_names)
 
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
         """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""

@@ -6,7 +6,7 @@ that copy, which is why nothing there, NaN included, can reach a result.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,9 +17,9 @@ from gpurnn.executors import choose
 from gpurnn.executors.contract import Backward, Executor, Job, Weights
 from gpurnn.executors.random import Masks
 from gpurnn.parameters import Parameters
+from gpurnn.resets import Restarts, States
 from gpurnn.types import Array
 
-States = tuple[Array, ...]
 Mask = Callable[[Array], Array]
 
 
@@ -90,14 +90,22 @@ class Layers(Protocol):
     grads: Parameters
 
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights: ...
+    def fresh(self) -> States: ...
 
 
 def run(
-    layers: Layers, x: Array, initial: States, lengths: Lengths | None, training: bool
-) -> tuple[Array, States, Callable[..., tuple[Array, States]] | None]:
-    """x (T, N, I) -> y (T, N, D*H), final states, and `backward`, None without training; at padding y is 0.
+    layers: Layers,
+    x: Array,
+    initial: States,
+    lengths: Lengths | None,
+    training: bool,
+    resets: Array | None = None,
+    all_states: bool = False,
+) -> tuple[States, States, Callable[..., tuple[Array, States, States | None]] | None]:
+    """x (T, N, I) -> (y, ...), final states, and `backward`, None without training; at padding y is 0.
 
-    States are S arrays (L*D, N, H).
+    States are S arrays (L*D, N, H).  y is (T, N, D*H), and with `all_states` the last layer's other states follow alike.
+    resets: (T, N) of bool, see `gpurnn.resets`.
     """
     T, N, _ = x.shape
     clip = layers.clip_in_time is not None
@@ -109,28 +117,38 @@ def run(
         x = lengths.sorted(x, lengths.padding)
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
         initial = tuple(lengths.sorted(part, lengths.empty) for part in initial)
+    restarts = Restarts.of(resets, layers.fresh, lengths)
     levels: list[tuple[list[Any], Mask | None]] = []
     finals: list[States] = []
+    rest: States = ()
     for layer in range(layers.num_layers):
         x, outputs, tapes = backend.xp.ascontiguousarray(x), [], []
+        wanted, others = all_states and layer == layers.num_layers - 1, []
         for direction in range(layers.directions):
             weights, at = layers.weights(layers.params, layer, direction), len(finals)
-            state = tuple(part[at] for part in initial)
-            job = Job(layers.cell, x, weights, state, rows, direction == 1, training, layers.precision)
+            state, again = tuple(part[at] for part in initial), None
+            if restarts is not None:
+                state, again = restarts.begun(state, at, direction == 1), restarts.job(at, direction == 1)
+            job = Job(
+                layers.cell, x, weights, state, rows, direction == 1, training, layers.precision, again, wanted
+            )
             states, tape = engine.forward(job)
+            if wanted:
+                others.append(states.rest[:, :T] if direction else states.rest[:, 1:])
             outputs.append(states.h[:T] if direction else states.h[1:])
             tapes.append(tape)
             finals.append(states.final)
-        x = outputs[0] if layers.directions == 1 else backend.xp.concatenate(outputs, axis=2)
+        x = _beside(outputs)
+        rest = tuple(map(_beside, zip(*others, strict=True)))
         mask = None
         if training and layers.dropout and layer < layers.num_layers - 1:
             x, mask = _dropped(layers, x, lengths)
         levels.append((tapes, mask))
     final = _stacked(finals)
     if lengths is not None:
-        x, final = lengths.unsorted(x), tuple(map(lengths.unsorted, final))
+        x, rest, final = lengths.unsorted(x), *(tuple(map(lengths.unsorted, parts)) for parts in (rest, final))
         final = tuple(backend.xp.where(lengths.empty, *pair) for pair in zip(given, final, strict=True))
-    return x, final, functools.partial(_back, layers, engine, levels, lengths) if training else None
+    return (x, *rest), final, functools.partial(_back, layers, engine, levels, lengths, restarts) if training else None
 
 
 def _back(
@@ -138,18 +156,24 @@ def _back(
     engine: Executor,
     levels: list[tuple[list[Any], Mask | None]],
     lengths: Lengths | None,
-    dy: Array,
+    restarts: Restarts | None,
+    dy: States,
     dfinal: States | None,
     keep: bool,
     flow: Array | None,
-) -> tuple[Array, States]:
-    """Adds to the layers' gradients; returns dx and the gradients of the initial states.  dfinal: None for zeros.
+) -> tuple[Array, States, States | None]:
+    """Adds to the layers' gradients; returns dx and the gradients of the initial states; and, where there are resets, of
+    what they set rows back to, S arrays (L*D, N, H) in float64.  dfinal: None for zeros.
 
-    At padding dx is 0 and dy is not read.
+    dy: dL/dy alone, or followed by those of the last layer's other states.  At padding dx is 0 and dy is not read.
     """
     H, D, xp = layers.hidden_size, layers.directions, backend.xp
     if lengths is not None:
-        dy, dfinal = lengths.sorted(dy), None if dfinal is None else tuple(map(lengths.sorted, dfinal))
+        dy, dfinal = tuple(map(lengths.sorted, dy)), None if dfinal is None else tuple(map(lengths.sorted, dfinal))
+    dy, *drest = dy
+    dfresh = None
+    if restarts is not None:
+        dfresh = xp.zeros((len(levels) * D, layers.cell.states, dy.shape[1], H), xp.float64)
     dinitial: list[States] = [()] * (len(levels) * D)
     for layer in reversed(range(len(levels))):
         tapes, mask = levels[layer]
@@ -157,21 +181,32 @@ def _back(
         for direction, tape in enumerate(tapes):
             at = layer * D + direction
             squares = None if flow is None else xp.zeros(flow.shape[1:])
+            own = slice(direction * H, (direction + 1) * H)
             part, dinitial[at] = engine.backward(
                 tape,
-                dy[..., direction * H : (direction + 1) * H],
+                dy[..., own],
                 None if dfinal is None else tuple(state[at] for state in dfinal),
                 layers.weights(layers.grads, layer, direction),
-                Backward(layers.clip_in_time, squares, keep),
+                Backward(
+                    layers.clip_in_time,
+                    squares,
+                    keep,
+                    None if dfresh is None else dfresh[at],
+                    tuple(above[..., own] for above in drest) or None,
+                ),
             )
+            if restarts is not None:
+                dinitial[at] = restarts.returned(dinitial[at], dfresh[at], direction == 1)
             dx = part if dx is None else dx + part
             if flow is not None:
                 flow[at] = xp.sqrt(squares)
-        dy = dx
+        dy, drest = dx, []
     if not keep:
         levels.clear()
     dstates = _stacked(dinitial)
-    return (dy, dstates) if lengths is None else (lengths.unsorted(dy), tuple(map(lengths.unsorted, dstates)))
+    if lengths is not None:
+        dy, dstates = lengths.unsorted(dy), tuple(map(lengths.unsorted, dstates))
+    return dy, dstates, None if dfresh is None else tuple(dfresh.swapaxes(0, 1))
 
 
 def _dropped(layers: Layers, x: Array, lengths: Lengths | None) -> tuple[Array, Mask]:
@@ -180,6 +215,11 @@ def _dropped(layers: Layers, x: Array, lengths: Lengths | None) -> tuple[Array, 
         return layers.masks(x, layers.dropout)
     x, mask = layers.masks(lengths.unsorted(x), layers.dropout)
     return lengths.sorted(x), lambda gradient: lengths.sorted(mask(lengths.unsorted(gradient)))
+
+
+def _beside(parts: Sequence[Array]) -> Array:
+    """(T, N, H) of each direction -> (T, N, D*H)."""
+    return parts[0] if len(parts) == 1 else backend.xp.concatenate(parts, axis=2)
 
 
 def _stacked(parts: list[States]) -> States:

@@ -10,7 +10,7 @@ from . import clusters, pointwise, tiles
 from . import exchange as exchanges
 from . import mail as through_mail
 from .exchange import Exchange
-from .numba_cuda import cuda
+from .numba_cuda import cuda, types
 from .products import Product, columns, product
 from .ptx import settled, u32, written_out
 from .tiles import Ffma, Shape, layout
@@ -117,6 +117,18 @@ def own_pair(of: Group, shape: Shape, tile: tiles.Tile, slots: int):
         return owner, living, u, n
 
     return own
+
+
+def loading_flags(of: Group):
+    """A device function: which of a thread's pairs begin a step anew, `now` the flags of its rows; none unless it is `any`."""
+    PAIRS = of.pairs
+
+    @cuda.jit(device=True)
+    def load_flags(flags, now, length, row_at, any):
+        for p in range(PAIRS):
+            flags[p] = types.int32(now[row_at[p]]) if any and length[p] > 0 else types.int32(0)
+
+    return load_flags
 
 
 def settling(count, needed):

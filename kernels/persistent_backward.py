@@ -2,7 +2,7 @@
 
 from . import pointwise
 from .build import Source
-from .group import group_of, own_pair, settling
+from .group import group_of, loading_flags, own_pair, settling
 from .numba_cuda import cuda, types
 from .ptx import advance, behind_zero, load_shared_u, shared_address, store_shared_u, written_out
 from .tiles import Shape
@@ -64,8 +64,11 @@ def _loading(KEPT, READ, S, H):
     return load, load_states
 
 
-def _going_back(trace, of):
-    """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep dL/dstate."""
+def _going_back(trace, of, H, RESETS):
+    """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep dL/dstate.
+
+    reset: which pairs began this step anew, their units, and what they were set back to.
+    """
     S, P, WRITTEN, KEPT = trace.cell.states, len(trace.cell.params), trace.cell.gates + trace.x_start, len(trace.kept)
     DY = KEPT + 2 * S  # the place of dy among what is ready
     DNEXT, PARAM, READ = DY, DY + S, DY + 1
@@ -73,12 +76,17 @@ def _going_back(trace, of):
     cell, PAIRS = pointwise.backward(trace, f32, of.accuracy), of.pairs
 
     @cuda.jit(device=True)
-    def go_back(step, length, ready, own, values, written, gradients):
+    def go_back(step, length, ready, own, values, written, gradients, reset):
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
         for p in range(PAIRS):
             for k in range(DY):
                 given[k] = ready[p * READ + k]
+            if RESETS:
+                flags, unit, fresh = reset
+                if flags[p]:
+                    for s in range(S):
+                        given[KEPT + s] = fresh[s * H + unit[p]]
             for s in range(S):
                 given[DNEXT + s] = values[p * S + s]
             given[DNEXT] += ready[p * READ + DY]
@@ -132,7 +140,7 @@ def _beginning(trace, of, shape, tile, placed, loads):
         spot, slot_at, state_at, dy_at = spots
         dstate, params, lengths = given
         arrays, strides = stored
-        length, own, gradients = fixed
+        length, own, gradients, unit_of, row_at = fixed
         values, ready, coming = moving
         places, h, rest, N, reverse = (slot_at, state_at, dy_at), arrays[1], arrays[2], strides[0], strides[1]
         owner = False
@@ -140,6 +148,7 @@ def _beginning(trace, of, shape, tile, placed, loads):
             owner, living, u, n = own_pair_of(tid, p, corner, N, vector, (spot, slot_at, state_at))
             dy_at[p] = n * dy_row + u
             length[p] = lengths[n] if living else 0
+            unit_of[p], row_at[p] = u, n
             for s in range(S):
                 values[p * S + s] = dstate[s * N * H + state_at[p]] if length[p] > 0 else f32(0)
             for k in range(P):
@@ -164,7 +173,9 @@ def _beginning(trace, of, shape, tile, placed, loads):
 
 
 def _between_steps(trace, of, clip):
-    """Device functions: hand next states on, take what was loaded ahead, add the product to dL/dh of living rows."""
+    """Device functions: hand next states on, take what was loaded ahead, add the product to dL/dh of living rows; give the
+    gradients of pairs that began a step anew to the states that they were set back to.
+    """
     S, KEPT, PAIRS = trace.cell.states, len(trace.kept), of.pairs
     STATE, NEXT, READ = KEPT, KEPT + S, KEPT + 2 * S + 1
     OWN_COMING = PAIRS * READ if of.ahead else 1
@@ -192,14 +203,22 @@ def _between_steps(trace, of, clip):
                     for s in range(S):
                         values[p * S + s] = _clipped(values[p * S + s], limit)
 
-    return hand_on, take, add_product
+    @cuda.jit(device=True)
+    def give_back(flags, values, dfresh, size, state_at):
+        for p in range(PAIRS):
+            if flags[p]:
+                for s in range(S):
+                    dfresh[s * size + state_at[p]] += f64(values[p * S + s])
+                    values[p * S + s] = f32(0)
+
+    return hand_on, take, add_product, give_back
 
 
-def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
+def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False):
     """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
 
     dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
-    packed, lengths, mail, fault, row: as in `forward`.
+    packed, lengths, mail, fault, row: as in `forward`.  resets, again, fresh, dfresh: as in `step.backward`.
     """
     G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
     WRITTEN, KEPT, SLOT_STEP = G + trace.x_start, len(trace.kept), trace.slots * H
@@ -210,8 +229,9 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
     (placed, behind), (load, load_states) = _at_step(SLOT_STEP, H), _loading(KEPT, READ, S, H)
     begin_pairs = _beginning(trace, of, shape, tile, placed, (load, load_states))
-    go_back, send_all = _going_back(trace, of), _sending(of, G, WRITTEN)
-    hand_on, take, add_product = _between_steps(trace, of, clip)
+    go_back, send_all = _going_back(trace, of, H, resets), _sending(of, G, WRITTEN)
+    hand_on, take, add_product, give_back = _between_steps(trace, of, clip)
+    load_flags = loading_flags(of)
     BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
     WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
     AT, BUFFERS, BUFFER, FLAGS_AT, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.flags, of.ahead, of.walks
@@ -219,8 +239,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     OWN_COMING = OWN_READ if AHEAD else 1
 
     def persistent_backward(
-        packed, slots, h, rest, dy, dstate, params, dparams, lengths, mail, fault, row, N, reverse, rest_state, dy_step,
-        dy_row, limit,
+        packed, slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, mail, fault, row, N, reverse,
+        rest_state, dy_step, dy_row, limit,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
@@ -241,6 +261,10 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         sums = cuda.local.array(PAIRS, f32)
         written = cuda.local.array(OWN_WRITTEN, f32)
         outgoing = cuda.local.array(PAIRS, f32)
+        unit_of = cuda.local.array(PAIRS, i32)
+        row_at = cuda.local.array(PAIRS, i32)
+        flags = cuda.local.array(PAIRS, i32)  # whether a pair began the step anew
+        next_flags = cuda.local.array(PAIRS, i32)
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
         fetch(advance(packed, member * SHARE), weights)
         for k in range(4 * tid, BUFFERS * BUFFER, 4 * THREADS):
@@ -250,8 +274,11 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         last = i64(0 if reverse else steps) * N * H  # where the last states begin
         owner = begin_pairs(
             tid, (first, base), (steps, last), vector, (spot, slot_at, state_at, dy_at), dy_row,
-            (dstate, params, lengths), (arrays, strides), walked, (length, own, gradients), (values, ready, coming),
+            (dstate, params, lengths), (arrays, strides), walked, (length, own, gradients, unit_of, row_at),
+            (values, ready, coming),
         )  # fmt: skip
+        if resets:
+            load_flags(flags, advance(again, i64(0 if reverse else steps - 1) * N), length, row_at, steps > 0)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -259,7 +286,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         for i in range(steps):
             t = i if reverse else steps - 1 - i
             step = i32(t)
-            go_back(step, length, ready, own, values, written, gradients)
+            go_back(step, length, ready, own, values, written, gradients, (flags, unit_of, fresh))
             if owner:
                 send_all(mail, vector, spot, i, length, written, outgoing)
             release(mail, vector, i)
@@ -270,6 +297,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
             else:
                 now, following = advance(slots, t * N * SLOT_STEP), placed(arrays, strides, t + 1 if reverse else t - 1)
             hand_on(ready)
+            if resets:
+                load_flags(next_flags, advance(again, (t - 1 + 2 * reverse) * N), length, row_at, i + 1 < steps)
             for p in range(PAIRS):
                 if step < length[p]:
                     for k in range(WRITTEN):
@@ -287,6 +316,10 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                             load(coming, p, places, placed(arrays, strides, t + 2 if reverse else t - 2), strides)
             multiply(weights, u32(vector + (i + 1 & BUFFERS - 1) * BUFFER), sums)
             add_product(step, length, sums, values, limit)
+            if resets:
+                give_back(flags, values, dfresh, N * H, state_at)
+                for p in range(PAIRS):
+                    flags[p] = next_flags[p]
         for p in range(PAIRS):
             if length[p] > 0:
                 for s in range(S):
@@ -296,5 +329,5 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         close()
 
     pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 6, types.CPointer(f64), types.CPointer(i64))
-    pointers += (types.CPointer(u32),) * 2
+    pointers += (types.CPointer(types.uint8), types.CPointer(f32), types.CPointer(f64), *[types.CPointer(u32)] * 2)
     return Source(persistent_backward, pointers + (i64,) * 6 + (f32,), THREADS, of.shared, *of.launched)

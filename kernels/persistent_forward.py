@@ -2,7 +2,7 @@
 
 from . import pointwise
 from .build import Source
-from .group import group_of, own_pair, settling
+from .group import group_of, loading_flags, own_pair, settling
 from .numba_cuda import cuda, types
 from .products import columns
 from .ptx import advance, shared_address, store_shared_u, written_out
@@ -31,15 +31,18 @@ def _initial(shape, tile, word):
     return initial
 
 
-def _advancing(trace, of):
-    """A device function: one step of a thread's pairs, from their sums; rows that have ended keep their states."""
+def _advancing(trace, of, H, RESETS):
+    """A device function: one step of a thread's pairs, from their sums; rows that have ended keep their states.
+
+    reset: which pairs are set back then, their units, and what they are set back to.
+    """
     G, S, P, START = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.x_start
     GIVEN, OUTPUTS, PAIRS = G + START, S + len(trace.kept), of.pairs
     INPUTS = GIVEN + S + P
     cell = pointwise.forward(trace, f32, of.accuracy)
 
     @cuda.jit(device=True)
-    def advance_pairs(step, length, sums, x, fixed, values, results, outgoing):
+    def advance_pairs(step, length, sums, x, fixed, values, results, outgoing, reset):
         biases, own = fixed
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
@@ -60,6 +63,11 @@ def _advancing(trace, of):
             if step < length[p]:
                 for s in range(S):
                     values[p * S + s] = result[s]
+            if RESETS:
+                flags, unit, fresh = reset
+                if flags[p]:
+                    for s in range(S):
+                        values[p * S + s] = fresh[s * H + unit[p]]
             outgoing[p] = values[p * S]
 
     return advance_pairs
@@ -81,13 +89,14 @@ def _beginning(trace, of, shape, tile):
     def begin_pairs(tid, corner, size, vector, places, given, fixed, moving):
         N, T, start = size
         bias, params, state, lengths, now = given
-        length, biases, own = fixed
+        length, biases, own, unit_of, row_at = fixed
         values, x, coming = moving
         slot_at, state_at = places[1], places[2]
         owner = False
         for p in range(PAIRS):
             owner, living, u, n = own_pair_of(tid, p, corner, N, vector, places)
             length[p] = max(0, min(T, lengths[n] - start)) if living else 0
+            unit_of[p], row_at[p] = u, n
             for k in range(GIVEN):
                 biases[p * GIVEN + k] = bias[k * H + u]
             for s in range(S):
@@ -144,13 +153,14 @@ def _moving(trace, of, H, training):
     return load_x, send_all, store
 
 
-def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
+def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=False):
     """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
 
     packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows
     that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  mail: `exchange.mail_words`
     for each group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.
     row: the first batch row of this launch.  Without training only h and final are written.
+    resets, again, fresh: as in `step.forward`; `state` is what the first step begins with.
     """
     G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
     SLOTS, SLOT_STEP = trace.slots, trace.slots * H
@@ -159,7 +169,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
     fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
     initial, begin_pairs = _initial(shape, tile, of.make.word), _beginning(trace, of, shape, tile)
-    advance_pairs, (load_x, send_all, store) = _advancing(trace, of), _moving(trace, of, H, training)
+    advance_pairs, (load_x, send_all, store) = _advancing(trace, of, H, resets), _moving(trace, of, H, training)
+    load_flags = loading_flags(of)
     BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
     WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
     AT, BUFFERS, BUFFER, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.ahead, of.walks
@@ -173,8 +184,9 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
             x[k] = coming[k]
 
     def persistent_forward(
-        packed, slots, bias, h, rest, params, state, final, lengths, mail, fault, T, start, row, N, reverse, rest_state
-    ):
+        packed, slots, bias, h, rest, params, state, final, lengths, again, fresh, mail, fault, T, start, row, N, reverse,
+        rest_state,
+    ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
         first, base = row + group * ROWS, member * UNITS
@@ -192,6 +204,9 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         sums = cuda.local.array(OWN_SUMS, f32)
         results = cuda.local.array(OWN_OUTPUTS, f32)
         outgoing = cuda.local.array(PAIRS, f32)
+        unit_of = cuda.local.array(PAIRS, i32)
+        row_at = cuda.local.array(PAIRS, i32)
+        flags = cuda.local.array(PAIRS, i32)  # whether a pair is set back behind a step
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
         fetch(advance(packed, member * SHARE), weights)
         initial(vector, state, first, N, tid)
@@ -205,7 +220,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         slots_on = states_on * SLOTS
         owner = begin_pairs(
             tid, (first, base), (N, T, start), vector, (spot, slot_at, state_at), (bias, params, state, lengths, now),
-            (length, biases, own), (values, x, coming),
+            (length, biases, own, unit_of, row_at), (values, x, coming),
         )  # fmt: skip
         open(vector, fault)
         cuda.syncthreads()
@@ -218,8 +233,10 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
             following = advance(now, slots_on) if WALKS else advance(slots, further)
             if AHEAD and i + 1 < steps:
                 load_x(coming, following, length, slot_at)
+            if resets:
+                load_flags(flags, advance(again, (t + 1 - 2 * reverse) * N), length, row_at, i + 1 < steps)
             multiply(weights, u32(vector + (i & BUFFERS - 1) * BUFFER), sums)
-            advance_pairs(step, length, sums, x, (biases, own), values, results, outgoing)
+            advance_pairs(step, length, sums, x, (biases, own), values, results, outgoing, (flags, unit_of, fresh))
             if i + 1 < steps and owner:
                 send_all(mail, vector, spot, i, outgoing)
             if i + 1 < steps:
@@ -244,5 +261,6 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
                     final[s * N * H + state_at[p]] = values[p * S + s]
         close()
 
-    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 7, types.CPointer(i64), *[types.CPointer(u32)] * 2)
+    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 7, types.CPointer(i64))
+    pointers += (types.CPointer(types.uint8), types.CPointer(f32), *[types.CPointer(u32)] * 2)
     return Source(persistent_forward, pointers + (i64,) * 6, THREADS, of.shared, *of.launched)

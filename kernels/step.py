@@ -14,10 +14,13 @@ from .numba_cuda import cuda, types
 THREADS = 256
 
 
-def forward(trace, *, dtype):
+def forward(trace, *, dtype, resets=False):
     """slots (T, N, slots*H): overwritten.  bias (slots, H).  h (T+1, N, H), rest (S-1, T+1 or 1, N, H): written
     at one step.  params (P, H).  t: the step, of `rows` living batch rows.  reverse: 1 where time runs backwards.
     rest_state, rest_step: how far apart, in elements, states and steps stand in `rest`.
+
+    Where there are resets, again (T, N) says which rows begin step t with fresh (S, H); begun (N, H) receives the h that
+    the step behind t begins with, unless t is the last.
     """
     real = getattr(types, dtype)
     cell = pointwise.forward(trace, real, pointwise.EXACT)
@@ -25,7 +28,9 @@ def forward(trace, *, dtype):
     GIVEN, KEPT = trace.cell.gates + trace.x_start, len(trace.kept)
     INPUTS, OUTPUTS = GIVEN + S + P, S + KEPT
 
-    def step_forward(slots, bias, h, rest, params, t, rows, N, H, reverse, rest_state, rest_step):
+    def step_forward(
+        slots, bias, h, rest, params, again, fresh, begun, t, rows, N, H, reverse, rest_state, rest_step, last
+    ):
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= rows * H:
             return
@@ -40,25 +45,35 @@ def forward(trace, *, dtype):
         given[GIVEN] = h[before * N * H + k]
         for s in range(S - 1):
             given[GIVEN + 1 + s] = rest[s * rest_state + before * rest_step + k]
+        if resets:
+            if again[t * N + n]:
+                for s in range(S):
+                    given[GIVEN + s] = fresh[s * H + u]
         for p in range(P):
             given[GIVEN + S + p] = params[p * H + u]
         cell(given, result)
         h[after * N * H + k] = result[0]
+        if resets:
+            if t != last:
+                begun[k] = fresh[u] if again[(t + 1 - 2 * reverse) * N + n] else result[0]
         for s in range(S - 1):
             rest[s * rest_state + after * rest_step + k] = result[1 + s]
         for s in range(KEPT):
             slots[slot + s * H] = result[S + s]
 
     pointer = types.CPointer(real)
-    return Source(step_forward, (pointer,) * 5 + (types.int64,) * 7, THREADS)
+    pointers = (pointer,) * 5 + (types.CPointer(types.uint8),) + (pointer,) * 2
+    return Source(step_forward, pointers + (types.int64,) * 8, THREADS)
 
 
-def backward(trace, *, dtype, clip):
+def backward(trace, *, dtype, clip, resets=False, above=False):
     """Assigns slots and dstate (S, N, H), adds to dparams (P, N, H), which are in float64.
 
     dy: (T, N, H), steps and rows dy_step and dy_row elements apart.  rows: living at t; of them the first `seen` have
     been at the step processed before, and there weight_hh's product was added to dstate[0].
     clip: whether what one step passes to the one before is kept within [-limit, limit].
+    again, fresh: as forward.  dfresh (S, N, H), in float64: what the step processed before passes to fresh states is added.
+    above: whether drest is to be added, dL/d(the states beyond h behind each step) (S-1, T, N, H), `drest_state` apart.
     """
     real = getattr(types, dtype)
     cell = pointwise.backward(trace, real, pointwise.EXACT)
@@ -68,8 +83,9 @@ def backward(trace, *, dtype, clip):
     INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
 
     def step_backward(
-        slots, h, rest, dy, dstate, params, dparams, t, rows, seen, N, H, reverse, rest_state, dy_step, dy_row, limit
-    ):
+        slots, h, rest, dy, dstate, params, dparams, again, fresh, dfresh, drest, t, rows, seen, N, H, reverse, rest_state,
+        dy_step, dy_row, limit, drest_state,
+    ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= rows * H:
             return
@@ -86,12 +102,23 @@ def backward(trace, *, dtype, clip):
         for s in range(S - 1):
             given[STATE + 1 + s] = rest[s * rest_state + before * N * H + k]
             given[NEXT + 1 + s] = rest[s * rest_state + after * N * H + k]
+        if resets:
+            if again[t * N + n]:
+                for s in range(S):
+                    given[STATE + s] = fresh[s * H + u]
         for s in range(S):
             value = dstate[s * N * H + k]
             if clip and n < seen:
                 value = clipped(value, limit)
+            if resets:
+                if n < seen and again[(t + 1 - 2 * reverse) * N + n]:
+                    dfresh[s * N * H + k] += types.float64(value)
+                    value = real(0)
             given[DNEXT + s] = value
         given[DNEXT] += dy[t * dy_step + n * dy_row + u]
+        if above:
+            for s in range(S - 1):
+                given[DNEXT + 1 + s] += drest[s * drest_state + t * N * H + k]
         for p in range(P):
             given[PARAM + p] = params[p * H + u]
         cell(given, result)
@@ -109,5 +136,6 @@ def backward(trace, *, dtype, clip):
         return -limit if value < -limit else value
 
     pointer = types.CPointer(real)
-    pointers = (pointer,) * 6 + (types.CPointer(types.float64),)
-    return Source(step_backward, pointers + (types.int64,) * 9 + (real,), THREADS)
+    double = types.CPointer(types.float64)
+    pointers = ((pointer,) * 6, (double, types.CPointer(types.uint8), pointer, double, pointer))
+    return Source(step_backward, sum(pointers, ()) + (types.int64,) * 9 + (real, types.int64), THREADS)

@@ -18,13 +18,13 @@ THREADS = 128
 AHEAD = 4
 
 
-def forward(trace, *, dtype):
+def forward(trace, *, dtype, resets=False):
     """slots (steps, N, slots*H): overwritten.  bias (slots, H).  h (steps+1, N, H), rest (S-1, steps+1 or 1, N, H): the
     states before the first step are read, the others written.  params (P, H).  lengths (N,): of rows, from `begin`
     steps ago.
 
     reverse: 1 where time runs backwards.  rest_state, rest_step: how far apart, in elements, states and steps stand in
-    `rest`.
+    `rest`.  resets, again, fresh: as in `step.forward`.
     """
     real = getattr(types, dtype)
     cell = pointwise.forward(trace, real, pointwise.EXACT)
@@ -32,7 +32,9 @@ def forward(trace, *, dtype):
     GIVEN = trace.cell.gates
     COMING, INPUTS, OUTPUTS = AHEAD * GIVEN, GIVEN + S + P, S + KEPT
 
-    def unitwise_forward(slots, bias, h, rest, params, lengths, steps, begin, N, H, reverse, rest_state, rest_step):
+    def unitwise_forward(
+        slots, bias, h, rest, params, lengths, again, fresh, steps, begin, N, H, reverse, rest_state, rest_step
+    ):
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= N * H:
             return
@@ -50,6 +52,11 @@ def forward(trace, *, dtype):
         own = cuda.local.array(INPUTS, real)  # biases, states, parameters
         given = cuda.local.array(INPUTS, real)
         result = cuda.local.array(OUTPUTS, real)
+        flags = cuda.local.array(AHEAD, types.int32)
+        flag, flag_step = first * N + n, way * N
+        if resets:
+            for a in range(AHEAD):
+                flags[a] = types.int32(again[flag + a * flag_step]) if a < count else types.int32(0)
         for s in range(COMING):
             coming[s] = real(0)
             if s // GIVEN < count:
@@ -62,6 +69,15 @@ def forward(trace, *, dtype):
         for p in range(P):
             own[GIVEN + S + p] = params[p * H + u]
         for step in range(count):
+            if resets:
+                if flags[0]:
+                    for s in range(S):
+                        own[GIVEN + s] = fresh[s * H + u]
+                for a in range(AHEAD - 1):
+                    flags[a] = flags[a + 1]
+                if step + AHEAD < count:
+                    flags[AHEAD - 1] = types.int32(again[flag + AHEAD * flag_step])
+                flag += flag_step
             for s in range(GIVEN):
                 given[s] = coming[s] + own[s]
             for s in range(S + P):
@@ -84,14 +100,16 @@ def forward(trace, *, dtype):
             slot += slot_step
 
     pointer = types.CPointer(real)
-    return Source(unitwise_forward, (pointer,) * 5 + (types.CPointer(types.int64),) + (types.int64,) * 7, THREADS)
+    pointers = (pointer,) * 5 + (types.CPointer(types.int64), types.CPointer(types.uint8), pointer)
+    return Source(unitwise_forward, pointers + (types.int64,) * 7, THREADS)
 
 
-def backward(trace, *, dtype, clip):
+def backward(trace, *, dtype, clip, resets=False):
     """Assigns slots (T, N, slots*H) and dstate (S, N, H), adds to dparams (P, N, H), which are in float64.
 
     dy: (T, N, H), steps and rows dy_step and dy_row elements apart.  lengths (N,): of rows.
     clip: whether what one step passes to the one before is kept within [-limit, limit].
+    resets, again, fresh, dfresh: as in `step.backward`.
     """
     real = getattr(types, dtype)
     cell = pointwise.backward(trace, real, pointwise.EXACT)
@@ -101,8 +119,9 @@ def backward(trace, *, dtype, clip):
     DY, COMING, INPUTS, OUTPUTS, SUMS = KEPT + S, AHEAD * EACH, PARAM + P, G + S + P, max(1, P)
 
     def unitwise_backward(
-        slots, h, rest, dy, dstate, params, dparams, lengths, N, H, reverse, rest_state, dy_step, dy_row, limit
-    ):
+        slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, N, H, reverse, rest_state, dy_step,
+        dy_row, limit,
+    ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= N * H:
             return
@@ -118,6 +137,12 @@ def backward(trace, *, dtype, clip):
         given = cuda.local.array(INPUTS, real)
         result = cuda.local.array(OUTPUTS, real)
         passed = cuda.local.array(S, real)
+        behind = cuda.local.array(S, real)  # the states behind a step, where its own are replaced by fresh ones
+        flags = cuda.local.array(AHEAD, types.int32)
+        flag, flag_step = first * N + n, way * N
+        if resets:
+            for a in range(AHEAD):
+                flags[a] = types.int32(again[flag + a * flag_step]) if a < count else types.int32(0)
         sums = cuda.local.array(SUMS, types.float64)
         for s in range(COMING):
             coming[s] = real(0)
@@ -138,12 +163,21 @@ def backward(trace, *, dtype, clip):
             given[STATE] = h[state - state_step]
             for s in range(S - 1):
                 given[STATE + 1 + s] = rest[s * rest_state + state - state_step]
+        if resets:
+            for s in range(S):
+                behind[s] = given[STATE + s]
         for step in range(count):
             for s in range(S):
-                given[NEXT + s] = given[STATE + s]
+                given[NEXT + s] = behind[s] if resets else given[STATE + s]
                 given[DNEXT + s] = passed[s]
             for s in range(KEPT + S):
                 given[s] = coming[s]
+            if resets:
+                for s in range(S):
+                    behind[s] = given[STATE + s]
+                if flags[0]:
+                    for s in range(S):
+                        given[STATE + s] = fresh[s * H + u]
             given[DNEXT] += coming[DY]
             for s in range(COMING - EACH):
                 coming[s] = coming[s + EACH]
@@ -159,6 +193,16 @@ def backward(trace, *, dtype, clip):
                 slots[slot + s * H] = result[s]
             for s in range(S):
                 passed[s] = clipped(result[G + s], limit) if clip else result[G + s]
+            if resets:
+                if flags[0]:
+                    for s in range(S):
+                        dfresh[s * N * H + k] += types.float64(passed[s])
+                        passed[s] = real(0)
+                for a in range(AHEAD - 1):
+                    flags[a] = flags[a + 1]
+                if step + AHEAD < count:
+                    flags[AHEAD - 1] = types.int32(again[flag + AHEAD * flag_step])
+                flag += flag_step
             for p in range(P):
                 sums[p] += types.float64(result[G + S + p])
             slot += slot_step
@@ -176,5 +220,6 @@ def backward(trace, *, dtype, clip):
         return -limit if value < -limit else value
 
     pointer = types.CPointer(real)
-    pointers = (pointer,) * 6 + (types.CPointer(types.float64), types.CPointer(types.int64))
+    double = types.CPointer(types.float64)
+    pointers = (pointer,) * 6 + (double, types.CPointer(types.int64), types.CPointer(types.uint8), pointer, double)
     return Source(unitwise_backward, pointers + (types.int64,) * 6 + (real,), THREADS)

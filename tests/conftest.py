@@ -68,7 +68,7 @@ def pytest_generate_tests(metafunc):
     matrix, all of which `test_unitwise` runs.
     """
     every = CELLS | USER_CELLS
-    alike = {cell.name for cell in UNITWISE_CELLS} - {"mingru", "lru"}
+    alike = {cell.name for cell in UNITWISE_CELLS} - {"mingru", "lru"} | {"peephole", "cifg", "mgu"}
     most = [pytest.param(cell, marks=pytest.mark.slow if name in alike else ()) for name, cell in every.items()]
     some = [pytest.param(cell, marks=() if name in SOME else pytest.mark.slow) for name, cell in every.items()]
     for fixture, cells, names in (

@@ -1,14 +1,17 @@
 """Recurrent cells: one file each.  A new cell that ships takes a row in CELLS; tests and benchmarks run over it."""
 
 from gpurnn.cells.cell import Cell
+from gpurnn.cells.cifg import CIFG_CELL
 from gpurnn.cells.functions import abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
 from gpurnn.cells.gru import GRU_CELL
 from gpurnn.cells.indrnn import INDRNN_CELL
 from gpurnn.cells.lru import LRU_CELL
 from gpurnn.cells.lstm import LSTM_CELL
+from gpurnn.cells.mgu import MGU_CELL
 from gpurnn.cells.mingru import MINGRU_CELL
 from gpurnn.cells.minlstm import MINLSTM_CELL
 from gpurnn.cells.para import PARAGRU_CELL, PARALSTM_CELL
+from gpurnn.cells.peephole import PEEPHOLE_CELL
 from gpurnn.cells.rglru import RGLRU_CELL
 from gpurnn.cells.rnn import RNN_CELLS
 from gpurnn.cells.sru import SRU_CELL
@@ -23,18 +26,22 @@ UNITWISE_CELLS = (  # without a recurrent matrix
     PARAGRU_CELL,
     PARALSTM_CELL,
 )
-CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), LSTM_CELL, GRU_CELL, *UNITWISE_CELLS)}
+GATED_CELLS = (LSTM_CELL, GRU_CELL, PEEPHOLE_CELL, CIFG_CELL, MGU_CELL)
+CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), *GATED_CELLS, *UNITWISE_CELLS)}
 
 __all__ = [
     "CELLS",
+    "CIFG_CELL",
     "GRU_CELL",
     "INDRNN_CELL",
     "LRU_CELL",
     "LSTM_CELL",
+    "MGU_CELL",
     "MINGRU_CELL",
     "MINLSTM_CELL",
     "PARAGRU_CELL",
     "PARALSTM_CELL",
+    "PEEPHOLE_CELL",
     "RGLRU_CELL",
     "RNN_CELLS",
     "SRU_CELL",

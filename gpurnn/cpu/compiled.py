@@ -18,10 +18,11 @@ from gpurnn.cpu.dot import dot
 from gpurnn.cpu.loops import backward_loop, forward_loop, orders
 from gpurnn.cpu.products import packed_backward, packed_forward, packing_pays, packing_pays_backwards
 from gpurnn.cpu.reduction import few_are_summed, reduction, reduction_size
-from gpurnn.cpu.rows import backward_rows, clamp, forward_rows, squares
+from gpurnn.cpu.restart import Again
+from gpurnn.cpu.rows import add_above, backward_rows, clamp, forward_rows, squares
 from gpurnn.cpu.simd import address
 from gpurnn.executors import layout
-from gpurnn.executors.contract import Backward, Job, States, Weights
+from gpurnn.executors.contract import Backward, Job, Resets, States, Weights
 from gpurnn.executors.layout import Ends, Tape, add_ordered, is_ragged
 
 BYTES = np.dtype(np.uint8)
@@ -32,12 +33,13 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     rows = np.ascontiguousarray(job.rows, np.int64)
     if rows is not job.rows:
         job = job._replace(rows=rows)
-    cell, x, weights, state, rows, reverse, training, _ = job
+    cell, x, weights, state, rows, reverse, training = job[:7]
     T, N, I = x.shape
     H, dtype, ends = state[0].shape[1], x.dtype, Ends.of(job, np)
     allocate = memory.empty if ends.lengths is None else memory.zeros
     h = allocate((T + 1, N, H), dtype)
-    rest = _rest(cell.states - 1, T, N, H, dtype, allocate, training)
+    whole = training or job.all_states
+    rest = _rest(cell.states - 1, T, N, H, dtype, allocate, whole, job.resets)
     h[ends.first] = state[0]
     for part, values in zip(rest, state[1:], strict=True):
         part[ends.first] = values
@@ -49,28 +51,30 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     lies = not packing_pays(1, T * N, I), not (cell.recurrent and packing_pays(T, N, H))
     dots = [dot(dtype).address if used and lie else 0 for used, lie in zip((True, cell.recurrent), lies, strict=True)]
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
+    again = Again.forward(job.resets, len(plan.shares) if plan.by_units else 1)
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
     crew.run(
         forward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _recurrent(cell, weights),
+            _recurrent(cell, weights), _behind(rest), again.begin, again.runs, *again[3:6],
         ),
         [
-            (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
+            (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows))
             for part, share in enumerate(plan.shares)
         ],
     )  # fmt: skip
     final = tuple(part[ends.last].copy() for part in (h, *rest))
-    return States(ends.visible(h), final), Tape(job, slots, h, rest) if training else None
+    seen = ends.visible(rest) if job.all_states else None
+    return States(ends.visible(h), final, seen), Tape(job, slots, h, rest) if training else None
 
 
 def backward(
     tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """See `contract.Executor.backward`."""
-    cell, x, weights, _, rows, reverse, _, _ = tape.job
+    cell, x, weights, _, rows, reverse = tape.job[:6]
     T, N, I = x.shape
     H, dtype = tape.h.shape[2], x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
@@ -95,6 +99,9 @@ def backward(
     combine_one = combine(dtype).address if T * N == 1 else 0
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
     gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
+    again = Again.backward(tape.job.resets)
+    drest = None if options.drest is None else np.stack(options.drest)
+    add, above = (0, 0) if drest is None else (add_above(dtype).address, address(drest))
     given = (
         rows, orders(cell), slots, tape.h, tape.rest, dy, passed, gradient_x, params, limit, weights.weight_ih,
     )  # fmt: skip
@@ -103,7 +110,8 @@ def backward(
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given), _recurrent(cell, weights),
+            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, _behind(tape.rest), *again[1:6],
+            0 if options.dfresh is None else address(options.dfresh),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
@@ -125,6 +133,10 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
     trace, (T, N, I) = cell.trace, x.shape
     H, dtype, split = tape.h.shape[2], x.dtype, len(trace.split)
     h_before = tape.h[1:] if tape.job.reverse else tape.h[:T]
+    if tape.job.resets is not None:
+        own, h_before = h_before, memory.empty((T, N, H), dtype)
+        np.copyto(h_before, own)
+        h_before[tape.job.resets.before] = tape.job.resets.state[0]
     sums = np.zeros((split + cell.gates) * H)
     work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
     combine_few = combine(dtype).address if few_are_summed(T * N) else 0
@@ -152,12 +164,26 @@ def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]
     return places if plan.by_units else places * len(plan.shares), room
 
 
-def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, training: bool) -> np.ndarray:
-    """The states beyond h, (S-1, T+1, N, H).  Without training their stride in time is 0: each step replaces the last."""
-    if training or count == 0:
-        return allocate((count, T + 1, N, H), dtype)
-    place = allocate((count, N, H), dtype)
-    return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))
+def _rest(
+    count: int, T: int, N: int, H: int, dtype: np.dtype, allocate: Callable, whole: bool, resets: Resets | None
+) -> np.ndarray:
+    """The states beyond h, (S-1, T+1, N, H); unless they are kept whole their stride in time is 0: each step replaces the last.
+
+    `_behind` a state's steps stands what resets set it back to.
+    """
+    steps = T + 1 if whole else 1
+    place = allocate((count, steps + (resets is not None), N, H), dtype)
+    if resets is not None:
+        for part, fresh in zip(place, resets.state[1:], strict=True):
+            part[-1, 0] = fresh
+    if whole:
+        return place[:, : T + 1]
+    return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[2:]))
+
+
+def _behind(rest: np.ndarray) -> int:
+    """Where the memory of the first state's steps ends: see `_rest`."""
+    return address(rest) + max(rest.shape[1] * rest.strides[1], rest.shape[2] * rest.strides[2])
 
 
 def _recurrent(cell: Cell, weights: Weights) -> int:

@@ -21,12 +21,13 @@ from gpurnn.cpu.simd import host
 
 FORWARD = Record(
     "T N I H S gates split reverse window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh",
-    "packs packers first last unit end_unit w_ih w_split w_joint",
+    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin runs some resets fresh",
+    "packs packers first last unit end_unit w_ih w_split w_joint copies",
 )
 BACKWARD = Record(
     "T N I H S gates split states reverse chunk cell_rows ldw_ih ldw_hh combine clamp squares rest_stride rest_step dy_step "
-    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh",
+    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest fresh_rest runs end some resets "
+    "fresh dfresh",
     "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
 )
 
@@ -60,8 +61,11 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     params   (P, H)
     weight_* (G*H, I), (G*H, H); weight_hh 0 where the cell has none: then no product stands between the steps, and nobody waits
 
+    Of resets: fresh_rest, the address of fresh states beyond h, as far apart as those in `rest`; and what `restart.Again` has,
+    `some` 0 where there are none.
+
     A part's share: which part of how many it packs; the rows [first, last) of the batch, the units [unit, end_unit); where
-    there is room for W_ih packed, for W_hh's split and for its joint gates.
+    there is room for W_ih packed, for W_hh's split and for its joint gates; for a copy of the share's rows of h.
     """
     pack, project, meet, size = make_pack_gates(dtype), make_project(dtype), make_meet(), dtype.itemsize
     read, read_share, apart = FORWARD.read, FORWARD.read_share, FORWARD.stride
@@ -69,9 +73,12 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     def forward(values, part):
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, reverse, window, chunk, cell_rows, dot_ih, dot_hh,
-            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh,
+            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, fresh_rest,
+            begin_again, runs, some, resets, fresh,
         ) = read(values)  # fmt: skip
-        packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint = read_share(values + shares + part * apart)
+        packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint, copies = read_share(
+            values + shares + part * apart
+        )
         stride, aside, units, joint = H * size, unit * size, end_unit - unit, gates - split if weight_hh else 0
         next_row, h_step = S * stride, N * stride
         x_orders, joint_orders = orders + gates * 8, orders + split * 8
@@ -105,20 +112,33 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                 if m <= 0:
                     continue
                 at, row = slots_at + (t - begin) * N * next_row, first * stride + aside
-                h_t = h + before * h_step + first * stride
+                h_t, again = h + before * h_step + first * stride, 0
+                factor = h_t
+                if some and word(some + t * 8):
+                    again = resets + (t * N + first) * 8
+                    if weight_hh:
+                        factor = copies
+                        call(begin_again, again, m, H, h_t, fresh, copies, stride)
                 if split:
                     project(
-                        dot_hh, 1, h_t, 0, stride, m, w_split, H, H, unit, end_unit, orders, split, at, 0, next_row, 0
+                        dot_hh, 1, factor, 0, stride, m, w_split, H, H, unit, end_unit, orders, split, at, 0, next_row, 0
                     )  # fmt: skip
                 if joint:
                     project(
-                        dot_hh, 1, h_t, 0, stride, m, w_joint, H, H, unit, end_unit, joint_orders, joint,
+                        dot_hh, 1, factor, 0, stride, m, w_joint, H, H, unit, end_unit, joint_orders, joint,
                         at + split * stride, 0, next_row, 1,
                     )  # fmt: skip
-                call(
-                    cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
-                    rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
-                )  # fmt: skip
+                if again:
+                    call(
+                        runs, cell_rows, again, fresh + aside, fresh_rest + aside, m, next_row, units, at, bias + aside,
+                        h_t + aside, h + after * h_step + row, rest + before * rest_step + row,
+                        rest + after * rest_step + row, params + aside, stride, rest_stride,
+                    )  # fmt: skip
+                else:
+                    call(
+                        cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
+                        rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
+                    )  # fmt: skip
                 if weight_hh and units < H:
                     met += parties
                     meet(barrier, met)
@@ -143,6 +163,8 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     dstate   (states, N, H)  dL/d(final state) on entry, dL/d(initial state) on return
     dx       (T, N, I)  out: the gradient of the inputs, `chunk` steps at once
     limit               a float64
+    add, drest          0, or the address of `rows.add_above`, and dL/d(the states beyond h behind each step), (S-1, T, N, H)
+    dfresh              (states, N, H) in float64, added to: gradients of the states that rows were set back to
 
     In a part's share follow the columns [column, end_column) of dx; where there is room for those columns of W_ih, and for
     those of W_hh; dparams (P, H), which is added to, and flow (states, T), both in float64.
@@ -154,7 +176,8 @@ def backward_loop(dtype: np.dtype) -> Compiled:
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, states, reverse, chunk, cell_rows, ldw_ih, ldw_hh,
             combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
-            params, limit, weight_ih, weight_hh,
+            params, limit, weight_ih, weight_hh, add, drest, fresh_rest, runs, end_again, some, resets, fresh,
+            dfresh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
             read_share(values + shares + part * apart)
@@ -181,13 +204,24 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                 if m <= 0:
                     continue
                 at, dy_t = slots_at + (t - begin) * N * next_row, dy + t * dy_step + first * dy_row + aside
+                if add:
+                    call(add, m, states - 1, units, dstate + h_step + row, h_step, drest + t * h_step + row, T * h_step, stride)
                 if squares:
                     call(squares, m, dy_row, units, states, dstate + row, h_step, stride, dy_t, flow + t * 8, T * 8)
-                call(
-                    cell_rows, m, next_row, dy_row, units, at + aside, h + before * h_step + row, h + after * h_step + row,
-                    rest + before * rest_step + row, rest + after * rest_step + row, dy_t, dstate + row, params + aside,
-                    dparams + unit * 8, stride, rest_stride, h_step,
-                )  # fmt: skip
+                again = resets + (t * N + first) * 8 if some and word(some + t * 8) else 0
+                if again:
+                    call(
+                        runs, cell_rows, again, fresh + aside, fresh_rest + aside, m, next_row, dy_row, units, at + aside,
+                        h + before * h_step + row, h + after * h_step + row, rest + before * rest_step + row,
+                        rest + after * rest_step + row, dy_t, dstate + row, params + aside, dparams + unit * 8, stride,
+                        rest_stride, h_step,
+                    )  # fmt: skip
+                else:
+                    call(
+                        cell_rows, m, next_row, dy_row, units, at + aside, h + before * h_step + row,
+                        h + after * h_step + row, rest + before * rest_step + row, rest + after * rest_step + row, dy_t,
+                        dstate + row, params + aside, dparams + unit * 8, stride, rest_stride, h_step,
+                    )  # fmt: skip
                 if weight_hh:
                     if units < H:
                         met += parties
@@ -197,6 +231,9 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                     )  # fmt: skip
                 if clamp:
                     call(clamp, m, units, states, dstate + row, h_step, stride, limit)
+                if again:
+                    place = first * H + unit
+                    call(end_again, again, m, states, units, dstate + row, h_step, dfresh + place * 8, stride)
             if not weight_hh and units < H:  # dx is a sum over all units
                 met += parties
                 meet(barrier, met)

@@ -164,6 +164,29 @@ def squares(dtype: np.dtype) -> Compiled:
 
 
 @functools.cache
+def add_above(dtype: np.dtype) -> Compiled:
+    """add_above(m, count, n, dstate, dstate_stride, above, above_stride, stride): n units of m batch rows of `count` states:
+    dstate += above, states so many bytes apart.
+    """
+
+    @instruction
+    def row(builder, n, target, source):
+        def body(emit, offset, mask):
+            place = builder.add(target, offset)
+            value = emit.load(builder.add(source, offset), mask)
+            emit.store(emit.add(emit.load(place, mask), value), place, mask)
+
+        vector_loop(builder, dtype, n, body)
+
+    def add_above(m, count, n, dstate, dstate_stride, above, above_stride, stride):
+        for s in range(count):
+            for i in range(m):
+                row(n, dstate + s * dstate_stride + i * stride, above + s * above_stride + i * stride)
+
+    return cache.external(add_above, dtype.str, host())
+
+
+@functools.cache
 def clamp(dtype: np.dtype) -> Compiled:
     """clamp(m, n, states, dstate, dstate_stride, stride, limit): brings n units of m batch rows of every state's gradient
     within plus and minus the float64 at `limit`, in place.

@@ -50,27 +50,33 @@ class OnChip(NamedTuple):
                 f"executor {self.name!r} computes in float32, got {job.x.dtype}: 'step' computes in float64 as well"
             )
         sweep, training = sweeps.begin(job), job.training
-        tape, carried = sweep.tape, sweep.initial
-        run = self._pass(FORWARD, tape, sweep.weight_hh, training=training)
+        tape, carried, again, xp = sweep.tape, sweep.initial, sweep.again, backend.xp
+        constants = {"training": sweep.whole, **sweeps.if_any(resets=again)}
+        run = self._pass(FORWARD, tape, sweep.weight_hh, **constants)
         rest_state = tape.rest.strides[0] // job.x.itemsize
         for t0, t1, slots in sweeps.pieces(sweep):
-            rest = tape.rest[:, t0:] if training else tape.rest
+            rest = tape.rest[:, t0:] if sweep.whole else tape.rest
+            if again and (t1 < len(job.x) if job.reverse else t0):  # a piece knows nothing of the one before
+                first = again.before[t1 - 1 if job.reverse else t0][:, None] != 0
+                carried = xp.where(first, again.fresh[:, None], carried)
             whole = training and sweep.ends.lengths is None  # else rows that have ended keep their states
-            final = backend.xp.empty_like(carried) if whole else carried.copy()
+            final = xp.empty_like(carried) if whole else carried.copy()
             arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths)
-            run(arrays, (t1 - t0, t0), (tape.h.shape[1], int(job.reverse), rest_state))
+            run(arrays, again.pointers(t0), (t1 - t0, t0), (tape.h.shape[1], int(job.reverse), rest_state))
             carried = final  # blocks may still read the initial states when others have come to their end
         return sweeps.finish(sweep, tuple(carried))
 
     def backward(
         self, tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, grads: Weights, options: Backward
     ) -> tuple[Array, tuple[Array, ...]]:
-        """See `contract.Executor.backward`.  Where the flow of gradients is asked for, `step` goes back, which can stop to look."""
-        if options.flow is not None:
+        """See `contract.Executor.backward`.  Where the flow of gradients is asked for, or gradients of all
+        states come in, `step` goes back, which can stop for them."""
+        if options.flow is not None or options.drest is not None:
             return step.backward(tape, dy, dstate, grads, options)
         way = sweeps.begin_back(tape, dy, dstate, options)
-        run = self._pass(BACKWARD, tape, way.weight_hh, clip=options.clip is not None)
-        run((*way.arrays, tape.lengths), (), (tape.h.shape[1], *way.numbers))
+        constants = {"clip": options.clip is not None, **sweeps.if_any(resets=way.again)}
+        run = self._pass(BACKWARD, tape, way.weight_hh, **constants)
+        run((*way.arrays, tape.lengths), way.reset_pointers, (), (tape.h.shape[1], *way.numbers))
         return sweeps.finish_back(way, tape, grads)
 
     def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool) -> bool:

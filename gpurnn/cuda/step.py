@@ -21,23 +21,27 @@ from gpurnn.types import Array
 
 def forward(job: Job) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`."""
-    sweep, reverse, training = sweeps.begin(job), job.reverse, job.training
+    sweep, reverse = sweeps.begin(job), job.reverse
     if sweep.weight_hh is None:
         return unitwise.forward(sweep)
     tape, trace = sweep.tape, job.cell.trace
     N, H = tape.h.shape[1:]
-    kernel = device.kernel(step.forward, trace, dtype=job.x.dtype.name)
-    rest_state, rest_step = tape.rest.strides[0] // job.x.itemsize, N * H if training else 0
+    again, whole = sweep.again, sweep.whole
+    kernel = device.kernel(step.forward, trace, dtype=job.x.dtype.name, **sweeps.if_any(resets=again))
+    rest_state, rest_step = tape.rest.strides[0] // job.x.itemsize, N * H if whole else 0
+    begun = sweep.initial[0].copy() if again else None  # h as a step begins with it
     living_at = job.rows.tolist()
     for t0, t1, slots in sweeps.pieces(sweep):
         slots[:, :, : trace.x_start * H] = 0  # r of the split gates: the product is added to what is there
-        h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if training else tape.rest
+        h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if whole else tape.rest
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
-        launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step))
+        pointers += [*again.pointers(t0), 0 if begun is None else begun.data.ptr]
+        last = (0 if reverse else len(job.x) - 1) - t0
+        launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step, last))
         add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], job.precision)
         before, states, r, step_of_slots = (
-            h.data.ptr + reverse * h.strides[0],
-            h.strides[0],
+            h.data.ptr + reverse * h.strides[0] if begun is None else begun.data.ptr,
+            h.strides[0] if begun is None else 0,
             pointers[0],
             slots.strides[0],
         )
@@ -58,13 +62,16 @@ def backward(
 ) -> tuple[Array, tuple[Array, ...]]:
     """See `contract.Executor.backward`."""
     job, (T, N, _), H = tape.job, tape.job.x.shape, tape.h.shape[2]
-    if not job.cell.recurrent and options.flow is None:
+    if not job.cell.recurrent and options.flow is None and options.drest is None:
         return unitwise.backward(tape, dy, dstate, grads, options)
     way = sweeps.begin_back(tape, dy, dstate, options)
     slots, dy, passed = way.slots, way.dy, way.passed
-    kernel = device.kernel(step.backward, job.cell.trace, dtype=passed.dtype.name, clip=options.clip is not None)
-    pointers = [array.data.ptr for array in way.arrays]
-    launch = kernel.series(pointers, (N, H, *way.numbers))
+    drest = None if options.drest is None else backend.stacked(options.drest)
+    constants = {"clip": options.clip is not None, **sweeps.if_any(resets=way.again, above=drest is not None)}
+    kernel = device.kernel(step.backward, job.cell.trace, dtype=passed.dtype.name, **constants)
+    pointers = [array.data.ptr for array in way.arrays] + way.reset_pointers
+    pointers.append(0 if drest is None else drest.data.ptr)
+    launch = kernel.series(pointers, (N, H, *way.numbers, T * N * H))
     add: Callable = _nothing
     if way.weight_hh is not None:
         add = device.adding(way.weight_hh, slots.strides[1], passed.strides[1], job.precision)
@@ -74,7 +81,10 @@ def backward(
         if not living:
             continue
         if options.flow is not None:
-            _add_flow(options.flow[:, t], passed, dy[t], living, seen, options.clip)
+            above = (dy[t], *(() if drest is None else drest[:, t]))
+            last = t - 1 if job.reverse else t + 1  # the step before in this order
+            cut = way.again.before[last, :seen] if way.again and seen else None
+            _add_flow(options.flow[:, t], passed, above, (living, seen), options.clip, cut)
         launch(-(-living * H // step.THREADS), t, living, seen)
         add(living, dr + t * step_of_slots, dh)
         seen = living
@@ -84,13 +94,20 @@ def backward(
     return sweeps.finish_back(way, tape, grads)
 
 
-def _add_flow(flow: Array, passed: Array, dy: Array, living: int, seen: int, clip: float | None) -> None:
-    """flow (S,): += sums of squares of dL/dstate_t, as the step's kernel is about to read it."""
-    xp = backend.xp
+def _add_flow(
+    flow: Array, passed: Array, above: tuple, rows: tuple[int, int], clip: float | None, cut: Array | None
+) -> None:
+    """flow (S,): += sums of squares of dL/dstate_t, as the step's kernel is about to read it.
+
+    above: dL/d(the step's states) from outside.  cut: of rows seen, those that have been reset since.
+    """
+    xp, (living, seen) = backend.xp, rows
     for s, part in enumerate(passed):
         gradient = part[:living].copy()
         if clip is not None:
             gradient[:seen] = xp.clip(gradient[:seen], -clip, clip)
-        if s == 0:
-            gradient += dy[:living]
+        if cut is not None:
+            gradient[:seen] = xp.where(cut[:, None] != 0, xp.zeros((), gradient.dtype), gradient[:seen])
+        if s < len(above):
+            gradient += above[s][:living]
         flow[s] += (gradient.astype(xp.float64) ** 2).sum()

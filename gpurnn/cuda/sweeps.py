@@ -38,17 +38,43 @@ class Sweep(NamedTuple):
     weight_hh: Array | None  # its gates in the order of the slots
     steps: int
     initial: Array  # (S, N, H)
+    again: "Again"
+
+    @property
+    def whole(self) -> bool:
+        """Whether states beyond h are kept at every step."""
+        return self.tape.job.training or self.tape.job.all_states
+
+
+class Again(NamedTuple):
+    """A job's resets for kernels: before (T, N) uint8, fresh (S, H); None where there are none."""
+
+    before: Array | None = None
+    fresh: Array | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> "Again":
+        if job.resets is None:
+            return cls()
+        return cls(job.resets.before.view(np.uint8), backend.stacked(job.resets.state))
+
+    def __bool__(self) -> bool:
+        return self.before is not None
+
+    def pointers(self, t0: int = 0) -> list[int]:
+        """Of both, from step t0 on."""
+        return [0, 0] if self.before is None else [self.before[t0:].data.ptr, self.fresh.data.ptr]  # type: ignore[union-attr]
 
 
 def begin(job: Job) -> Sweep:
     """Buffers, with the initial states in their places."""
     xp = backend.xp
-    cell, x, weights, state, _, _, training, _ = job
+    cell, x, weights, state, _, _, training = job[:7]
     T, N, _ = x.shape
     H, S, trace, dtype, ends = state[0].shape[1], cell.states, cell.trace, x.dtype, Ends.of(job, xp)
     allocate = xp.empty if ends.lengths is None else xp.zeros
     h = allocate((T + 1, N, H), dtype)
-    rest = allocate((S - 1, T + 1 if training else 1, N, H), dtype)
+    rest = allocate((S - 1, T + 1 if training or job.all_states else 1, N, H), dtype)
     initial, moves = xp.empty((S, N, H), dtype), Moves()
     for own, given in zip(initial, state, strict=True):
         moves.copy(own, given)
@@ -67,7 +93,7 @@ def begin(job: Job) -> Sweep:
     steps = T if training else max(1, min(T, INFERENCE_BYTES // max(1, N * trace.slots * H * dtype.itemsize)))
     slots = allocate((steps, N, trace.slots * H), dtype)
     tape, params = Tape(job, slots, h, rest, lengths), layout.params(weights, H, xp)
-    return Sweep(tape, ends, bias, params, ordered_weight_hh(cell, weights), steps, initial)
+    return Sweep(tape, ends, bias, params, ordered_weight_hh(cell, weights), steps, initial, Again.of(job))
 
 
 def _bias(cell: Cell, weights: Weights, H: int, moves: Moves) -> Array:
@@ -95,6 +121,11 @@ def pieces(sweep: Sweep) -> Iterator[tuple[int, int, Array]]:
         yield t0, t1, slots
 
 
+def if_any(**constants: Any) -> dict[str, bool]:
+    """Those of a kernel's constants that hold: what is left out does not make it another kernel."""
+    return {name: True for name, value in constants.items() if value}
+
+
 def x_slots(tape: Tape, slots: Array) -> Array:
     """The slots of x, or of dL/dx projected, as a matrix (T*N, G*H)."""
     H, cell = tape.h.shape[2], tape.job.cell
@@ -120,8 +151,9 @@ def final(sweep: Sweep) -> tuple[Array, ...]:
 
 
 def finish(sweep: Sweep, final: tuple[Array, ...]) -> tuple[States, Tape | None]:
-    tape = sweep.tape
-    return States(sweep.ends.visible(tape.h), final), tape if tape.job.training else None
+    tape, job, visible = sweep.tape, sweep.tape.job, sweep.ends.visible
+    rest = visible(tape.rest) if job.all_states else None
+    return States(visible(tape.h), final, rest), tape if job.training else None
 
 
 class Return(NamedTuple):
@@ -140,10 +172,17 @@ class Return(NamedTuple):
     dparams: Array
     numbers: tuple[Any, ...]
     weight_hh: Array | None
+    again: Again
+    dfresh: Array | None
 
     @property
     def arrays(self) -> tuple[Array, ...]:
         return self[:7]
+
+    @property
+    def reset_pointers(self) -> list[int]:
+        """Of what `again` has, and of dfresh."""
+        return [*self.again.pointers(), 0 if self.dfresh is None else self.dfresh.data.ptr]
 
 
 def begin_back(tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, options: Backward) -> Return:
@@ -157,7 +196,8 @@ def begin_back(tape: Tape, dy: Array, dstate: tuple[Array, ...] | None, options:
     apart = (stride // dtype.itemsize for stride in (tape.rest.strides[0], *dy.strides[:2]))
     numbers = int(job.reverse), *apart, dtype.type(options.clip or 0.0)
     weight_hh = ordered_weight_hh(job.cell, job.weights)
-    return Return(slots, tape.h, tape.rest, dy, passed, *parameters(tape), numbers, weight_hh)
+    given = *parameters(tape), numbers, weight_hh, Again.of(job), options.dfresh
+    return Return(slots, tape.h, tape.rest, dy, passed, *given)
 
 
 def finish_back(way: Return, tape: Tape, grads: Weights) -> tuple[Array, tuple[Array, ...]]:
@@ -190,11 +230,14 @@ def with_unit_stride(dy: Array) -> Array:
 
 def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
     """Adds dW_ih, dW_hh and the biases' gradients, from the gradients in the slots; returns dx (T, N, I)."""
-    cell, x, weights, _, _, reverse, _, precision = tape.job
+    cell, x, weights, _, _, reverse, _, precision = tape.job[:8]
     trace, T, H, dx = cell.trace, len(x), tape.h.shape[2], backend.xp.empty(x.shape, x.dtype)
     factor = _factors(precision, RETURNED)
     weight_x = factor(backend.xp.ascontiguousarray(ordered(weights.weight_ih, trace.x_order, H)))
     before = tape.h[1:] if reverse else tape.h[:T]
+    if tape.job.resets is not None:
+        resets = tape.job.resets
+        before = backend.xp.where(resets.before[..., None], resets.state[0], before)
     steps = T if factor is _as_it_is else max(1, PIECE_BYTES // max(1, 2 * slots[:1].size))
     for t0 in range(0, T, max(1, steps)):
         piece = slice(t0, t0 + steps)

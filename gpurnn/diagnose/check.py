@@ -1,12 +1,12 @@
 """check_gradients: holds a cell's or a layer's backward against central differences, entry by entry, in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import at_least_0, generator, whole
+from gpurnn.arguments import at_least_0, generator, switch, whole
 from gpurnn.cells import Cell
 from gpurnn.parameters import check_memory
 from gpurnn.recurrent import Recurrent
@@ -24,6 +24,8 @@ def check_gradients(
     T: int = 4,
     N: int = 3,
     lengths: Any = None,
+    resets: Any = None,
+    all_states: bool = False,
     tolerance: float = 1e-6,
     executor: str | None = None,
     rng: Any = 0,
@@ -34,6 +36,8 @@ def check_gradients(
                two forward passes for each of its values are affordable.  Its parameters, gradients and count
                of dropout's masks come back as they were.  `clip_in_time` changes gradients on purpose: leave it out.
     lengths    each row's length, N whole numbers in 0..T.
+    resets     (T, N) of bool, where rows begin again.
+    all_states whether the loss is one of every state at every step, instead of h alone.
     Returns for x, each initial state and each parameter the largest error relative to that gradient's largest entry.
     Raises GradientError naming all that exceed `tolerance`.
     """
@@ -45,7 +49,8 @@ def check_gradients(
     before, layer.executor = layer.executor, layer.executor if executor is None else executor
     try:
         with layer.masks.held():
-            errors = _errors(layer, T, N, lengths, rng)
+            options = {"lengths": lengths, "resets": resets, "all_states": switch("all_states", all_states)}
+            errors = _errors(layer, T, N, options, rng)
     finally:
         layer.executor = before
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
@@ -64,29 +69,30 @@ def _layer_around(cell: Cell, rng: np.random.Generator) -> Recurrent:
     return layer
 
 
-def _errors(layer: Recurrent, T: int, N: int, lengths: Any, rng: np.random.Generator) -> dict[str, float]:
+def _errors(layer: Recurrent, T: int, N: int, options: Mapping[str, Any], rng: np.random.Generator) -> dict[str, float]:
     shape = (layer.num_layers * layer.directions, N, layer.hidden_size)
     x = rng.standard_normal((T, N, layer.input_size))
     state = tuple(rng.standard_normal(shape) for _ in layer.cell.state_names)
-    dy = rng.standard_normal((T, N, layer.directions * layer.hidden_size))
+    states = layer.cell.states if options["all_states"] else 1
+    dy = tuple(rng.standard_normal((T, N, layer.directions * layer.hidden_size)) for _ in range(states))
     dstate = tuple(rng.standard_normal(shape) for _ in state)
     # a layer with trained initial states uses them only where none is given
     given: Any = None if layer.trainable_h0 else (state if len(state) > 1 else state[0])
 
     def forward() -> tuple:
         with layer.masks.held():  # dropout has to be the same each time
-            return layer(x, given, lengths=lengths)
+            return layer(x, given, **options)
 
     def loss() -> float:
         y, final, _ = forward()
-        finals = final if isinstance(final, tuple) else (final,)
-        pairs = ((y, dy), *zip(finals, dstate, strict=True))
+        values = (*_parts(y), *_parts(final))
+        pairs = zip(values, (*dy, *dstate), strict=True)
         return sum(float((backend.to_numpy(value) * weight).sum()) for value, weight in pairs)
 
     _, _, backward = forward()
     kept = layer.grads.flat.copy()
     layer.zero_grad()
-    dx, dinitial = backward(dy, dstate if len(dstate) > 1 else dstate[0])
+    dx, dinitial = backward(dy if len(dy) > 1 else dy[0], dstate if len(dstate) > 1 else dstate[0])
     gradients = {name: backend.to_numpy(value).copy() for name, value in layer.grads.items()}
     layer.grads.flat[...] = kept
     gradients["x"] = backend.to_numpy(dx)
@@ -96,6 +102,10 @@ def _errors(layer: Recurrent, T: int, N: int, lengths: Any, rng: np.random.Gener
             values[f"{name}_0"] = part
             gradients[f"{name}_0"] = backend.to_numpy(dinitial[s] if len(state) > 1 else dinitial)
     return {name: _error(loss, value, gradients[name]) for name, value in values.items()}
+
+
+def _parts(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _error(loss: Callable[[], float], value: Any, gradient: np.ndarray) -> float:

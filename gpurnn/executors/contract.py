@@ -22,6 +22,18 @@ class Weights(NamedTuple):
     params: tuple[Array, ...]
 
 
+class Resets(NamedTuple):
+    """Where rows begin again.
+
+    before  (T, N) bool, contiguous: before that step, on the job's own way through time, the row's states are set back.
+            False at a row's first step, whose state is `Job.state`, and where the row does not live.
+    state   what they are set back to, S arrays (H,), the same for all rows.
+    """
+
+    before: Array
+    state: tuple[Array, ...]
+
+
 class Job(NamedTuple):
     """What an executor runs: a cell over x, from a state on.
 
@@ -30,6 +42,8 @@ class Job(NamedTuple):
     rows   (T,): at step t the batch rows 0..rows[t]-1 live; never increasing.
     training   whether backward will follow.
     precision  of the products on CUDA; on every CPU, and in `numpy_loop`, they are exact in the dtype of x.
+    resets     None: rows run through.
+    all_states whether `States.rest` is asked for.
     """
 
     cell: Cell
@@ -40,6 +54,8 @@ class Job(NamedTuple):
     reverse: bool
     training: bool
     precision: str = "float32"
+    resets: Resets | None = None
+    all_states: bool = False
 
 
 class Backward(NamedTuple):
@@ -48,18 +64,26 @@ class Backward(NamedTuple):
     clip  the largest magnitude that a gradient may carry from one step to the one before; None: no limit.
     flow  (S, T) float64 that receives the sums of squares of dL/dstate_t; None: not asked for.
     keep  the tape must survive, for another backward.
+    dfresh  (S, N, H) float64 to which dL/d(the state that a reset sets a row back to) is added; given with `Job.resets`.
+    drest   dL/d(`States.rest` behind each step), S-1 arrays (T, N, H), not read behind a row's end; None: zeros.
     """
 
     clip: float | None = None
     flow: Array | None = None
     keep: bool = False
+    dfresh: Array | None = None
+    drest: tuple[Array, ...] | None = None
 
 
 class States(NamedTuple):
-    """h (T+1, N, H): y_t is h[t+1], in reverse h[t], and zero where a row has ended.  final: S arrays (N, H)."""
+    """h (T+1, N, H): y_t is h[t+1], in reverse h[t], and zero where a row has ended.  final: S arrays (N, H).
+
+    rest: the states but for h alike, (S-1, T+1, N, H), where the job wants `all_states`.
+    """
 
     h: Array
     final: tuple[Array, ...]
+    rest: Array | None = None
 
 
 class Executor(Protocol):

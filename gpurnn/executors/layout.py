@@ -45,12 +45,12 @@ class Ends(NamedTuple):
         end = T if lengths is None else (lengths, xp.arange(N))
         return cls(end, 0, lengths) if job.reverse else cls(0, end, lengths)
 
-    def visible(self, h: Array) -> Array:
-        """h with zeros behind rows' ends: in reverse their initial states stand there."""
+    def visible(self, states: Array) -> Array:
+        """(..., T+1, N, H) with zeros behind rows' ends: in reverse their initial states stand there."""
         if isinstance(self.first, tuple):
-            h = h.copy()
-            h[self.first] = 0
-        return h
+            states = states.copy()
+            states[..., *self.first, :] = 0
+        return states
 
 
 def lengths_of(rows: np.ndarray, N: int) -> np.ndarray:

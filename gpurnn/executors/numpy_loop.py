@@ -22,13 +22,14 @@ class Tape(NamedTuple):
 def forward(job: Job) -> tuple[States, Tape | None]:
     """See `contract.Executor.forward`."""
     xp = backend.xp
-    cell, x, weights, state, rows, reverse, training, _ = job
+    cell, x, weights, state, rows, reverse, training = job[:7]
     T, N, _ = x.shape
     H = state[0].shape[1]
     gates_x = x @ weights.weight_ih.T
     if weights.bias_ih is not None:
         gates_x = gates_x + weights.bias_ih
     h = xp.zeros((T + 1, N, H), x.dtype)
+    rest = xp.zeros((cell.states - 1, T + 1, N, H), x.dtype) if job.all_states else None
     if T:
         h[T if reverse else 0] = state[0]  # overwritten where a row begins later; y never shows it
     current = tuple(part.copy() for part in state)
@@ -37,6 +38,9 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     for t in range(T - 1, -1, -1) if reverse else range(T):
         m = int(rows[t])
         before = tuple(part[:m].copy() for part in current)
+        if job.resets is not None:
+            again = job.resets.before[t, :m, None]
+            before = tuple(xp.where(again, *pair) for pair in zip(job.resets.state, before, strict=True))
         split_r: tuple = (0.0,) * cell.gates  # for a cell that does not read it
         if weights.weight_hh is not None:
             gates_r = before[0] @ weights.weight_hh.T
@@ -48,10 +52,13 @@ def forward(job: Job) -> tuple[States, Tape | None]:
         for part, value in zip(current, after, strict=True):
             part[:m] = value
         h[t if reverse else t + 1, :m] = after[0]
+        if rest is not None:
+            for part, value in zip(rest, after[1:], strict=True):
+                part[t if reverse else t + 1, :m] = value
         if training:
             steps.append((t, m, saved, before, tuple(part[:m].copy() for part in current)))
     tape = Tape(job, steps, derivative) if training else None
-    return States(h, current), tape
+    return States(h, current, rest), tape
 
 
 def backward(
@@ -75,13 +82,22 @@ def backward(
     else:
         passed = tuple(part.copy() for part in dstate)
     for t, m, saved, before, after in reversed(tape.steps):
-        dnext = tuple(part[:m] + (dy[t, :m] if s == 0 else 0) for s, part in enumerate(passed))
+        dabove = (dy, *(options.drest or (None,) * (cell.states - 1)))
+        dnext = tuple(
+            part[:m] + (0 if above is None else above[t, :m]) for part, above in zip(passed, dabove, strict=True)
+        )
         if options.flow is not None:
             for s, part in enumerate(dnext):
                 options.flow[s, t] += (part.astype("float64") ** 2).sum()
         dgates_x[t, :m], dgates_r, before_this, dparams = step_backward(tape, (t, m, saved, before, after), dnext)
         for part, gradient in zip(passed, before_this, strict=True):
             part[:m] = gradient if options.clip is None else xp.clip(gradient, -options.clip, options.clip)
+        if tape.job.resets is not None:
+            again = tape.job.resets.before[t, :m, None]
+            for part, total in zip(passed, options.dfresh, strict=True):
+                nothing = xp.zeros((), part.dtype)
+                total[:m] += xp.where(again, part[:m], nothing)
+                part[:m] = xp.where(again, nothing, part[:m])
         if dweight_hh is not None:
             dweight_hh += dgates_r.T @ before[0]
             dbias_hh += dgates_r.sum(0, dtype="float64")

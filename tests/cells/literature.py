@@ -6,13 +6,6 @@ Where a paper puts a matrix behind a gate (the reset of MUT1), the matrix produc
 from gpurnn.cells import Cell, exp, log, maximum, relu, sigmoid, tanh, where
 
 
-def coupled_lstm(x, r, state, params):
-    """Greff et al. 2017: the input gate is what the forget gate leaves."""
-    f = sigmoid(x[0] + r[0])
-    c = f * state[1] + (1 - f) * tanh(x[1] + r[1])
-    return sigmoid(x[2] + r[2]) * tanh(c), c
-
-
 def janet(x, r, state, params):
     """van der Westhuizen & Lasenby 2018: a forget gate and nothing else, the input's a little more closed."""
     s = x[0] + r[0]
@@ -110,7 +103,6 @@ def exponential_gates(x, r, state, params):
 LITERATURE = {
     forward.__name__: Cell(forward.__name__, gates, states, forward, params=params)
     for forward, gates, states, params in (
-        (coupled_lstm, 3, 2, ()),
         (janet, 2, 1, ()),
         (ugrnn, 2, 1, ()),
         (intersection, 5, 2, ()),

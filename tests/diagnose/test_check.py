@@ -35,7 +35,7 @@ def _peephole_backward(dnext, saved, state, next_state, params):
 
 
 PEEPHOLE = Cell("peephole", 4, 2, _peephole_forward, _peephole_backward, params=("w_ci", "w_co"))
-SUBJECTS = {**CELLS, "peephole": PEEPHOLE}
+SUBJECTS = {**CELLS, "peephole_by_hand": PEEPHOLE}
 
 
 def _layer(cell, H=3, **options):

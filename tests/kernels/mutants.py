@@ -18,7 +18,7 @@ import gpurnn.kernels
 from gpurnn.cells import Cell, sigmoid, tanh
 from gpurnn.cuda import on_chip, passes, step, sweeps, unitwise
 from gpurnn.executors import numpy_loop
-from gpurnn.executors.contract import Backward, Job, Weights
+from gpurnn.executors.contract import Backward, Job, Resets, Weights
 from gpurnn.kernels import plan, tiles
 from gpurnn.kernels.tiles import Tile
 from tests import fake_cupy
@@ -62,7 +62,7 @@ class Case(NamedTuple):
     """lengths: of the rows, longest first.  tiles: forward and back; None: the executor `step`.
 
     training: if not, in pieces of two steps.  back: whether to go back as well; bugs of what both directions share are
-    planted in the last one.  running: blocks at once.  seed: of a random order of warps.
+    planted in the last one.  running: blocks at once.  seed: of a random order of warps.  resets: rows begin again.
     """
 
     lengths: tuple[int, ...]
@@ -76,6 +76,7 @@ class Case(NamedTuple):
     H: int = 35
     running: int = 132
     seed: int | None = None
+    resets: bool = False
 
     @property
     def precision(self) -> str:
@@ -91,6 +92,8 @@ class Problem(NamedTuple):
     dstate: tuple[np.ndarray, ...]
     weights: Weights
     rows: np.ndarray
+    resets: np.ndarray
+    fresh: tuple[np.ndarray, ...]
 
 
 def problem(case) -> Problem:
@@ -107,7 +110,10 @@ def problem(case) -> Problem:
     weights = Weights(draw(G * H, I), draw(G * H, H) * scale, draw(G * H), draw(G * H), tuple(draw(P, H)))
     if not case.cell.recurrent:
         weights = weights._replace(weight_hh=None, bias_hh=None)
-    return Problem(x, dy, tuple(draw(S, N, H)), tuple(draw(S, N, H)), weights, (~padding).sum(1))
+    state, dstate, fresh, often = tuple(draw(S, N, H)), tuple(draw(S, N, H)), tuple(draw(S, H)), rng.random((T, N)) < 0.4
+    inside = ~padding & np.roll(~padding, -1 if case.reverse else 1, 0)  # a row's first step is not among them
+    inside[-1 if case.reverse else 0] = False
+    return Problem(x, dy, state, dstate, weights, (~padding).sum(1), often & inside, fresh)
 
 
 def training_step(engine, case, precision, put):
@@ -116,14 +122,17 @@ def training_step(engine, case, precision, put):
     *matrices, params = given.weights
     weights = Weights(*(None if part is None else put(part) for part in matrices), tuple(map(put, params)))
     state, dstate, dy = tuple(map(put, given.state)), tuple(map(put, given.dstate)), put(given.dy)[:, :, : case.H]
-    job = Job(case.cell, put(given.x), weights, state, given.rows, case.reverse, case.training, precision)
+    resets = Resets(put(given.resets).astype("?"), tuple(map(put, given.fresh))) if case.resets else None
+    job = Job(case.cell, put(given.x), weights, state, given.rows, case.reverse, case.training, precision, resets)
     states, tape = engine.forward(job)
     found = {"y": (states.h[:T] if case.reverse else states.h[1:],), "final states": states.final}
     if case.training and case.back:
         zeros = [None if part is None else put(0 * part) for part in matrices]
         grads = Weights(*zeros, tuple(put(0 * part) for part in params))
-        dx, dinitial = engine.backward(tape, dy, dstate, grads, Backward(clip=CLIP))
+        dfresh = put(np.zeros((case.cell.states, len(case.lengths), case.H))) if case.resets else None
+        dx, dinitial = engine.backward(tape, dy, dstate, grads, Backward(clip=CLIP, dfresh=dfresh))
         found |= {"dx": (dx,), "dinitial states": dinitial, "dparams": grads.params}
+        found |= {"dfresh": (dfresh,)} if case.resets else {}
         found |= {
             f"d{name}": (part,) for name, part in zip(Weights._fields[:-1], zeros, strict=True) if part is not None
         }
