@@ -27,15 +27,15 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
 
     @instruction
     def row(b: ir.IRBuilder, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
-        def at(base, k, step):
-            return b.add(base, b.mul(step, I64(k)))
+        def at(base, number, step):
+            return b.add(base, b.mul(step, I64(number)))
 
         def body(emit: Emitter, offset, mask):
-            def load(base, k=0, step=stride):
-                return emit.load(b.add(at(base, k, step), offset), mask)
+            def load(base, number=0, step=stride):
+                return emit.load(b.add(at(base, number, step), offset), mask)
 
-            def slot(k):
-                return emit.add(load(slots, k), load(bias, k))
+            def slot(number):
+                return emit.add(load(slots, number), load(bias, number))
 
             given: dict[int, ir.Value] = {}
             for k, nodes in enumerate(trace.given):
@@ -76,29 +76,29 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
 
     @instruction
     def row(b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride):
-        def at(base, k, step):
-            return b.add(base, b.mul(step, I64(k)))
+        def at(base, number, step):
+            return b.add(base, b.mul(step, I64(number)))
 
         wide_stride = b.mul(stride, I64(8 // dtype.itemsize))
 
         def body(emit: Emitter, offset, mask):
-            def load(base, k=0, step=stride):
-                return emit.load(b.add(at(base, k, step), offset), mask)
+            def load(base, number=0, step=stride):
+                return emit.load(b.add(at(base, number, step), offset), mask)
 
             def value_of(index):
                 node = graph.nodes[index]
                 if node.op != "input":
                     return None
-                kind, k = node.value
+                kind, number = node.value
                 if kind == "saved":
-                    return load(slots, slot_of_saved[k])
+                    return load(slots, slot_of_saved[number])
                 if kind == "dnext":
-                    direct = load(dstate, k, dstate_stride)
-                    return direct if k else emit.add(direct, load(dy))
+                    direct = load(dstate, number, dstate_stride)
+                    return direct if number else emit.add(direct, load(dy))
                 if kind == "param":
-                    return load(params, k)
+                    return load(params, number)
                 first, others = (h, rest) if kind == "state" else (h_next, rest_next)
-                return load(others, k - 1, rest_stride) if k else load(first)
+                return load(others, number - 1, rest_stride) if number else load(first)
 
             outputs = [*trace.written, *(s.index for s in (*trace.dstate, *trace.dparams))]
             values = iter(graph.evaluate(emit, outputs, value_of))
