@@ -9,7 +9,7 @@ from collections.abc import Iterator
 def left_lying() -> Iterator[None]:
     """Without collections meanwhile, each of which would look at all there is and find next to nothing.
 
-    They took a quarter of a kernel's time.  Where two threads compile, they may begin again a little early.
+    They took about a tenth of a kernel's time.  Where two threads compile, they may begin again a little early.
     """
     before = gc.isenabled()
     gc.disable()

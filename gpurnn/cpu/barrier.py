@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 
 from gpurnn.cpu import cache, costs
-from gpurnn.cpu.instructions import instruction, number, pointer
+from gpurnn.cpu.instructions import instruction, pointer, whole
 from gpurnn.cpu.simd import I64, host
 
 CACHE_LINE = 128  # bytes: two of them, where processors fetch lines in pairs
@@ -20,13 +20,13 @@ CACHE_LINE = 128  # bytes: two of them, where processors fetch lines in pairs
 yield_cpu = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
 
 
-@number
+@whole
 def _arrive(builder, address):
     """One more has arrived; how many have."""
     return builder.add(builder.atomic_rmw("add", pointer(builder, address), I64(1), "acq_rel"), I64(1))
 
 
-@number
+@whole
 def seen(builder, address):
     """The word as it is now, and with it all that was written before it was."""
     return builder.load_atomic(pointer(builder, address), "acquire", 8)
@@ -38,7 +38,7 @@ def show(builder, address, value):
     builder.store_atomic(value, pointer(builder, address), "release", 8)
 
 
-@number
+@whole
 def swapped(builder, address, old, new):
     """1, and the word is now `new`, if it was `old`; else 0."""
     pair = builder.cmpxchg(pointer(builder, address), old, new, "acq_rel", "acquire")

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from gpurnn.cpu import cache, costs
 from gpurnn.cpu.cache import Compiled
-from gpurnn.cpu.instructions import instruction, least, switch
+from gpurnn.cpu.instructions import branch, instruction, least
 from gpurnn.cpu.simd import I64, Emitter, host, vector_loop
 
 SIDE_BY_SIDE = 4  # rows of W
@@ -60,7 +60,7 @@ def combine(dtype: np.dtype) -> Compiled:
     def add(b, rows, terms, *numbers):
         sizes = itertools.product((most, 1), (SIDE_BY_SIDE, 1))
         cases = {8 * count + of: functools.partial(_emit_rows, b, dtype, count, of, numbers) for count, of in sizes}
-        switch(b, b.add(b.mul(rows, I64(8)), terms), cases)
+        branch(b, b.add(b.mul(rows, I64(8)), terms), cases)
 
     def combine(a, lda, m, w, ldw, k, n, c, ldc, accumulate):
         for column in range(0, n, columns):

@@ -192,7 +192,7 @@ def _recurrent(cell: Cell, weights: Weights) -> int:
 
 
 def _numbers(*cuts: slice) -> list[int]:
-    return [number for cut in cuts for number in (cut.start, cut.stop)]
+    return [edge for cut in cuts for edge in (cut.start, cut.stop)]
 
 
 def _chunk(T: int, N: int) -> int:

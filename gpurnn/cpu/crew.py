@@ -167,15 +167,15 @@ def _make_hire():
         while True:
             found = 0
             if swapped(desk, 0, 1):
-                for number in range(present):
-                    state = seen(word(table + number * 8))
+                for k in range(present):
+                    state = seen(word(table + k * 8))
                     if found < count and state in (IDLE, ASLEEP):
-                        put(taken + found * 8, word(table + number * 8))
+                        put(taken + found * 8, word(table + k * 8))
                         found += 1
                 if found == count:
-                    for number in range(count):
-                        if not swapped(word(taken + number * 8), IDLE, HIRED):
-                            show(word(taken + number * 8), CALLED)
+                    for k in range(count):
+                        if not swapped(word(taken + k * 8), IDLE, HIRED):
+                            show(word(taken + k * 8), CALLED)
                 show(desk, 0)
             if found == count:
                 return
@@ -203,11 +203,11 @@ def _share():
                 put(ready + line, 0)
             put(values + 8, ready)
             put(values + 16, ready + CACHE_LINE)
-        for number in range(count):
-            worker = word(taken + number * 8)
+        for k in range(count):
+            worker = word(taken + k * 8)
             put(worker + 8, function)
             put(worker + 16, values)
-            put(worker + 24, number + 1)
+            put(worker + 24, k + 1)
             asleep = seen(worker) == CALLED
             show(worker, JOB)
             if asleep:
@@ -215,13 +215,13 @@ def _share():
         before = flush()
         call(function, values, 0)
         restore(before)
-        for number in range(count):
-            worker, turn = word(taken + number * 8), 1
+        for k in range(count):
+            worker, turn = word(taken + k * 8), 1
             while seen(worker) == JOB:
                 pause(turn)
                 turn += 1
-        for number in range(count):
-            show(word(taken + number * 8), IDLE)
+        for k in range(count):
+            show(word(taken + k * 8), IDLE)
 
     return cache.external(share, host()).python
 

@@ -25,7 +25,7 @@ def _lane_sums(emit: Emitter, parts: list[ir.Value]) -> ir.Value:
     def shuffle(x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
         return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
-    vectors = [(value, [number]) for number, value in enumerate(parts)]  # and whose sums stand in it, group by group
+    vectors = [(value, [k]) for k, value in enumerate(parts)]  # and whose sums stand in it, group by group
     group = width
     while group > 1:
         half, groups = group // 2, width // group
@@ -47,7 +47,7 @@ def _lane_sums(emit: Emitter, parts: list[ir.Value]) -> ir.Value:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
         vectors = [(shuffle(x, y, list(range(len(of_x + of_y)))), of_x + of_y) for (x, of_x), (y, of_y) in pairs]
     [(value, owners)] = vectors
-    return shuffle(value, value, [owners.index(number) for number in range(len(parts))])
+    return shuffle(value, value, [owners.index(k) for k in range(len(parts))])
 
 
 def _micro_kernel(dtype: np.dtype, rows: int, columns: int):

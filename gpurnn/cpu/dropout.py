@@ -47,8 +47,8 @@ def _drop(dtype: np.dtype) -> Compiled:
     return cache.external(drop, dtype.str)
 
 
-def drop(x: np.ndarray, seed: int, number: int, threshold: int, scale: np.floating) -> np.ndarray:
-    """x times scale where a value stays, times 0 elsewhere: what `launches.drop` does.  number: of the call."""
+def drop(x: np.ndarray, seed: int, call: int, threshold: int, scale: np.floating) -> np.ndarray:
+    """x times scale where a value stays, times 0 elsewhere: what `launches.drop` does.  call: its number."""
     x, factor = np.asarray(x, order="C"), np.array(scale)
     y = np.empty_like(x)
     work = _drop(x.dtype).python
@@ -56,7 +56,7 @@ def drop(x: np.ndarray, seed: int, number: int, threshold: int, scale: np.floati
 
     def part(cut: slice) -> None:
         begin, end = cut.start * EACH, min(cut.stop * EACH, x.size)
-        work(address(x), address(y), begin, end, number, seed, threshold, address(factor))
+        work(address(x), address(y), begin, end, call, seed, threshold, address(factor))
 
     if x.size:
         threads.run(part, threads.shares(blocks, min(cpu_threads(), -(-x.size // costs.DROPOUT_VALUES))))

@@ -13,7 +13,7 @@ import numpy as np
 from llvmlite import ir
 
 from gpurnn.cpu import cache, costs
-from gpurnn.cpu.instructions import instruction, least, switch
+from gpurnn.cpu.instructions import branch, instruction, least
 from gpurnn.cpu.packing import panel_columns, panel_vectors
 from gpurnn.cpu.simd import I64, Emitter, host
 
@@ -102,7 +102,7 @@ def _tile(dtype: np.dtype):
             )
             for count, is_wide in sizes
         }
-        switch(b, b.add(b.mul(rows, I64(2)), wide), cases)
+        branch(b, b.add(b.mul(rows, I64(2)), wide), cases)
 
     return tile
 

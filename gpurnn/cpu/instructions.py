@@ -25,17 +25,17 @@ def instruction(emit: Callable) -> Any:
     return instruction
 
 
-def number(emit: Callable) -> Any:
+def whole(emit: Callable) -> Any:
     """An `instruction` that gives a whole number."""
 
     @intrinsic
-    def number(typing, *numbers):
+    def whole(typing, *numbers):
         def codegen(context, builder, signature, args):
             return emit(builder, *cgutils.unpack_tuple(builder, args[0]))
 
         return types.intp(types.StarArgTuple([types.intp] * len(numbers))), codegen
 
-    return number
+    return whole
 
 
 def pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -43,13 +43,13 @@ def pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return builder.inttoptr(address, I64.as_pointer())
 
 
-@number
+@whole
 def least(builder, a, b):
     """The smaller of two whole numbers.  Numba compiles its `min` anew for every function that uses it."""
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-@number
+@whole
 def word(builder, address):
     """The int64 that stands there."""
     return builder.load(pointer(builder, address))
@@ -78,7 +78,7 @@ def words(count: int):
     return read
 
 
-def switch(builder: ir.IRBuilder, which: ir.Value, cases: Mapping[int, Callable[[], None]]) -> None:
+def branch(builder: ir.IRBuilder, which: ir.Value, cases: Mapping[int, Callable[[], None]]) -> None:
     """Emits every case; the one whose number `which` is runs, or none."""
     after = builder.append_basic_block("after")
     branches = builder.switch(which, after)

@@ -130,16 +130,16 @@ def check_finite(grads: Parameters, allow_inf: bool = False) -> None:
 
 def advance(calls: np.ndarray) -> Any:
     """calls (1,) int64: one more than it was; returns what it was."""
-    number = int(calls[0])
+    call = int(calls[0])
     calls += 1
-    return number
+    return call
 
 
-def drop(x: np.ndarray, seed: int, number: Any, threshold: int, scale: np.floating) -> np.ndarray:
-    """x times scale where a value stays, times 0 elsewhere.  number: of the call, as `advance` gives it."""
+def drop(x: np.ndarray, seed: int, call: Any, threshold: int, scale: np.floating) -> np.ndarray:
+    """x times scale where a value stays, times 0 elsewhere.  call: its number, as `advance` gives it."""
     if compiles():
-        return _compiled("dropout").drop(x, seed, number, threshold, scale)
-    keeps = random.words(seed, number, x.size).reshape(x.shape) >= threshold
+        return _compiled("dropout").drop(x, seed, call, threshold, scale)
+    keeps = random.words(seed, call, x.size).reshape(x.shape) >= threshold
     return x * np.where(keeps, scale, x.dtype.type(0))
 
 

@@ -8,7 +8,7 @@ thread's part of a call, and put back behind it: code that is not ours never run
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-from gpurnn.cpu.instructions import instruction, number
+from gpurnn.cpu.instructions import instruction, whole
 from gpurnn.cpu.simd import I32, I64, host
 
 X86 = 1 << 15 | 1 << 6  # of MXCSR: results that are subnormal are 0, operands too
@@ -53,5 +53,5 @@ def _set_mxcsr(builder: ir.IRBuilder, value: ir.Value) -> None:
     _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), place)
 
 
-flush = number(emit_flush)
+flush = whole(emit_flush)
 restore = instruction(emit_restore)

@@ -85,19 +85,19 @@ def add_rows(target: Array, rows: Array, values: Array) -> None:
 
 def advance(calls: Array) -> Array:
     """calls (1,) int64: one more than it was; returns what it was, in memory of its own."""
-    number = backend.xp.empty(1, np.int64)
-    device.kernel(dropout.advance)(1, calls.data.ptr, number.data.ptr)
-    return number
+    call = backend.xp.empty(1, np.int64)
+    device.kernel(dropout.advance)(1, calls.data.ptr, call.data.ptr)
+    return call
 
 
-def drop(x: Array, seed: int, number: Array, threshold: int, scale: np.floating) -> Array:
-    """x times scale where a value stays, times 0 elsewhere: `kernels.dropout`.  number: of the call, (1,) int64."""
+def drop(x: Array, seed: int, call: Array, threshold: int, scale: np.floating) -> Array:
+    """x times scale where a value stays, times 0 elsewhere: `kernels.dropout`.  call: its number, (1,) int64."""
     x = backend.xp.ascontiguousarray(x)
     y = backend.xp.empty(x.shape, x.dtype)
     if x.size:
         kernel = device.kernel(dropout.drop, dtype=x.dtype.name, aligned=x.data.ptr % 16 == 0)
         blocks = device.grid(x.size, dropout.THREADS * dropout.EACH)
-        kernel(blocks, x.data.ptr, y.data.ptr, x.size, number.data.ptr, seed & 0xFFFFFFFF, seed >> 32, threshold, scale)
+        kernel(blocks, x.data.ptr, y.data.ptr, x.size, call.data.ptr, seed & 0xFFFFFFFF, seed >> 32, threshold, scale)
     return y
 
 

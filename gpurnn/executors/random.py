@@ -52,8 +52,8 @@ class Masks:
         for a gradient of that shape."""
         threshold = min(round(p * 2**32), 2**32 - 1)
         scale = x.dtype.type(1) / x.dtype.type(1 - p)
-        number = backend.ops.advance(self._calls)
-        masked = functools.partial(backend.ops.drop, seed=self.seed, number=number, threshold=threshold, scale=scale)
+        call = backend.ops.advance(self._calls)
+        masked = functools.partial(backend.ops.drop, seed=self.seed, call=call, threshold=threshold, scale=scale)
         return masked(x), masked
 
 
@@ -62,8 +62,8 @@ def words(seed: int, call: int, count: int) -> np.ndarray:
     blocks = np.arange(-(-count // 4), dtype=np.uint64)
     low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
 
-    def halves(number: Any) -> tuple[np.ndarray, np.ndarray]:
-        wide = np.atleast_1d(np.asarray(number, np.uint64))
+    def halves(call: Any) -> tuple[np.ndarray, np.ndarray]:
+        wide = np.atleast_1d(np.asarray(call, np.uint64))
         return (wide & low).astype(np.uint32), (wide >> high).astype(np.uint32)
 
     return np.stack(np.broadcast_arrays(*_words(*halves(blocks), *halves(call), *halves(seed))), 1).reshape(-1)[:count]

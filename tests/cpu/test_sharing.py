@@ -106,7 +106,7 @@ def test_what_is_short_stays_with_one_thread_and_few_rows_share_units(monkeypatc
     "T, N, I, H", [(1, 1, 530, 97), (7, 1, 5, 32), (9, 3, 64, 97), (40, 2, 33, 200), (5, 7, 1, 300)]
 )
 @pytest.mark.parametrize("layer", [RNN, GRU, LSTM])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])  # other tests run on two
 @pytest.mark.parametrize("packing", [0, 10**9])
 def test_shared_work_gives_what_numpy_gives(monkeypatch, layer, T, N, I, H, lengths, clip, count, packing, by_units):
     """Both directions, training and inference, gradient flow included, weights packed and as they lie."""

@@ -85,7 +85,7 @@ MUTANTS = {
         "        restore(before)\n\n    return cache.external(alone", "\n    return cache.external(alone",
         "subnormals::code_of_others_never_sees_it", "subnormals::every_thread_flushes_while_it_works_and_not_behind"),
     "order: subnormals stay flushed behind shared work": ("gpurnn/cpu/crew",
-        "        restore(before)\n        for number", "        for number",
+        "        restore(before)\n        for k", "        for k",
         "subnormals::code_of_others_never_sees_it", "subnormals::every_thread_flushes_while_it_works_and_not_behind"),
     "threads: a worker is freed before it has done": ("gpurnn/cpu/crew",
         "            while seen(worker) == JOB:\n                pause(turn)\n                turn += 1\n", "",

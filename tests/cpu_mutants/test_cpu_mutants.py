@@ -22,9 +22,7 @@ from tests.cpu_mutants import ROOMS, SURVIVORS
 
 PARTS = ("gpurnn", "kernels", "bench", "tests", "pyproject.toml", "README.md")
 LIMIT = 300  # s: of one mutant's tests, which take seconds; who takes that long hangs, and is not called caught
-FILES = {
-    path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")
-}  # a row names `test_NAME.py` in whatever folder
+FILES = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}  # a row names one, in whatever folder
 ROWS = {f"{room}, {name}": row for room, table in ROOMS.items() for name, row in table.items()}
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU other code runs")

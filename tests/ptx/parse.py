@@ -99,6 +99,7 @@ class Function:
     locals: list[Variable] = field(default_factory=list)
     registers: list[Register] = field(default_factory=list)
     undefined: set[Register] = field(default_factory=set)  # the compiler says that their value does not matter
+    doubtful: list | None = None  # of each instruction, registers that may not have been written: `program` finds out
 
 
 @dataclass

@@ -182,28 +182,36 @@ def _callees_first(module: Module) -> list[str]:
 
 
 def watch_registers(steps: list[Step], start: int, function: Function, x: Operands) -> None:
-    """Reading a register that nobody wrote is an error.
+    """Reading a register that nobody wrote is an error: a bit for each thread says whether it was written."""
+    if function.doubtful is None:  # the same in each launch
+        function.doubtful = _doubtful(steps, start, function)
+    registers = {
+        register for reads, guard_reads, writes in function.doubtful for register in reads | guard_reads | writes
+    }
+    written = {register: np.zeros(x.threads, bool) for register in registers}
+    for step, (reads, guard_reads, writes) in zip(steps, function.doubtful, strict=True):
+        step.watch = _watch(reads, writes, written)
+        step.watch_guard = _watch(guard_reads, set(), written)
 
-    Most registers are written on every way to where they are read; those need no look at run time.  For the others, a
-    bit for each thread says whether it was written.
+
+def _doubtful(steps: list[Step], start: int, function: Function) -> list[tuple[set[Register], ...]]:
+    """What each step reads, what its guard reads and what it writes of the registers that need a look at run time.
+
+    Most are written on every way to where they are read, and need none.
     """
     bits: dict[Register, int] = {}  # one for each register: sets of them are numbers
     for step in steps:
         for register in step.reads | step.guard_reads | step.writes:
             bits.setdefault(register, 1 << len(bits))
-    assigned = _assigned(steps, start, bits)
-    doubtful = {
-        register
-        for step, before in zip(steps, assigned, strict=True)
-        for register in step.reads | step.guard_reads
-        if not before & bits[register]
-    }
-    doubtful -= function.undefined
-    written = {register: np.zeros(x.threads, bool) for register in doubtful}
-    for step, before in zip(steps, assigned, strict=True):
-        unsure = {register for register in doubtful if not before & bits[register]}
-        step.watch = _watch(step.reads & unsure, step.writes & doubtful, written)
-        step.watch_guard = _watch(step.guard_reads & unsure, set(), written)
+    unsure = [
+        {register for register in step.reads | step.guard_reads if not before & bits[register]} - function.undefined
+        for step, before in zip(steps, _assigned(steps, start, bits), strict=True)
+    ]
+    doubtful = set().union(*unsure)
+    return [
+        (step.reads & those, step.guard_reads & those, step.writes & doubtful)
+        for step, those in zip(steps, unsure, strict=True)
+    ]
 
 
 def _watch(reads: set[Register], writes: set[Register], written: dict[Register, np.ndarray]):
