@@ -216,7 +216,7 @@ def interpreted_agrees(cell, executor, options, tolerance=1e-5, dtype="float32")
     from tests.interpreted import Interpreted, interpreted
 
     own, others = split(options)
-    expected = in_one(layer_of(cell, **others), flags(), keep=True, **own)
+    expected = in_one(layer_of(cell, **others | {"precision": "float32"}), flags(), keep=True, **own)
     before = Interpreted.launches
     with interpreted():
         got = in_one(layer_of(cell, executor, dtype, **others), flags(), keep=True, **own)
@@ -238,6 +238,14 @@ KERNELS = [
 )
 def test_on_interpreted_kernels(cell, executor, options):
     interpreted_agrees(CELLS[cell], executor, options)
+
+
+@ON_CPU
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_in_groups_of_blocks(precision):
+    """Units of a row are several blocks'; a state that is set back goes to all of them."""
+    options = {"hidden": 33, "trainable_h0": True, "precision": precision}
+    interpreted_agrees(CELLS["gru"], "persistent", options, 1e-5 if precision == "float32" else 4e-2)
 
 
 # Training loops
