@@ -188,8 +188,11 @@ def test_with_resets(factory, tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "alone"),
-    [(("lstm", 64, 32, "float32"), True), (("gru", 1024, 32, "bfloat16"), False)]
-    + [pytest.param(("lstm", 1024, 64, "bfloat16"), False, marks=pytest.mark.slow)],
+    [
+        (("lstm", 64, 32, "float32"), True),
+        (("gru", 1024, 32, "bfloat16"), False),
+        pytest.param(("lstm", 1024, 64, "bfloat16"), False, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_on_chip_with_resets(case, alone, tmp_path):

@@ -9,6 +9,7 @@ import gpurnn
 from gpurnn import backend
 from gpurnn.cells import CELLS
 from gpurnn.cpu import costs, memory, sharing
+from tests.conftest import USER_CELLS
 
 ON_CPU = pytest.mark.skipif(backend.name == "cuda", reason="the executors of a CPU")
 CELL_NAMES = ("rnn_tanh", "lstm", "gru", "sru", "lru", "indrnn")
@@ -211,6 +212,12 @@ def test_threads_share_rows_or_units(monkeypatch, way, cell):
         agree(got, expected, 1e-12)
 
 
+@ON_CPU
+def test_more_states_than_two():
+    layers = [layer_of(USER_CELLS["three_states"], executor, trainable_h0=True) for executor in ("compiled", "numpy")]
+    agree(*(in_one(layer, flags(), all_states=True) for layer in layers))
+
+
 def interpreted_agrees(cell, executor, options, tolerance=1e-5, dtype="float32"):
     pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
     from tests.interpreted import Interpreted, interpreted
@@ -286,7 +293,8 @@ def test_windows_add_up_to_the_whole(k1, share):
 
 @ON_CPU
 def test_a_short_last_window_reaches_back_through_resets():
-    model, x, target, resets = model_of(), drawn(9, N, I), drawn(9, N, 2, seed=1), flags(9)
+    model, x, target, resets = model_of(), drawn(9, N, I), drawn(9, N, 2, seed=1), np.zeros((9, N), bool)
+    resets[2, 0] = resets[5, 1] = True  # the first where only the state that the last window begins with is made again
     found = []
     for k1, sizes in ((4, (4, 4, 1)), (1, (1,) * 9)):
         bptt, t = gpurnn.TruncatedBPTT(model, summed, k1, k2=6), 0

@@ -206,16 +206,8 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                 at, dy_t = slots_at + (t - begin) * N * next_row, dy + t * dy_step + first * dy_row + aside
                 if add:
                     call(
-                        add,
-                        m,
-                        states - 1,
-                        units,
-                        dstate + h_step + row,
-                        h_step,
-                        drest + t * h_step + row,
-                        T * h_step,
-                        stride,
-                    )
+                        add, m, states - 1, units, dstate + h_step + row, h_step, drest + t * h_step + row, T * h_step, stride
+                    )  # fmt: skip
                 if squares:
                     call(squares, m, dy_row, units, states, dstate + row, h_step, stride, dy_t, flow + t * 8, T * 8)
                 again = resets + (t * N + first) * 8 if some and word(some + t * 8) else 0

@@ -54,7 +54,7 @@ MUTANTS = {
     "windows: a short one runs through": (BPTT, 'options = {} if self.resets is None else {"resets": self.resets[:cut]}',
         "options = {}", "resets::a_short_last_window_reaches_back_through_resets"),
     "all states: no gradient but that of h": (LOOPS, "                if add:\n", "                if add and t < 0:\n", AGREES),
-    "all states: of the first state alone": (ROWS, "above + s * above_stride", "above", "resets::gradients[lru-False-compiled]"),
+    "all states: of the first state alone": (ROWS, "above + s * above_stride", "above", "resets::more_states_than_two"),
     "residual: backward goes through the layers alone": (SEQUENCE, "down + above if layers.residual else down", "down", STACKS),
     "residual: dropped": (SEQUENCE, "through = x = x + through if", "x = through = x + x * 0 if",
         "stacks::residual_layers_by_hand"),
