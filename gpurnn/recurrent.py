@@ -41,6 +41,8 @@ class Options(TypedDict, total=False):
     bias: bool
     bidirectional: bool
     dropout: float
+    weight_dropout: float
+    residual: bool
     trainable_h0: bool
     clip_in_time: float | None
     init: Mapping[str, str | Initializer] | None
@@ -58,6 +60,10 @@ class Recurrent(Layer):
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
     dropout         between layers, not behind the last; see `Dropout`.  With one layer it means nothing, and warns.
+    weight_dropout  in training entries of weight_hh are 0 with this probability, the others divided by 1 - it: one mask a
+                    call, the same at all its steps (DropConnect, as Merity et al. 2018 have it).
+    residual        each layer but the first adds its input to its output, as it was before dropout; with `all_states` to
+                    the first of them.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
@@ -86,6 +92,8 @@ class Recurrent(Layer):
         bias: bool = True,
         bidirectional: bool = False,
         dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        residual: bool = False,
         trainable_h0: bool = False,
         clip_in_time: float | None = None,
         init: Mapping[str, str | Initializer] | None = None,
@@ -108,6 +116,9 @@ class Recurrent(Layer):
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
         self.dropout, self.executor = probability("dropout", dropout), executor
+        self.weight_dropout, self.residual = probability("weight_dropout", weight_dropout), switch("residual", residual)
+        if self.weight_dropout and not cell.recurrent:
+            raise ValueError(f"weight_dropout: it drops entries of weight_hh, and {cell.name} has none; expected 0")
         if self.dropout and self.num_layers == 1:
             warnings.warn(
                 f"dropout: it acts between layers, and of one layer {dropout} means nothing", stacklevel=_outside()
@@ -272,7 +283,9 @@ class Recurrent(Layer):
         parts = (dy,) if states == 1 else (None,) * states if dy is None else dy
         if not isinstance(parts, tuple | list) or len(parts) != states:
             came = f"{len(parts)} of them" if isinstance(parts, tuple | list) else type(parts).__name__
-            raise ValueError(f"dy: expected a tuple of {states} arrays ({', '.join(names)}) of shape {shape}, got {came}")
+            raise ValueError(
+                f"dy: expected a tuple of {states} arrays ({', '.join(names)}) of shape {shape}, got {came}"
+            )
         nothing = backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
         called = ["dy", *(f"dy {name}" for name in names[1:])]
         given = [nothing if part is None else part for part in parts]

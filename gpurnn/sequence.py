@@ -82,6 +82,8 @@ class Layers(Protocol):
     num_layers: int
     directions: int
     dropout: float
+    weight_dropout: float
+    residual: bool
     clip_in_time: float | None
     precision: str
     executor: str | None
@@ -91,6 +93,14 @@ class Layers(Protocol):
 
     def weights(self, values: Mapping[str, Array], layer: int, direction: int) -> Weights: ...
     def fresh(self) -> States: ...
+
+
+class Level(NamedTuple):
+    """What backward needs of a layer: a tape for each direction, dropout behind it, weight_hh's masks."""
+
+    tapes: list[Any]
+    mask: Mask | None
+    weight_masks: list[Mask]
 
 
 def run(
@@ -118,20 +128,23 @@ def run(
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
         initial = tuple(lengths.sorted(part, lengths.empty) for part in initial)
     restarts = Restarts.of(resets, layers.fresh, lengths)
-    levels: list[tuple[list[Any], Mask | None]] = []
+    levels: list[Level] = []
     finals: list[States] = []
+    through: Array | None = None  # what the layer below gave, before dropout
     rest: States = ()
     for layer in range(layers.num_layers):
-        x, outputs, tapes = backend.xp.ascontiguousarray(x), [], []
+        x, outputs, tapes, weight_masks = backend.xp.ascontiguousarray(x), [], [], []
         wanted, others = all_states and layer == layers.num_layers - 1, []
         for direction in range(layers.directions):
             weights, at = layers.weights(layers.params, layer, direction), len(finals)
+            if training and layers.weight_dropout:
+                weight_hh, weight_mask = layers.masks(weights.weight_hh, layers.weight_dropout)
+                weights = weights._replace(weight_hh=weight_hh)
+                weight_masks.append(weight_mask)
             state, again = tuple(part[at] for part in initial), None
             if restarts is not None:
                 state, again = restarts.begun(state, at, direction == 1), restarts.job(at, direction == 1)
-            job = Job(
-                layers.cell, x, weights, state, rows, direction == 1, training, layers.precision, again, wanted
-            )
+            job = Job(layers.cell, x, weights, state, rows, direction == 1, training, layers.precision, again, wanted)
             states, tape = engine.forward(job)
             if wanted:
                 others.append(states.rest[:, :T] if direction else states.rest[:, 1:])
@@ -139,11 +152,12 @@ def run(
             tapes.append(tape)
             finals.append(states.final)
         x = _beside(outputs)
+        through = x = x + through if layers.residual and through is not None else x
         rest = tuple(map(_beside, zip(*others, strict=True)))
         mask = None
         if training and layers.dropout and layer < layers.num_layers - 1:
             x, mask = _dropped(layers, x, lengths)
-        levels.append((tapes, mask))
+        levels.append(Level(tapes, mask, weight_masks))
     final = _stacked(finals)
     if lengths is not None:
         x, rest, final = lengths.unsorted(x), *(tuple(map(lengths.unsorted, parts)) for parts in (rest, final))
@@ -154,7 +168,7 @@ def run(
 def _back(
     layers: Layers,
     engine: Executor,
-    levels: list[tuple[list[Any], Mask | None]],
+    levels: list[Level],
     lengths: Lengths | None,
     restarts: Restarts | None,
     dy: States,
@@ -170,43 +184,52 @@ def _back(
     H, D, xp = layers.hidden_size, layers.directions, backend.xp
     if lengths is not None:
         dy, dfinal = tuple(map(lengths.sorted, dy)), None if dfinal is None else tuple(map(lengths.sorted, dfinal))
-    dy, *drest = dy
-    dfresh = None
+    above, *drest = dy
+    dfresh: Array = None
     if restarts is not None:
-        dfresh = xp.zeros((len(levels) * D, layers.cell.states, dy.shape[1], H), xp.float64)
+        dfresh = xp.zeros((len(levels) * D, layers.cell.states, above.shape[1], H), xp.float64)
     dinitial: list[States] = [()] * (len(levels) * D)
+    dx: Array | None = None
     for layer in reversed(range(len(levels))):
-        tapes, mask = levels[layer]
-        dx, dy = None, dy if mask is None else mask(dy)
+        tapes, mask, weight_masks = levels[layer]
+        if dx is not None:
+            down = dx if mask is None else mask(dx)
+            above, drest = down + above if layers.residual else down, []
+        dx = None
         for direction, tape in enumerate(tapes):
             at = layer * D + direction
             squares = None if flow is None else xp.zeros(flow.shape[1:])
             own = slice(direction * H, (direction + 1) * H)
+            grads = layers.weights(layers.grads, layer, direction)
+            whole: Array = grads.weight_hh
+            if weight_masks:
+                grads = grads._replace(weight_hh=xp.zeros(whole.shape, whole.dtype))
             part, dinitial[at] = engine.backward(
                 tape,
-                dy[..., own],
+                above[..., own],
                 None if dfinal is None else tuple(state[at] for state in dfinal),
-                layers.weights(layers.grads, layer, direction),
+                grads,
                 Backward(
                     layers.clip_in_time,
                     squares,
                     keep,
                     None if dfresh is None else dfresh[at],
-                    tuple(above[..., own] for above in drest) or None,
+                    tuple(rest[..., own] for rest in drest) or None,
                 ),
             )
+            if weight_masks:
+                whole += weight_masks[direction](grads.weight_hh)
             if restarts is not None:
                 dinitial[at] = restarts.returned(dinitial[at], dfresh[at], direction == 1)
             dx = part if dx is None else dx + part
             if flow is not None:
                 flow[at] = xp.sqrt(squares)
-        dy, drest = dx, []
     if not keep:
         levels.clear()
     dstates = _stacked(dinitial)
     if lengths is not None:
-        dy, dstates = lengths.unsorted(dy), tuple(map(lengths.unsorted, dstates))
-    return dy, dstates, None if dfresh is None else tuple(dfresh.swapaxes(0, 1))
+        dx, dstates = lengths.unsorted(dx), tuple(map(lengths.unsorted, dstates))
+    return dx, dstates, None if dfresh is None else tuple(dfresh.swapaxes(0, 1))
 
 
 def _dropped(layers: Layers, x: Array, lengths: Lengths | None) -> tuple[Array, Mask]:

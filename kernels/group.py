@@ -120,7 +120,7 @@ def own_pair(of: Group, shape: Shape, tile: tiles.Tile, slots: int):
 
 
 def loading_flags(of: Group):
-    """A device function: which of a thread's pairs begin a step anew, `now` the flags of its rows; none unless it is `any`."""
+    """A device function: which of a thread's pairs begin a step anew, by its rows' flags `now`; none unless `any`."""
     PAIRS = of.pairs
 
     @cuda.jit(device=True)

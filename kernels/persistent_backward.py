@@ -173,8 +173,8 @@ def _beginning(trace, of, shape, tile, placed, loads):
 
 
 def _between_steps(trace, of, clip):
-    """Device functions: hand next states on, take what was loaded ahead, add the product to dL/dh of living rows; give the
-    gradients of pairs that began a step anew to the states that they were set back to.
+    """Device functions: hand next states on, take what was loaded ahead, add the product to dL/dh of living rows; give
+    the gradients of pairs that began a step anew to the states that they were set back to.
     """
     S, KEPT, PAIRS = trace.cell.states, len(trace.kept), of.pairs
     STATE, NEXT, READ = KEPT, KEPT + S, KEPT + 2 * S + 1
@@ -239,8 +239,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
     OWN_COMING = OWN_READ if AHEAD else 1
 
     def persistent_backward(
-        packed, slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, mail, fault, row, N, reverse,
-        rest_state, dy_step, dy_row, limit,
+        packed, slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, mail, fault, row, N,
+        reverse, rest_state, dy_step, dy_row, limit,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS

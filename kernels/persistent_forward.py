@@ -184,8 +184,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
             x[k] = coming[k]
 
     def persistent_forward(
-        packed, slots, bias, h, rest, params, state, final, lengths, again, fresh, mail, fault, T, start, row, N, reverse,
-        rest_state,
+        packed, slots, bias, h, rest, params, state, final, lengths, again, fresh, mail, fault, T, start, row, N,
+        reverse, rest_state,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS

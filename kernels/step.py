@@ -19,8 +19,8 @@ def forward(trace, *, dtype, resets=False):
     at one step.  params (P, H).  t: the step, of `rows` living batch rows.  reverse: 1 where time runs backwards.
     rest_state, rest_step: how far apart, in elements, states and steps stand in `rest`.
 
-    Where there are resets, again (T, N) says which rows begin step t with fresh (S, H); begun (N, H) receives the h that
-    the step behind t begins with, unless t is the last.
+    Where there are resets, again (T, N) says which rows begin step t with fresh (S, H); begun (N, H) receives the h
+    that the step behind t begins with, unless t is the last.
     """
     real = getattr(types, dtype)
     cell = pointwise.forward(trace, real, pointwise.EXACT)
@@ -45,17 +45,15 @@ def forward(trace, *, dtype, resets=False):
         given[GIVEN] = h[before * N * H + k]
         for s in range(S - 1):
             given[GIVEN + 1 + s] = rest[s * rest_state + before * rest_step + k]
-        if resets:
-            if again[t * N + n]:
-                for s in range(S):
-                    given[GIVEN + s] = fresh[s * H + u]
+        if resets and again[t * N + n]:
+            for s in range(S):
+                given[GIVEN + s] = fresh[s * H + u]
         for p in range(P):
             given[GIVEN + S + p] = params[p * H + u]
         cell(given, result)
         h[after * N * H + k] = result[0]
-        if resets:
-            if t != last:
-                begun[k] = fresh[u] if again[(t + 1 - 2 * reverse) * N + n] else result[0]
+        if resets and t != last:
+            begun[k] = fresh[u] if again[(t + 1 - 2 * reverse) * N + n] else result[0]
         for s in range(S - 1):
             rest[s * rest_state + after * rest_step + k] = result[1 + s]
         for s in range(KEPT):
@@ -72,7 +70,8 @@ def backward(trace, *, dtype, clip, resets=False, above=False):
     dy: (T, N, H), steps and rows dy_step and dy_row elements apart.  rows: living at t; of them the first `seen` have
     been at the step processed before, and there weight_hh's product was added to dstate[0].
     clip: whether what one step passes to the one before is kept within [-limit, limit].
-    again, fresh: as forward.  dfresh (S, N, H), in float64: what the step processed before passes to fresh states is added.
+    again, fresh: as forward.  dfresh (S, N, H), in float64: what the step processed before passes to fresh states is
+    added to it.
     above: whether drest is to be added, dL/d(the states beyond h behind each step) (S-1, T, N, H), `drest_state` apart.
     """
     real = getattr(types, dtype)
@@ -83,8 +82,8 @@ def backward(trace, *, dtype, clip, resets=False, above=False):
     INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
 
     def step_backward(
-        slots, h, rest, dy, dstate, params, dparams, again, fresh, dfresh, drest, t, rows, seen, N, H, reverse, rest_state,
-        dy_step, dy_row, limit, drest_state,
+        slots, h, rest, dy, dstate, params, dparams, again, fresh, dfresh, drest, t, rows, seen, N, H, reverse,
+        rest_state, dy_step, dy_row, limit, drest_state,
     ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= rows * H:
@@ -102,18 +101,16 @@ def backward(trace, *, dtype, clip, resets=False, above=False):
         for s in range(S - 1):
             given[STATE + 1 + s] = rest[s * rest_state + before * N * H + k]
             given[NEXT + 1 + s] = rest[s * rest_state + after * N * H + k]
-        if resets:
-            if again[t * N + n]:
-                for s in range(S):
-                    given[STATE + s] = fresh[s * H + u]
+        if resets and again[t * N + n]:
+            for s in range(S):
+                given[STATE + s] = fresh[s * H + u]
         for s in range(S):
             value = dstate[s * N * H + k]
             if clip and n < seen:
                 value = clipped(value, limit)
-            if resets:
-                if n < seen and again[(t + 1 - 2 * reverse) * N + n]:
-                    dfresh[s * N * H + k] += types.float64(value)
-                    value = real(0)
+            if resets and n < seen and again[(t + 1 - 2 * reverse) * N + n]:
+                dfresh[s * N * H + k] += types.float64(value)
+                value = real(0)
             given[DNEXT + s] = value
         given[DNEXT] += dy[t * dy_step + n * dy_row + u]
         if above:

@@ -1,5 +1,7 @@
 """Resets inside a sequence, against the segments run by themselves; and all states of all steps."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ import gpurnn
 from gpurnn import backend
 from gpurnn.cells import CELLS
 from gpurnn.cpu import costs, memory, sharing
+from tests.conftest import USER_CELLS
 
 ON_CPU = pytest.mark.skipif(backend.name == "cuda", reason="the executors of a CPU")
 CELL_NAMES = ("rnn_tanh", "lstm", "gru", "sru", "lru", "indrnn")
@@ -46,7 +49,7 @@ def in_one(layer, resets, lengths=None, given=True, all_states=False, keep=False
     steps, rows = resets.shape
     x, dy = put(drawn(steps, rows, I)), [put(drawn(steps, rows, D * H, seed=3 + s)) for s in range(S)]
     state, dstate = ([put(drawn(L * D, rows, H, seed=seed + s)) for s in range(S)] for seed in (10, 20))
-    packed = (lambda parts: parts[0] if S == 1 else tuple(parts))  # noqa: E731
+    packed = lambda parts: parts[0] if S == 1 else tuple(parts)  # noqa: E731
     layer.zero_grad()
     options = {"lengths": lengths, "resets": resets, "all_states": all_states}
     y, final, backward = layer(x, packed(state) if given else None, **options)
@@ -79,7 +82,7 @@ def by_segments(layer, resets, lengths=None, given=True, all_states=False):
             at = place * D + direction
             end = lengths[n]
             cuts = [0, *(t for t in range(1, end) if resets[t, n]), end]
-            pieces = [(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
+            pieces = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
             if not pieces:
                 for s in range(S):
                     final[s][at, n] = state[s][at, n] if given else h0[s][at]
@@ -95,10 +98,10 @@ def by_segments(layer, resets, lengths=None, given=True, all_states=False):
                 piece = level[a:b, n : n + 1][:: -1 if direction else 1]
                 packed = tuple(part[None, None] for part in start)
                 y, last, back = one(piece, packed if S > 1 else packed[0], all_states=True)
-                for out, part in zip(outputs, tuples(y)):
+                for out, part in zip(outputs, tuples(y), strict=True):
                     out[a:b, n, direction * H : (direction + 1) * H] = part[:: -1 if direction else 1, 0]
                 if ends:
-                    for whole, part in zip(final, tuples(last)):
+                    for whole, part in zip(final, tuples(last), strict=True):
                         whole[at, n] = part[0, 0]
                 calls.append((one, back, (a, b, n, direction, at), own, ends, suffix, begins))
         backs.append((calls, level.shape[2]))
@@ -191,13 +194,28 @@ def test_threads_share_rows_or_units(monkeypatch, way, cell):
     empty = lambda shape, dtype: np.full(shape, 255 if dtype == np.uint8 else np.nan, dtype)  # noqa: E731
     monkeypatch.setattr(memory, "empty", empty)
     plan = sharing.plan_loop(CELLS[cell], np.full(T, N), T, N, I, 70, np.dtype("float64"))
-    assert (len(plan.shares) > 1, plan.by_units) == {"rows": (True, False), "units": (True, True), "one": (False, False)}[way]
+    assert (len(plan.shares) > 1, plan.by_units) == {
+        "rows": (True, False),
+        "units": (True, True),
+        "one": (False, False),
+    }[way]
     for own in ({}, {"lengths": LENGTHS, "all_states": True}):
         got, expected = (
-            in_one(layer_of(CELLS[cell], executor, hidden=70, trainable_h0=True, clip_in_time=0.4), flags(), keep=True, **own)
+            in_one(
+                layer_of(CELLS[cell], executor, hidden=70, trainable_h0=True, clip_in_time=0.4),
+                flags(),
+                keep=True,
+                **own,
+            )
             for executor in ("compiled", "numpy")
         )
         agree(got, expected, 1e-12)
+
+
+@ON_CPU
+def test_more_states_than_two():
+    layers = [layer_of(USER_CELLS["three_states"], executor, trainable_h0=True) for executor in ("compiled", "numpy")]
+    agree(*(in_one(layer, flags(), all_states=True) for layer in layers))
 
 
 def interpreted_agrees(cell, executor, options, tolerance=1e-5, dtype="float32"):
@@ -205,7 +223,7 @@ def interpreted_agrees(cell, executor, options, tolerance=1e-5, dtype="float32")
     from tests.interpreted import Interpreted, interpreted
 
     own, others = split(options)
-    expected = in_one(layer_of(cell, **others), flags(), keep=True, **own)
+    expected = in_one(layer_of(cell, **others | {"precision": "float32"}), flags(), keep=True, **own)
     before = Interpreted.launches
     with interpreted():
         got = in_one(layer_of(cell, executor, dtype, **others), flags(), keep=True, **own)
@@ -227,6 +245,14 @@ KERNELS = [
 )
 def test_on_interpreted_kernels(cell, executor, options):
     interpreted_agrees(CELLS[cell], executor, options)
+
+
+@ON_CPU
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_in_groups_of_blocks(precision):
+    """Units of a row are several blocks'; a state that is set back goes to all of them."""
+    options = {"hidden": 33, "trainable_h0": True, "precision": precision}
+    interpreted_agrees(CELLS["gru"], "persistent", options, 1e-5 if precision == "float32" else 4e-2)
 
 
 # Training loops
@@ -267,7 +293,8 @@ def test_windows_add_up_to_the_whole(k1, share):
 
 @ON_CPU
 def test_a_short_last_window_reaches_back_through_resets():
-    model, x, target, resets = model_of(), drawn(9, N, I), drawn(9, N, 2, seed=1), flags(9)
+    model, x, target, resets = model_of(), drawn(9, N, I), drawn(9, N, 2, seed=1), np.zeros((9, N), bool)
+    resets[2, 0] = resets[5, 1] = True  # the first where only the state that the last window begins with is made again
     found = []
     for k1, sizes in ((4, (4, 4, 1)), (1, (1,) * 9)):
         bptt, t = gpurnn.TruncatedBPTT(model, summed, k1, k2=6), 0
@@ -284,7 +311,7 @@ def test_nothing_passes_a_reset():
     layer = layer_of(CELLS["lstm"], "compiled")
     resets = np.zeros((T, N), bool)
     resets[4] = True
-    y, _, backward = layer(drawn(T, N, I), tuple(drawn(2, 1, N, H)), resets=resets)
+    _, _, backward = layer(drawn(T, N, I), tuple(drawn(2, 1, N, H)), resets=resets)
     dy = drawn(T, N, H)
     dy[:4] = 0
     dx, dstate = backward(dy)
@@ -343,7 +370,10 @@ def test_captured_windows_with_resets():
 
             run, before = gpurnn.captured(step, when=lambda bptt=bptt: bptt.steady) if graphs else step, counters.graphs
             for t in range(0, 14, 2):
-                given = [backend.asarray(part[t : t + 2], kind, "part") for part, kind in ((x, "float32"), (target, "float32"), (resets, None))]
+                given = [
+                    backend.asarray(part[t : t + 2], kind, "part")
+                    for part, kind in ((x, "float32"), (target, "float32"), (resets, None))
+                ]
                 found.append([backend.to_numpy(part).copy() for part in run(*given)])
             assert not graphs or counters.graphs - before >= 2
     for got, expected in zip(found[:7], found[7:], strict=True):
@@ -373,7 +403,9 @@ def test_what_comes_back_for_all_states():
     alone = layer(drawn(T, N, I))[2](dh)[0]
     assert (backward()((dh, None))[0] == alone).all() and not backward()(None)[0].any()
     assert (backward()((None, dc))[0] == backward()((dh * 0, dc))[0]).all()
-    with pytest.raises(ValueError, match=r"dy: expected a tuple of 2 arrays \(h, c\) of shape \(9, 5, 6\), got ndarray"):
+    with pytest.raises(
+        ValueError, match=r"dy: expected a tuple of 2 arrays \(h, c\) of shape \(9, 5, 6\), got ndarray"
+    ):
         backward()(dh)
     with pytest.raises(ValueError, match=r"dy c: expected \(T, N, D\*H\)"):
         backward()((dh, dc[1:]))

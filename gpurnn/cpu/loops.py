@@ -21,12 +21,12 @@ from gpurnn.cpu.simd import host
 
 FORWARD = Record(
     "T N I H S gates split reverse window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin runs some resets fresh",
+    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin_again runs some resets fresh",
     "packs packers first last unit end_unit w_ih w_split w_joint copies",
 )
 BACKWARD = Record(
     "T N I H S gates split states reverse chunk cell_rows ldw_ih ldw_hh combine clamp squares rest_stride rest_step dy_step "
-    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest fresh_rest runs end some resets "
+    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest fresh_rest runs end_again some resets "
     "fresh dfresh",
     "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
 )
@@ -205,7 +205,9 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                     continue
                 at, dy_t = slots_at + (t - begin) * N * next_row, dy + t * dy_step + first * dy_row + aside
                 if add:
-                    call(add, m, states - 1, units, dstate + h_step + row, h_step, drest + t * h_step + row, T * h_step, stride)
+                    call(
+                        add, m, states - 1, units, dstate + h_step + row, h_step, drest + t * h_step + row, T * h_step, stride
+                    )  # fmt: skip
                 if squares:
                     call(squares, m, dy_row, units, states, dstate + row, h_step, stride, dy_t, flow + t * 8, T * 8)
                 again = resets + (t * N + first) * 8 if some and word(some + t * 8) else 0

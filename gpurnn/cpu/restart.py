@@ -41,14 +41,16 @@ class Again(NamedTuple):
         if resets is None:
             return NONE
         held = _arrays(resets, parts)
-        return cls(begin(held[-1].dtype).address, forward_runs().address, 0, *map(address, held), held)
+        own = begin(held[-1].dtype).address, forward_runs().address, 0
+        return cls._make((*own, *map(address, held), held))
 
     @classmethod
     def backward(cls, resets: Resets | None) -> "Again":
         if resets is None:
             return NONE
         held = _arrays(resets, 0)
-        return cls(0, backward_runs().address, end(held[-1].dtype).address, *map(address, held), held)
+        own = 0, backward_runs().address, end(held[-1].dtype).address
+        return cls._make((*own, *map(address, held), held))
 
     def copy(self, part: int, rows: slice) -> int:
         """Where a thread has room for a copy of its rows of h."""

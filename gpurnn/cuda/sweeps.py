@@ -49,8 +49,8 @@ class Sweep(NamedTuple):
 class Again(NamedTuple):
     """A job's resets for kernels: before (T, N) uint8, fresh (S, H); None where there are none."""
 
-    before: Array | None = None
-    fresh: Array | None = None
+    before: Array = None
+    fresh: Array = None
 
     @classmethod
     def of(cls, job: Job) -> "Again":
@@ -63,7 +63,7 @@ class Again(NamedTuple):
 
     def pointers(self, t0: int = 0) -> list[int]:
         """Of both, from step t0 on."""
-        return [0, 0] if self.before is None else [self.before[t0:].data.ptr, self.fresh.data.ptr]  # type: ignore[union-attr]
+        return [0, 0] if self.before is None else [self.before[t0:].data.ptr, self.fresh.data.ptr]
 
 
 def begin(job: Job) -> Sweep:

@@ -60,9 +60,10 @@ def undisturbed(model: Any) -> Iterator[None]:
     """
     layer = recurrent_part(model)
     between, behind = layer.dropout, getattr(model, "dropout", None) if model is not layer else None
+    of_weights = layer.weight_dropout
     probability = behind.p if behind is not None else 0.0
     kept = model.grads.flat.copy()
-    layer.dropout = 0.0
+    layer.dropout = layer.weight_dropout = 0.0
     if behind is not None:
         behind.p = 0.0
     model.zero_grad()
@@ -70,7 +71,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         with np.errstate(all="ignore"):
             yield
     finally:
-        layer.dropout = between
+        layer.dropout, layer.weight_dropout = between, of_weights
         if behind is not None:
             behind.p = probability
         model.grads.flat[...] = kept
@@ -126,6 +127,7 @@ def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]
     T, N, _ = x.shape
     initial = layer.unpacked(state, N, "state", layer.trainable_h0)
     tapes: list[Tape] = []
+    below: Array | None = None
     for level in range(layer.num_layers):
         outputs = []
         for direction in range(layer.directions):
@@ -139,6 +141,7 @@ def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]
             assert tape is not None
             tapes.append(tape)
         x = outputs[0] if layer.directions == 1 else backend.xp.concatenate(outputs, axis=2)
+        below = x = x + below if layer.residual and below is not None else x
     return tapes, x
 
 
@@ -183,5 +186,5 @@ def back_through(
                     if visit is not None:
                         visit(at, step, (dgates_x, dgates_r, dparams))
             dx = part if dx is None else dx + part
-        dy = dx
+        dy = dx + dy if layer.residual and level else dx
     return dy

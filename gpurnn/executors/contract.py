@@ -71,7 +71,7 @@ class Backward(NamedTuple):
     clip: float | None = None
     flow: Array | None = None
     keep: bool = False
-    dfresh: Array | None = None
+    dfresh: Array = None
     drest: tuple[Array, ...] | None = None
 
 
@@ -83,7 +83,7 @@ class States(NamedTuple):
 
     h: Array
     final: tuple[Array, ...]
-    rest: Array | None = None
+    rest: Array = None
 
 
 class Executor(Protocol):

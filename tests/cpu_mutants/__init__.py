@@ -4,12 +4,13 @@ file: without .py.  tests: "optim::schedules" is test_schedules in tests/*/test_
 A mutant is a slip that somebody could make.  One that no input tells from the original is none: it is replaced.
 """
 
-from tests.cpu_mutants import benchmarks, commands, executors, files, laboratory, layers, optimisers, training
+from tests.cpu_mutants import benchmarks, commands, executors, files, laboratory, layers, optimisers, resets, training
 
 ROOMS = {
     "executors": executors.MUTANTS,
     "layers": layers.MUTANTS,
     "optimisers": optimisers.MUTANTS,
+    "resets": resets.MUTANTS,
     "training": training.MUTANTS,
     "files": files.MUTANTS,
     "commands": commands.MUTANTS,

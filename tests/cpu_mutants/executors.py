@@ -24,7 +24,7 @@ MUTANTS = {
         "            gradient[...] = value", PEEPHOLES),
     "gradient: dL/d(final state) left out": (COMPILED, "            own[...] = value", "            own[...] = 0",
         PEEPHOLES),
-    "state: a reverse pass leaves it behind y": (LAYOUT, "h[self.first] = 0", "h[self.first] *= 1", LSTM),
+    "state: a reverse pass leaves it behind y": (LAYOUT, "states[..., *self.first, :] = 0", "states[..., *self.first, :] *= 1", LSTM),
     "index: the final state of a row that has ended before": (LAYOUT,
         "else cls(0, end, lengths)", "else cls(0, T, lengths)",
         "sequence::a_batch_is_its_rows_each_at_its_own_length"),

@@ -9,8 +9,8 @@ BUILT = "options_built::an_option_of_train_is_built"
 
 # fmt: off
 MUTANTS = {
-    "state: not carried from window to window": (BPTT, '"carried": carried, "stretch": stretch}',
-        '"carried": begin, "stretch": stretch}', WINDOW),
+    "state: not carried from window to window": (BPTT, '"carried": carried, "stretch": stretch, ',
+        '"carried": begin, "stretch": stretch, ', WINDOW),
     "state: not left behind by reset": (BPTT, "self.begin = self.carried = state", "self.begin = state",
         "bptt::reset_forgets"),
     "state: reset keeps the caller's": (BPTT, "state = _copied(state)", "pass",
@@ -22,7 +22,7 @@ MUTANTS = {
         "                continue\n", "", WINDOW),
     "gradient: cut between the two parts of a stretch": (BPTT, "                _, dstate = backward(own, dstate)\n",
         "                _, dstate = backward(own, None)\n", WINDOW, SUMS),
-    "buffer: the window's inputs are the caller's": (BPTT, 'borrowed=("stretch",) if stretch is x else ()',
+    "buffer: the window's inputs are the caller's": (BPTT, 'borrowed=("stretch", "resets") if stretch is x else ()',
         "borrowed=()", "buffers::truncated_bptt_keeps_nothing_of_the_callers"),
     "mask: a window's lengths do not reach the model": (BPTT, "own_part = _within(valid, part.start, part.stop)",
         "own_part = None", "valid_steps::truncated_windows_are_means_over_their_valid_steps"),

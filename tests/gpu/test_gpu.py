@@ -312,7 +312,7 @@ def forward_launch(N, T, H):
         tape.h[1:] = np.nan
 
     def launch():
-        run(arrays, (T, 0), (N, 0, tape.rest.strides[0] // 4))
+        run(arrays, [0, 0], (T, 0), (N, 0, tape.rest.strides[0] // 4))
 
     return begin, launch, (tape.h, final)
 

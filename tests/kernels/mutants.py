@@ -110,7 +110,12 @@ def problem(case) -> Problem:
     weights = Weights(draw(G * H, I), draw(G * H, H) * scale, draw(G * H), draw(G * H), tuple(draw(P, H)))
     if not case.cell.recurrent:
         weights = weights._replace(weight_hh=None, bias_hh=None)
-    state, dstate, fresh, often = tuple(draw(S, N, H)), tuple(draw(S, N, H)), tuple(draw(S, H)), rng.random((T, N)) < 0.4
+    state, dstate, fresh, often = (
+        tuple(draw(S, N, H)),
+        tuple(draw(S, N, H)),
+        tuple(draw(S, H)),
+        rng.random((T, N)) < 0.4,
+    )
     inside = ~padding & np.roll(~padding, -1 if case.reverse else 1, 0)  # a row's first step is not among them
     inside[-1 if case.reverse else 0] = False
     return Problem(x, dy, state, dstate, weights, (~padding).sum(1), often & inside, fresh)

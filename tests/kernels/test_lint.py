@@ -152,14 +152,14 @@ def planned(name, H, N, precision, alone, kind, capability):
     return found
 
 
-def on_chip_recipes(name, H, N, precision, alone, kind, capability):
-    """(recipe, tile, shape) forward and backward; less where a direction does not fit."""
+def on_chip_recipes(name, H, N, precision, alone, kind, capability, **more):
+    """(recipe, tile, shape) forward and backward; less where a direction does not fit.  more: constants of both."""
     cell, chip, recipes = CELLS[name], chip_of(capability), []
     ways = ((persistent.forward, {"training": True}), (persistent.backward, {"clip": True}))
     for found, (factory, constants) in zip(planned(name, H, N, precision, alone, kind, capability), ways, strict=True):
         if found is not None:
             shape, choice = found
-            recipes.append((*shipped(factory, cell, choice, shape, constants, chip), shape))
+            recipes.append((*shipped(factory, cell, choice, shape, constants | more, chip), shape))
     return recipes
 
 
@@ -174,6 +174,39 @@ def shipped(factory, cell, choice, shape, constants, chip):
             return recipe, tile
     assert chip.capability in NEWER, f"every tile spills: {choice.tile}"
     return recipe, tile
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [step.forward, step.backward, unitwise.forward, unitwise.backward],
+    ids=lambda f: f"{f.__module__}.{f.__name__}",
+)
+def test_with_resets(factory, tmp_path):
+    back, apart = factory.__name__ == "backward", factory.__module__.endswith("unitwise")
+    constants = {"resets": True} | ({"clip": True} if back else {}) | ({"above": True} if back and not apart else {})
+    trace = CELLS["sru" if apart else "lstm"].trace
+    plain = build.recipe(factory, trace, dtype="float32", **({"clip": True} if back else {}))
+    _, text = check(build.recipe(factory, trace, dtype="float32", **constants), (9, 0), tmp_path)
+    assert "ld.global.u8" in text and "u8" not in check(plain, (9, 0), tmp_path)[1], (
+        "flags are read where there are any"
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "alone"),
+    [
+        (("lstm", 64, 32, "float32"), True),
+        (("gru", 1024, 32, "bfloat16"), False),
+        pytest.param(("lstm", 1024, 64, "bfloat16"), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_on_chip_with_resets(case, alone, tmp_path):
+    recipes = on_chip_recipes(*case, alone, None, (9, 0), resets=True)
+    assert len(recipes) == 2
+    for recipe, _, _ in recipes:
+        _, text = check(recipe, (9, 0), tmp_path)
+        assert "ld.global.u8" in text
 
 
 def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None):
