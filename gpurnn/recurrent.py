@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     bidirectional: bool
     dropout: float
     trainable_h0: bool
+    heads: int
     clip_in_time: float | None
     init: Mapping[str, str | Initializer] | None
     dtype: Any
@@ -58,10 +59,13 @@ class Recurrent(Layer):
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
     dropout         between layers, not behind the last; see `Dropout`.  With one layer it means nothing, and warns.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
+    heads           K: each unit meets the H/K units of its own head alone, of which K stand side by side.  weight_hh is
+                    (G*H, H/K) then, block-diagonal: row g*H + u is unit u's of gate g, as with one head, and its columns
+                    are the units of u's head, k*H/K to (k+1)*H/K for k = u // (H/K).  K times fewer weights and products.
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
     init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
-                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; `cell.init`; everything else 0.
+                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate (and head); `cell.init`; everything else 0.
     dtype           float32 or float64.
     precision       of the matrix products on CUDA: float32, exact, or tf32, bfloat16 or float16, both factors rounded to
                     it (and tanh good to 2^-11).  Sums, states and parameters are float32 in all of them.  In float16
@@ -70,7 +74,7 @@ class Recurrent(Layer):
     executor        forces one: compiled or numpy on a CPU; resident, persistent, step or numpy on CUDA.  None:
                     GPURNN_EXECUTOR, or the best.
 
-    Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0,
+    Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H/K), bias_ih_l0,
     bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).  A cell that never reads
     r has no weight_hh and no bias_hh.
     """
@@ -86,6 +90,7 @@ class Recurrent(Layer):
         bidirectional: bool = False,
         dropout: float = 0.0,
         trainable_h0: bool = False,
+        heads: int = 1,
         clip_in_time: float | None = None,
         init: Mapping[str, str | Initializer] | None = None,
         dtype: Any = "float32",
@@ -102,7 +107,7 @@ class Recurrent(Layer):
             check(executor)
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
-        self.num_layers = whole("num_layers", num_layers)
+        self.num_layers, self.heads = whole("num_layers", num_layers), _heads(heads, self.hidden_size, cell)
         self.directions = 1 + switch("bidirectional", bidirectional)
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
@@ -136,7 +141,7 @@ class Recurrent(Layer):
             own: dict[str, tuple[tuple[int, ...], str]]
             own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})")}
             if self.cell.recurrent:
-                own["weight_hh"] = (G * H, H), f"({wide}, H)"
+                own["weight_hh"] = (G * H, H // self.heads), f"({wide}, {'H' if self.heads == 1 else f'H/{self.heads}'})"
             own |= {name: ((G * H,), f"({wide},)") for name in self._biases}
             own |= {name: ((H,), "(H,)") for name in self.cell.params}
             for name, (shape, symbol) in own.items():
@@ -156,7 +161,8 @@ class Recurrent(Layer):
         kinds = chosen(gated | dict.fromkeys((*self.cell.params, *initial), zeros) | dict(self.cell.init), init)
         for name, shape in self.params.shapes.items():
             kind = name if name in initial else name.removesuffix("_reverse").rsplit("_l", 1)[0]
-            self._set(name, drawn(kinds[kind], kind, self.rng, self.cell.gates if kind in gated else 1, shape))
+            blocks = self.cell.gates * (self.heads if kind == "weight_hh" else 1) if kind in gated else 1
+            self._set(name, drawn(kinds[kind], kind, self.rng, blocks, shape))
 
     @overload
     def __call__(
@@ -346,6 +352,15 @@ def _outside() -> int:
     while frame is not None and frame.f_code.co_filename == __file__:
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _heads(given: Any, H: int, cell: Cell) -> int:
+    heads = whole("heads", given)
+    if H % heads:
+        raise ValueError(f"heads: expected a divisor of hidden_size = {H}, got {heads}")
+    if heads > 1 and not cell.recurrent:
+        raise ValueError(f"heads: expected 1 for {cell.name}, whose units meet no others, got {heads}")
+    return heads
 
 
 def _precision(given: Any, dtype: np.dtype) -> str:

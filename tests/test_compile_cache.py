@@ -66,6 +66,7 @@ ENTRIES = [
     "meet",
     "pack_gates",
 ]
+ENTRIES += ["pack_heads", "pack_heads_back", "recur", "recur_back"]
 ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
