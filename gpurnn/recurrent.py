@@ -141,7 +141,10 @@ class Recurrent(Layer):
             own: dict[str, tuple[tuple[int, ...], str]]
             own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})")}
             if self.cell.recurrent:
-                own["weight_hh"] = (G * H, H // self.heads), f"({wide}, {'H' if self.heads == 1 else f'H/{self.heads}'})"
+                own["weight_hh"] = (
+                    (G * H, H // self.heads),
+                    f"({wide}, {'H' if self.heads == 1 else f'H/{self.heads}'})",
+                )
             own |= {name: ((G * H,), f"({wide},)") for name in self._biases}
             own |= {name: ((H,), "(H,)") for name in self.cell.params}
             for name, (shape, symbol) in own.items():
@@ -161,7 +164,8 @@ class Recurrent(Layer):
         kinds = chosen(gated | dict.fromkeys((*self.cell.params, *initial), zeros) | dict(self.cell.init), init)
         for name, shape in self.params.shapes.items():
             kind = name if name in initial else name.removesuffix("_reverse").rsplit("_l", 1)[0]
-            blocks = self.cell.gates * (self.heads if kind == "weight_hh" else 1) if kind in gated else 1
+            of = self.cell.gates if kind in gated else 1
+            blocks = of * (self.heads if kind == "weight_hh" else 1)
             self._set(name, drawn(kinds[kind], kind, self.rng, blocks, shape))
 
     @overload

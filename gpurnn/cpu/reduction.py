@@ -123,7 +123,10 @@ def reduction(dtype: np.dtype) -> Compiled:
                 transpose(d, stride, k, count, work, d_stride)
                 done = 0 if weight_hh and slot < gates else count
                 while done < count:
-                    one, to = (unit + done) // head, weight_hh + (word(orders + slot * 8) * H + unit + done) * head * size
+                    one, to = (
+                        (unit + done) // head,
+                        weight_hh + (word(orders + slot * 8) * H + unit + done) * head * size,
+                    )
                     some = least(count - done, (one + 1) * head - unit - done)
                     add(
                         combine, work + done * d_stride, d_stride, some, k, h_rows + one * head * size, H * size,

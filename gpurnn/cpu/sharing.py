@@ -42,9 +42,7 @@ class Plan(NamedTuple):
         return (0, 1) if self.by_units else (part, len(self.shares))
 
 
-def plan_loop(
-    cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype, heads: int = 1
-) -> Plan:
+def plan_loop(cell: Cell, rows: np.ndarray, T: int, N: int, I: int, H: int, dtype: np.dtype, heads: int = 1) -> Plan:
     """Who does what in a pass through time: as many threads as pay, and can be had."""
     head = H // heads
     weights = cell.gates * H * ((head if cell.recurrent else costs.UNITWISE_COLUMNS) + I)

@@ -180,7 +180,9 @@ def ordered_weight_hh(cell: Cell, weights: Weights) -> Array | None:
     """weight_hh (G*H, H/K), its gates in the order of the slots; None where the cell has none."""
     if weights.weight_hh is None:
         return None
-    return backend.xp.ascontiguousarray(ordered(weights.weight_hh, cell.trace.r_order, len(weights.weight_hh) // cell.gates))
+    return backend.xp.ascontiguousarray(
+        ordered(weights.weight_hh, cell.trace.r_order, len(weights.weight_hh) // cell.gates)
+    )
 
 
 def with_unit_stride(dy: Array) -> Array:

@@ -2,7 +2,10 @@
 
 PRODUCTS, ORACLE, REDUCTION = "gpurnn/cpu/head_products", "gpurnn/executors/heads", "gpurnn/cpu/reduction"
 SHARING, LAYER = "gpurnn/cpu/sharing", "gpurnn/recurrent"
-LSTM, SPLIT = "heads::compiled_agrees_with_the_oracle[lstm-2-34-float64]", "heads::compiled_agrees_with_the_oracle[gru-3-48-float64]"
+LSTM, SPLIT = (
+    "heads::compiled_agrees_with_the_oracle[lstm-2-34-float64]",
+    "heads::compiled_agrees_with_the_oracle[gru-3-48-float64]",
+)
 THREADS = "heads::threads_have_whole_heads_or_meet[0-3-2-96-True-None]"
 LYING = "heads::threads_have_whole_heads_or_meet[1000000000-3-2-96-True-None]"
 DENSE = "heads::heads_are_a_block_diagonal_layer[LSTM-2-10-numpy]"
