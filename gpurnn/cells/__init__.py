@@ -11,6 +11,7 @@ from gpurnn.cells.minlstm import MINLSTM_CELL
 from gpurnn.cells.para import PARAGRU_CELL, PARALSTM_CELL
 from gpurnn.cells.rglru import RGLRU_CELL
 from gpurnn.cells.rnn import RNN_CELLS
+from gpurnn.cells.slstm import SLSTM_CELL
 from gpurnn.cells.sru import SRU_CELL
 
 UNITWISE_CELLS = (  # without a recurrent matrix
@@ -23,7 +24,7 @@ UNITWISE_CELLS = (  # without a recurrent matrix
     PARAGRU_CELL,
     PARALSTM_CELL,
 )
-CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), LSTM_CELL, GRU_CELL, *UNITWISE_CELLS)}
+CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), LSTM_CELL, GRU_CELL, SLSTM_CELL, *UNITWISE_CELLS)}
 
 __all__ = [
     "CELLS",
@@ -37,6 +38,7 @@ __all__ = [
     "PARALSTM_CELL",
     "RGLRU_CELL",
     "RNN_CELLS",
+    "SLSTM_CELL",
     "SRU_CELL",
     "UNITWISE_CELLS",
     "Cell",
