@@ -27,6 +27,7 @@ from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
+from gpurnn.executors.heads import checked_heads
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import Initializer, chosen, drawn, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
@@ -107,7 +108,7 @@ class Recurrent(Layer):
             check(executor)
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
-        self.num_layers, self.heads = whole("num_layers", num_layers), _heads(heads, self.hidden_size, cell)
+        self.num_layers, self.heads = whole("num_layers", num_layers), checked_heads(heads, self.hidden_size, cell)
         self.directions = 1 + switch("bidirectional", bidirectional)
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
@@ -356,15 +357,6 @@ def _outside() -> int:
     while frame is not None and frame.f_code.co_filename == __file__:
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _heads(given: Any, H: int, cell: Cell) -> int:
-    heads = whole("heads", given)
-    if H % heads:
-        raise ValueError(f"heads: expected a divisor of hidden_size = {H}, got {heads}")
-    if heads > 1 and not cell.recurrent:
-        raise ValueError(f"heads: expected 1 for {cell.name}, whose units meet no others, got {heads}")
-    return heads
 
 
 def _precision(given: Any, dtype: np.dtype) -> str:

@@ -1,8 +1,8 @@
 """What forward and backward of a persistent kernel share: the sizes of a group's blocks, and a thread's pairs.
 
 A group of blocks has a few batch rows and all H units; a block has some of the units; a thread has `pairs` (unit, row)
-pairs, and all gates of each.  In a layer of several heads a group has the units of one: a Shape's H; in a kernel's strides
-H are the layer's.
+pairs, and all gates of each.  In a layer of several heads a group has the units of one: a Shape's H are those, a
+kernel's are the layer's.
 """
 
 from typing import NamedTuple
@@ -96,8 +96,8 @@ def own_pair(of: Group, shape: Shape, tile: tiles.Tile, slots: int, heads: int):
     """A device function: where a thread's p-th pair stands.  slots: of a unit.  heads: of the layer.
 
     own(tid, p, corner, N, vector, places) -> whether this thread has the pair, whether it is a unit of a row of the
-    batch, unit of the layer, row; the last two within bounds, so that every load is of something.  corner: the block's first
-    row and unit, and how many units lie in heads before.
+    batch, unit of the layer, row; the last two within bounds, so that every load is of something.  corner: the block's
+    first row and unit, and how many units lie in heads before.
     places: assigned the spot of a word in the vector, the pair's first slot in its step, and its state.
     """
     place, address, column = of.make.place, of.post.spot, columns(layout(shape, tile)).column

@@ -13,7 +13,7 @@ THREADS = 256
 def pack(trace, *, shape: Shape, tile: Tile, heads: int = 1) -> Source:
     """Assigns weight_hh (G*H, H), gates in the order of the slots, as `tiles.packed_words` words, block after block.
 
-    Of a layer of several heads, each of `shape`, weight_hh (G*heads*H, H) becomes as many words for each, head after head.
+    Of several heads, each of `shape`, weight_hh (G*heads*H, H) becomes as many words for each, head after head.
     """
     return (_ffma if isinstance(tile, Ffma) else _mma)(shape, tile, heads)
 

@@ -220,8 +220,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, heads=1):
     OWN_COMING = OWN_READ if AHEAD else 1
 
     def persistent_backward(
-        packed, slots, h, rest, dy, dstate, params, dparams, lengths, mail, fault, begun, N, reverse, rest_state, dy_step,
-        dy_row, limit,
+        packed, slots, h, rest, dy, dstate, params, dparams, lengths, mail, fault, begun, N, reverse, rest_state,
+        dy_step, dy_row, limit,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS

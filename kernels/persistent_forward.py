@@ -225,8 +225,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, heads=1):
         states_on = -N * H if reverse else N * H  # from a step to the next
         slots_on = states_on * SLOTS
         owner = begin_pairs(
-            tid, (first, base, before), (N, T, start), vector, (spot, slot_at, state_at), (bias, params, state, lengths, now),
-            (length, biases, own), (values, x, coming),
+            tid, (first, base, before), (N, T, start), vector, (spot, slot_at, state_at),
+            (bias, params, state, lengths, now), (length, biases, own), (values, x, coming),
         )  # fmt: skip
         open(vector, fault)
         cuda.syncthreads()

@@ -97,8 +97,8 @@ def choices(
 ) -> Iterator[Choice]:
     """All that fits, for one block to a group (`alone`) or for several.
 
-    H: units, of each of `heads`, which are groups of their own.  N: batch rows.  precision: "float32", or a kind of products on tensor cores.  pair: registers that each (unit, row)
-    pair of a thread needs beside the weights.
+    H: units, of each of `heads`, which are groups of their own.  N: batch rows.  precision: "float32", or a kind of
+    products on tensor cores.  pair: registers that each (unit, row) pair of a thread needs beside the weights.
     """
     for tile, units in _tiles(H, precision, chip, alone):
         blocks = 1 if alone else -(-H // units)

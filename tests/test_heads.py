@@ -8,7 +8,7 @@ from gpurnn import GRU, LSTM, RNN, Recurrent, backend, check_gradients, diagnose
 from gpurnn.cells import GRU_CELL, INDRNN_CELL, LSTM_CELL, RNN_CELLS
 from gpurnn.cpu import costs, sharing
 from gpurnn.cpu.simd import host
-from tests.test_executors import TOLERANCES, compare, unwritten_memory_shows  # noqa: F401: a fixture
+from tests.test_executors import TOLERANCES, compare, unwritten_memory_shows  # noqa: F401
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the CPU's executors")
 
@@ -78,7 +78,9 @@ def test_compiled_agrees_with_the_oracle(name, heads, H, dtype):
 
 
 @pytest.mark.parametrize("lengths", [None, [9, 4, 0]])
-@pytest.mark.parametrize("count, heads, H, meets", [(2, 4, 64, False), (3, 3, 96, False), (2, 3, 96, True), (3, 2, 96, True)])
+@pytest.mark.parametrize(
+    "count, heads, H, meets", [(2, 4, 64, False), (3, 3, 96, False), (2, 3, 96, True), (3, 2, 96, True)]
+)
 @pytest.mark.parametrize("packing", [0, 10**9])
 def test_threads_have_whole_heads_or_meet(monkeypatch, count, heads, H, meets, packing, lengths):
     monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))

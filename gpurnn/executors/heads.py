@@ -5,7 +5,21 @@ k*H/K and on, and a row's columns are the units of the row's own head.  So weigh
 Beck et al., "xLSTM: extended long short-term memory", NeurIPS 2024; Poeppel et al., "FlashRNN", 2024.
 """
 
+from typing import Any
+
+from gpurnn.arguments import whole
+from gpurnn.cells import Cell
 from gpurnn.types import Array
+
+
+def checked_heads(given: Any, H: int, cell: Cell) -> int:
+    """K for a layer of H units; ValueError unless it divides them, and is 1 for a cell without a recurrent matrix."""
+    heads = whole("heads", given)
+    if H % heads:
+        raise ValueError(f"heads: expected a divisor of hidden_size = {H}, got {heads}")
+    if heads > 1 and not cell.recurrent:
+        raise ValueError(f"heads: expected 1 for {cell.name}, whose units meet no others, got {heads}")
+    return heads
 
 
 def heads_of(weight_hh: Array | None, H: int) -> int:

@@ -72,9 +72,8 @@ def _strided(
     Btype: int, ldb: int, strideB: int, beta: int, C: int, Ctype: int, ldc: int, strideC: int, count: int, compute: int,
 ) -> None:  # fmt: skip
     """One product after the other: on a GPU they run at once, so that no two may write to one place."""
-    for address, kind, stride in ((A, Atype, strideA), (B, Btype, strideB), (C, Ctype, strideC)):
-        if stride < 0 or (address == C and count > 1 and stride < min(m, ldc)):
-            raise CUBLASError(f"matrices {stride} values apart overlap")
+    if min(strideA, strideB, strideC) < 0 or (count > 1 and strideC < m):
+        raise CUBLASError(f"matrices of C that are {strideC} values apart overlap")
     for each in range(count):
         a, b, c = (
             address + each * stride * _MEMORY[kind].itemsize
@@ -140,7 +139,6 @@ class Library:
             return 1
         _gemm_ex(*arguments[:-1])
         return 0
-
 
     def cublasGemmStridedBatchedEx(self, handle: Any, *arguments: int) -> int:
         if self._set != {"stream", "workspace"}:
