@@ -51,4 +51,6 @@ def test_gates_beyond_what_an_exponential_holds(executor):
 def test_gradients(executor):
     layer = Recurrent("slstm", 2, 6, heads=3, bidirectional=True, dtype="float64", executor=executor, rng=0)
     check_gradients(layer, T=3, N=2, lengths=[3, 1])
-    check_gradients(Recurrent("slstm", 2, 4, heads=2, trainable_h0=True, dtype="float64", executor=executor, rng=0), N=2)
+    check_gradients(
+        Recurrent("slstm", 2, 4, heads=2, trainable_h0=True, dtype="float64", executor=executor, rng=0), N=2
+    )

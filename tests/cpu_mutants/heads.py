@@ -9,6 +9,7 @@ LSTM, SPLIT = (
 THREADS = "heads::threads_have_whole_heads_or_meet[0-3-2-96-True-None]"
 LYING = "heads::threads_have_whole_heads_or_meet[1000000000-3-2-96-True-None]"
 DENSE = "heads::heads_are_a_block_diagonal_layer[LSTM-2-10-numpy]"
+STEP = "heads_cuda::step_in_fewer_bits[tf32]"
 EVEN = "heads::heads_that_are_shared_evenly_leave_no_thread_waiting"
 
 # fmt: off
@@ -36,6 +37,12 @@ MUTANTS = {
     "threads: none waits for the other part of its head": (SHARING, "any(cut.start % head for cut in units)",
         "any(cut.start % 2 for cut in units)", THREADS),
     "threads: heads are not shared": (SHARING, "if most > 1 and H // head % most == 0:", "if most > H:", EVEN),
+    "CUDA: the last head's gradient is lost": ("gpurnn/cuda/sweeps", "add_products(*blocks, H // width, precision)",
+        "add_products(*blocks, H // width - 1, precision)", STEP),
+    "CUDA: a head reads the first one's units": ("gpurnn/cuda/heads", "(head * block, head * width, head * width)",
+        "(head * block, 0, head * width)", STEP),
+    "CUDA: groups for the first head alone": ("gpurnn/cuda/passes", "groups = self.heads * device.grid(self.N, rows)",
+        "groups = device.grid(self.N, rows)", "heads_cuda::more_heads_than_run_at_once"),
     "start: all heads of a gate drawn as one matrix": (LAYER, 'self.heads if kind == "weight_hh" else 1', "1",
         "heads::parameters_begin_head_by_head"),
 }
