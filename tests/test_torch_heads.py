@@ -3,18 +3,22 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[oracle]'")
-
 import gpurnn
-import gpurnn.torch
 from gpurnn import backend
 
-pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="its tensors are on the CPU")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[oracle]'")
+
+from gpurnn import torch as ours  # noqa: E402
+
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.skipif(backend.name == "cuda", reason="the layer beside it is on the CPU"),
+]
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "slstm"])
 def test_heads(cell):
-    module = gpurnn.torch.Recurrent(cell, 3, 12, 2, bidirectional=True, heads=3, dtype=torch.float64)
+    module = ours.Recurrent(cell, 3, 12, 2, bidirectional=True, heads=3, dtype=torch.float64)
     layer = gpurnn.Recurrent(cell, 3, 12, 2, bidirectional=True, heads=3, dtype="float64")
     layer.load_state_dict({name: value.detach().numpy() for name, value in module.state_dict().items()})
     assert module.weight_hh_l0.shape == layer.params["weight_hh_l0"].shape and "heads=3" in repr(module)
@@ -32,11 +36,11 @@ def test_heads(cell):
 
 def test_gradients_of_gradients():
     """In PyTorch's operations, where the engine does not go."""
-    module = gpurnn.torch.Recurrent("lstm", 2, 4, heads=2, dtype=torch.float64)
+    module = ours.Recurrent("lstm", 2, 4, heads=2, dtype=torch.float64)
     x = torch.randn(3, 1, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
 
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match="heads: expected a divisor of hidden_size = 12, got 5"):
-        gpurnn.torch.Recurrent("lstm", 3, 12, heads=5)
+        ours.Recurrent("lstm", 3, 12, heads=5)
