@@ -68,6 +68,13 @@ def test_heads_are_a_block_diagonal_layer(kind, heads, H, executor):
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-12 * np.abs(expected).max(), err_msg=name)
 
 
+@pytest.mark.parametrize("lengths", [[2, 1, 0], [0, 0, 0]])
+def test_steps_at_which_no_row_lives(lengths):
+    compare(LSTM_CELL, (4, 3, 2, 6), heads=3, lengths=lengths)
+    compare(GRU_CELL, (0, 3, 2, 6), heads=3)
+    compare(GRU_CELL, (4, 0, 2, 6), heads=3)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("heads, H", [(2, 34), (3, 48), (7, 7), (4, 260)])
 @pytest.mark.parametrize("name", CELLS)

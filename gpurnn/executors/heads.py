@@ -32,8 +32,9 @@ def product(h: Array, weight_hh: Array) -> Array:
     (m, H), width = h.shape, weight_hh.shape[1]
     if width == H:
         return h @ weight_hh.T
-    apart = h.reshape(m, -1, width).swapaxes(0, 1) @ _by_heads(weight_hh, H).swapaxes(1, 2)  # (K, m, G*H/K)
-    return apart.reshape(H // width, m, -1, width).transpose(1, 2, 0, 3).reshape(m, -1)
+    K, wide = H // width, len(weight_hh)
+    apart = h.reshape(m, K, width).swapaxes(0, 1) @ _by_heads(weight_hh, H).swapaxes(1, 2)  # (K, m, G*H/K)
+    return apart.reshape(K, m, wide // H, width).transpose(1, 2, 0, 3).reshape(m, wide)
 
 
 def product_back(dr: Array, weight_hh: Array, H: int) -> Array:
@@ -49,8 +50,9 @@ def gradient(dr: Array, h: Array, width: int) -> Array:
     H, rows = h.shape[-1], dr.swapaxes(-1, -2)
     if width == H:
         return rows @ h
-    per_head = rows.reshape(*rows.shape[:-2], -1, H // width, width, rows.shape[-1])  # (..., G, K, H/K, m)
-    return (per_head @ h.reshape(len(h), -1, width).swapaxes(0, 1)).reshape(*rows.shape[:-1], width)
+    K, (*outer, wide, m) = H // width, rows.shape
+    per_head = rows.reshape(*outer, wide // H, K, width, m)
+    return (per_head @ h.reshape(m, K, width).swapaxes(0, 1)).reshape(*outer, wide, width)
 
 
 def _by_heads(weight_hh: Array, H: int) -> Array:
@@ -62,5 +64,5 @@ def _by_heads(weight_hh: Array, H: int) -> Array:
 
 def _apart(dr: Array, H: int, width: int) -> Array:
     """(m, G*H) -> (K, m, G*H/K)"""
-    m = len(dr)
-    return dr.reshape(m, -1, H // width, width).transpose(2, 0, 1, 3).reshape(H // width, m, -1)
+    (m, wide), K = dr.shape, H // width
+    return dr.reshape(m, wide // H, K, width).transpose(2, 0, 1, 3).reshape(K, m, wide // K)

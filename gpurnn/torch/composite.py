@@ -86,7 +86,7 @@ def _recurrent(h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
     if width == H:
         return linear(h, weight_hh, bias_hh)
     blocks = weight_hh.reshape(-1, H // width, width, width)
-    r = torch.einsum("nkj,gkij->ngki", h.reshape(rows, -1, width), blocks).reshape(rows, -1)
+    r = torch.einsum("nkj,gkij->ngki", h.reshape(rows, H // width, width), blocks).reshape(rows, len(weight_hh))
     return r if bias_hh is None else r + bias_hh
 
 
