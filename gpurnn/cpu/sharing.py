@@ -2,7 +2,8 @@
 
 Rows are independent: each thread runs through time by itself, and reads all weights.  Units need every unit of the step
 before: the threads meet after each step, but each reads its own part of the weights alone.  So units are shared where
-rows are few.  The limits (`costs`) were measured, two threads against one, on layers of 32 to 1024 units and batches
+rows are few.  Heads are independent as rows are and have weights of their own: where all threads can have as many of
+them, they are shared.  The limits (`costs`) were measured, two threads against one, on layers of 32 to 1024 units and batches
 of 1 to 32.
 """
 
