@@ -185,7 +185,7 @@ def _last_line(log: Path) -> str:
 def _unmeasured(asked: tuple[str, int], path: Path) -> int:
     group, rank = asked
     known = {(record["case"], record["phase"]) for record in results.read(path)} if path.exists() else set()
-    chosen = [case for case in cases.GROUPS[group] if case.rank <= rank and case.heads == 1]
+    chosen = [case for case in cases.GROUPS[group] if case.rank <= rank]
     return sum((case.name, phase) not in known for case in chosen for phase in case.phases)
 
 

@@ -72,7 +72,7 @@ def _fast(folder: Path, no_torch: str | None) -> Iterator[Part]:
     why_not = f"the GPU's peaks and cuDNN are measured with PyTorch, but {no_torch}" if no_torch else None
     for rank in (0, 1, 2):
         for group in GROUPS:
-            count = sum(case.rank == rank and case.heads == 1 for case in cases.GROUPS[group])
+            count = sum(case.rank == rank for case in cases.GROUPS[group])
             if count:
                 asked = ["--group", group, "--rank", str(rank)]
                 run = _bench("run", "--device", "cuda", *asked, "--budget", "{budget}", "--out", str(folder / RESULTS))

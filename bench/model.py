@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     gpu = GPUS[options.gpu]
     measured = _measured(options.results) if options.results else {}
-    chosen = [case for case in cases.select(options.group, options.case, "cuda") if case.heads == 1]
+    chosen = cases.select(options.group, options.case, "cuda")
     print(f"{options.gpu}, one step, forward and backward; predicted, nothing here was measured")
     print(
         "| case | direction | executor | how | flop | L2 bytes | exchanges | us "
@@ -119,8 +119,8 @@ def _on_chip(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> Pred
     choice = _of(case, transposed, chip, alone)
     if choice is None:
         return None
-    shape = Shape(case.H, case.gates, transposed, choice.blocks)
-    groups = -(-case.N // choice.tile.rows)
+    shape = Shape(case.H // case.heads, case.gates, transposed, choice.blocks)
+    groups = case.heads * -(-case.N // choice.tile.rows)
     moved = 0 if choice.exchange in ("alone", "clustered") else 4 * choice.tile.rows * layout(shape, choice.tile).words
     rounds = f", {choice.cost.rounds} rounds" if choice.cost.rounds > 1 else ""
     how = f"{groups} x {choice.blocks} SMs, {choice.tile.rows} rows, {choice.exchange}{rounds}"
@@ -148,17 +148,18 @@ def chosen(case: Case, transposed: bool, gpu: Gpu) -> plan.Choice | None:
 
 def _of(case: Case, transposed: bool, chip: plan.Chip, alone: bool) -> plan.Choice | None:
     pair = registers(CELL[case.cell], transposed)
-    return _choice(case.H, case.gates, transposed, case.N, case.dtype, pair, chip, alone)
+    head = case.H // case.heads
+    return _choice(head, case.gates, transposed, case.N, case.dtype, pair, chip, alone, case.heads)
 
 
 def _by_step(case: Case, transposed: bool, chip: plan.Chip) -> Prediction:
-    cycles = plan.step_cycles(case.H, case.gates, case.N, case.dtype, chip)
-    weights = case.gates * case.H * case.H * floors.BYTES[case.dtype]
+    cycles = plan.step_cycles(case.H, case.gates, case.N, case.dtype, chip, case.heads)
+    weights = case.gates * case.H * (case.H // case.heads) * floors.BYTES[case.dtype]
     return Prediction("step", "cuBLAS and a kernel", _flops(case), weights, 2, 1e6 * cycles / chip.clock)
 
 
 def _flops(case: Case) -> float:
-    return 2.0 * case.N * case.gates * case.H * case.H
+    return 2.0 * case.N * case.gates * case.H * (case.H // case.heads)
 
 
 def _products(case: Case, training: bool, machine: floors.Machine) -> float:

@@ -88,17 +88,17 @@ def estimate(case: Case, transposed: bool, gpu: Gpu) -> Estimate | None:
     if choice is None:
         return None
     cell, chip = CELL[case.cell], gpu.chip
-    shape = Shape(case.H, case.gates, transposed, choice.blocks)
-    return estimated(cell, shape, choice, case.N, chip)
+    shape = Shape(case.H // case.heads, case.gates, transposed, choice.blocks)
+    return estimated(cell, shape, choice, case.N, chip, case.heads)
 
 
-def estimated(cell: Any, shape: Shape, choice: plan.Choice, N: int, chip: plan.Chip) -> Estimate:
+def estimated(cell: Any, shape: Shape, choice: plan.Choice, N: int, chip: plan.Chip, heads: int = 1) -> Estimate:
     """Of the first tile that spills nothing, as the executor takes it; of the last, where all do."""
     factory = persistent.backward if shape.transposed else persistent.forward
     constant = {"clip": False} if shape.transposed else {"training": True}
     for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip):
-        options = {"H": shape.H, "tile": tile, "blocks": shape.blocks, "exchange": choice.exchange, **constant}
-        source = factory(cell.trace, newer=chip.capability >= (9, 0), **options)
+        options = {"H": heads * shape.H, "heads": heads, "tile": tile, "blocks": shape.blocks, **constant}
+        source = factory(cell.trace, newer=chip.capability >= (9, 0), exchange=choice.exchange, **options)
         cubin, usage = build.assemble(build.ptx(source, "kernel", chip.capability), chip.capability)
         if not usage["spilled"]:
             break
@@ -107,7 +107,7 @@ def estimated(cell: Any, shape: Shape, choice: plan.Choice, N: int, chip: plan.C
     step = usual_step(code)
     counts, warps = Counter(pipe(i) for i in step), -(-source.threads // 128)
     cycles = choice.cost.rounds * replayed(step, warps)
-    cost = plan.predicted(shape, tile, choice.exchange, registers(cell, shape.transposed), N, chip)
+    cost = plan.predicted(shape, tile, choice.exchange, registers(cell, shape.transposed), N, chip, heads)
     rest = cost.rounds * (cost.exchange + cost.loads)
     microseconds = 1e6 * (cycles + rest) / chip.clock
     return Estimate(counts, cycles, microseconds, 1e6 * cost.cycles / chip.clock, usage["registers"], usage["spilled"])

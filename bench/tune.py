@@ -30,7 +30,7 @@ def main(options: argparse.Namespace) -> int:
     for case in cases.select(options.group, options.case, "cuda", rank=options.rank):
         for alone, transposed in itertools.product((True, False), (False, True)):
             asked = question(case, alone, transposed)
-            measured = tuning.tune(asked, chip) if asked and tuning.choices(asked, chip) else []
+            measured = tuning.tune(asked, chip) if tuning.choices(asked, chip) else []
             for choice, microseconds in measured:
                 how = f"{choice.blocks} SMs a group, {choice.tile}, {choice.exchange}"
                 predicted = 1e6 * choice.cost.cycles / chip.clock
@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def question(case: Case, alone: bool, transposed: bool) -> tuning.Question | None:
-    """What there is to choose for a direction of a case; None where no kernel of ours runs all its steps."""
+def question(case: Case, alone: bool, transposed: bool) -> tuning.Question:
+    """What there is to choose for a direction of a case."""
     cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
-    return None if case.heads > 1 else tuning.Question(cell, case.H, case.N, case.dtype, transposed, alone)
+    return tuning.Question(cell, case.H, case.N, case.dtype, transposed, alone, case.heads)

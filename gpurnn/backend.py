@@ -28,11 +28,11 @@ Version = tuple[int, int]
 class _Thread(threading.local):
     """Of this thread, while it runs or records a step aside (`gpurnn.cuda.capture`).
 
-    capturing: whether it records.  gemm: the matrix product that takes the place of CuPy's.  stream: on whose behalf.
+    capturing: whether it records.  cublas: what has matrix products in the place of CuPy's module.  stream: on whose behalf.
     """
 
     capturing = False
-    gemm: Any = None
+    cublas: Any = None
     stream: int | None = None
 
 

@@ -27,6 +27,7 @@ from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
+from gpurnn.executors.heads import checked_heads
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import Initializer, chosen, drawn, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     weight_dropout: float
     residual: bool
     trainable_h0: bool
+    heads: int
     clip_in_time: float | None
     init: Mapping[str, str | Initializer] | None
     dtype: Any
@@ -65,10 +67,13 @@ class Recurrent(Layer):
     residual        each layer but the first adds its input to its output, as it was before dropout; with `all_states` to
                     the first of them.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
+    heads           K: each unit meets the H/K units of its own head alone, of which K stand side by side.  weight_hh is
+                    (G*H, H/K) then, block-diagonal: row g*H + u is unit u's of gate g, as with one head, and its columns
+                    are the units of u's head, k*H/K to (k+1)*H/K for k = u // (H/K).  K times fewer weights and products.
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
     init            initialisers by parameter, e.g. {"weight_hh": "identity"}: functions or names in `gpurnn.initializers`.
-                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate; `cell.init`; everything else 0.
+                    Default: weight_ih Glorot uniform, weight_hh orthogonal, each per gate (and head); `cell.init`; everything else 0.
     dtype           float32 or float64.
     precision       of the matrix products on CUDA: float32, exact, or tf32, bfloat16 or float16, both factors rounded to
                     it (and tanh good to 2^-11).  Sums, states and parameters are float32 in all of them.  In float16
@@ -77,7 +82,7 @@ class Recurrent(Layer):
     executor        forces one: compiled or numpy on a CPU; resident, persistent, step or numpy on CUDA.  None:
                     GPURNN_EXECUTOR, or the best.
 
-    Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0,
+    Parameters have PyTorch's names, shapes and gate order: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H/K), bias_ih_l0,
     bias_hh_l0 (G*H,), with _reverse for the second direction; a cell's own are `<name>_l0` (H,).  A cell that never reads
     r has no weight_hh and no bias_hh.
     """
@@ -95,6 +100,7 @@ class Recurrent(Layer):
         weight_dropout: float = 0.0,
         residual: bool = False,
         trainable_h0: bool = False,
+        heads: int = 1,
         clip_in_time: float | None = None,
         init: Mapping[str, str | Initializer] | None = None,
         dtype: Any = "float32",
@@ -111,7 +117,7 @@ class Recurrent(Layer):
             check(executor)
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
-        self.num_layers = whole("num_layers", num_layers)
+        self.num_layers, self.heads = whole("num_layers", num_layers), checked_heads(heads, self.hidden_size, cell)
         self.directions = 1 + switch("bidirectional", bidirectional)
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
@@ -148,7 +154,10 @@ class Recurrent(Layer):
             own: dict[str, tuple[tuple[int, ...], str]]
             own = {"weight_ih": ((G * H, inputs), f"({wide}, {letter})")}
             if self.cell.recurrent:
-                own["weight_hh"] = (G * H, H), f"({wide}, H)"
+                own["weight_hh"] = (
+                    (G * H, H // self.heads),
+                    f"({wide}, {'H' if self.heads == 1 else f'H/{self.heads}'})",
+                )
             own |= {name: ((G * H,), f"({wide},)") for name in self._biases}
             own |= {name: ((H,), "(H,)") for name in self.cell.params}
             for name, (shape, symbol) in own.items():
@@ -168,7 +177,9 @@ class Recurrent(Layer):
         kinds = chosen(gated | dict.fromkeys((*self.cell.params, *initial), zeros) | dict(self.cell.init), init)
         for name, shape in self.params.shapes.items():
             kind = name if name in initial else name.removesuffix("_reverse").rsplit("_l", 1)[0]
-            self._set(name, drawn(kinds[kind], kind, self.rng, self.cell.gates if kind in gated else 1, shape))
+            of = self.cell.gates if kind in gated else 1
+            blocks = of * (self.heads if kind == "weight_hh" else 1)
+            self._set(name, drawn(kinds[kind], kind, self.rng, blocks, shape))
 
     @overload
     def __call__(

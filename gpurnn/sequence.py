@@ -79,6 +79,7 @@ class Layers(Protocol):
 
     cell: Cell
     hidden_size: int
+    heads: int
     num_layers: int
     directions: int
     dropout: float
@@ -120,8 +121,9 @@ def run(
     T, N, _ = x.shape
     clip = layers.clip_in_time is not None
     engine = choose(
-        layers.executor, layers.cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip
-    )
+        layers.executor, layers.cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip,
+        heads=layers.heads,
+    )  # fmt: skip
     rows, given = np.full(T, N) if lengths is None else lengths.rows, initial
     if lengths is not None:
         x = lengths.sorted(x, lengths.padding)

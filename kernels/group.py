@@ -1,7 +1,8 @@
 """What forward and backward of a persistent kernel share: the sizes of a group's blocks, and a thread's pairs.
 
 A group of blocks has a few batch rows and all H units; a block has some of the units; a thread has `pairs` (unit, row)
-pairs, and all gates of each.
+pairs, and all gates of each.  In a layer of several heads a group has the units of one: a Shape's H are those, a
+kernel's are the layer's.
 """
 
 from typing import NamedTuple
@@ -91,26 +92,27 @@ def _exchange(kind: str, shape: Shape, tile: tiles.Tile, free_when_done: bool, a
     return {"counted": through_mail.counted, "clustered": clusters.clustered}[kind](shape, tile, free_when_done)
 
 
-def own_pair(of: Group, shape: Shape, tile: tiles.Tile, slots: int):
-    """A device function: where a thread's p-th pair stands.  slots: of a unit.
+def own_pair(of: Group, shape: Shape, tile: tiles.Tile, slots: int, heads: int):
+    """A device function: where a thread's p-th pair stands.  slots: of a unit.  heads: of the layer.
 
     own(tid, p, corner, N, vector, places) -> whether this thread has the pair, whether it is a unit of a row of the
-    batch, unit, row; the last two within bounds, so that every load is of something.  corner: the block's first row and
-    unit.
+    batch, unit of the layer, row; the last two within bounds, so that every load is of something.  corner: the block's
+    first row and unit, and how many units lie in heads before.
     places: assigned the spot of a word in the vector, the pair's first slot in its step, and its state.
     """
     place, address, column = of.make.place, of.post.spot, columns(layout(shape, tile)).column
-    UNITS, GRAIN, H, SLOT_STEP = of.units, of.grain, shape.H, slots * shape.H
+    UNITS, GRAIN, HEAD, H = of.units, of.grain, shape.H, heads * shape.H
+    SLOT_STEP = slots * H
 
     @cuda.jit(device=True)
     def own(tid, p, corner, N, vector, places):
-        first, base = corner
+        first, base, before = corner
         spot, slot_at, state_at = places
         part, r = place(tid, p)
         unit, n = base + part, first + r
         owner = part < UNITS
-        living = owner and unit < H and n < N
-        u, n = min(unit, H - 1), min(n, N - 1)
+        living = owner and unit < HEAD and n < N
+        u, n = before + min(unit, HEAD - 1), min(n, N - 1)
         if p % GRAIN == 0:
             spot[p // GRAIN] = address(vector, r, column(base + part)) if owner else u32(0)
         slot_at[p], state_at[p] = n * SLOT_STEP + u, n * H + u

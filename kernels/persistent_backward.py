@@ -123,15 +123,15 @@ def _sending(of, G, WRITTEN):
     return send_all
 
 
-def _beginning(trace, of, shape, tile, placed, loads):
+def _beginning(trace, of, shape, tile, heads, placed, loads):
     """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's.
 
     corner: as for `own_pair`.  given, stored: what is read, `walked` the first step's.  Assigned: `spots`; `fixed`,
     which all steps read; `moving`.
     """
-    S, P, H, PAIRS, AHEAD = trace.cell.states, len(trace.cell.params), shape.H, of.pairs, of.ahead
+    S, P, H, PAIRS, AHEAD = trace.cell.states, len(trace.cell.params), heads * shape.H, of.pairs, of.ahead
     NEXT, READ = len(trace.kept) + S, len(trace.kept) + 2 * S + 1
-    own_pair_of, (load, load_states) = own_pair(of, shape, tile, trace.slots), loads
+    own_pair_of, (load, load_states) = own_pair(of, shape, tile, trace.slots, heads), loads
     settle_states, settle_params, settle_ready = (settling(PAIRS * count, AHEAD) for count in (S, P, READ))
 
     @cuda.jit(device=True)
@@ -214,21 +214,22 @@ def _between_steps(trace, of, clip):
     return hand_on, take, add_product, give_back
 
 
-def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False):
+def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False, heads=1):
     """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
 
     dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
-    packed, lengths, mail, fault, row: as in `forward`.  resets, again, fresh, dfresh: as in `step.backward`.
+    packed, lengths, mail, fault, begun, heads: as in `forward`.  resets, again, fresh, dfresh: as in `step.backward`.
     """
     G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
     WRITTEN, KEPT, SLOT_STEP = G + trace.x_start, len(trace.kept), trace.slots * H
+    HEADS, HEAD = heads, H // heads
     READ = KEPT + 2 * S + 1  # what a pair needs of a step: kept values, states, next states, dy
-    shape = Shape(H, G, True, blocks)
+    shape = Shape(HEAD, G, True, blocks)
     of = group_of(shape, tile, exchange, newer)
     fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
     (placed, behind), (load, load_states) = _at_step(SLOT_STEP, H), _loading(KEPT, READ, S, H)
-    begin_pairs = _beginning(trace, of, shape, tile, placed, (load, load_states))
+    begin_pairs = _beginning(trace, of, shape, tile, heads, placed, (load, load_states))
     go_back, send_all = _going_back(trace, of, H, resets), _sending(of, G, WRITTEN)
     hand_on, take, add_product, give_back = _between_steps(trace, of, clip)
     load_flags = loading_flags(of)
@@ -239,12 +240,13 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
     OWN_COMING = OWN_READ if AHEAD else 1
 
     def persistent_backward(
-        packed, slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, mail, fault, row, N,
+        packed, slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, mail, fault, begun, N,
         reverse, rest_state, dy_step, dy_row, limit,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
-        first, base = row + group * ROWS, member * UNITS
+        head, base = (begun + group) % HEADS, member * UNITS
+        first, before = (begun + group) // HEADS * ROWS, head * HEAD
         mail = advance(mail, group * MAIL)
         weights = cuda.local.array(WORDS, PACKED)
         length = cuda.local.array(PAIRS, i32)  # 0: the pair is another thread's, or lies beyond units or batch
@@ -266,14 +268,14 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
         flags = cuda.local.array(PAIRS, i32)  # whether a pair began the step anew
         next_flags = cuda.local.array(PAIRS, i32)
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
-        fetch(advance(packed, member * SHARE), weights)
+        fetch(advance(packed, (head * BLOCKS + member) * SHARE), weights)
         for k in range(4 * tid, BUFFERS * BUFFER, 4 * THREADS):
             store_shared_u(u32(vector + k), u32(0))
         steps = lengths[first]
         walked = placed(arrays, strides, i64(0 if reverse else steps - 1))
         last = i64(0 if reverse else steps) * N * H  # where the last states begin
         owner = begin_pairs(
-            tid, (first, base), (steps, last), vector, (spot, slot_at, state_at, dy_at), dy_row,
+            tid, (first, base, before), (steps, last), vector, (spot, slot_at, state_at, dy_at), dy_row,
             (dstate, params, lengths), (arrays, strides), walked, (length, own, gradients, unit_of, row_at),
             (values, ready, coming),
         )  # fmt: skip

@@ -11,21 +11,24 @@ from .tiles import Shape, layout
 i32, i64, u32, f32 = types.int32, types.int64, types.uint32, types.float32
 
 
-def _initial(shape, tile, word):
-    """Puts a group's initial h, all units of it, into the first buffer; zeros where there is padding."""
+def _initial(shape, tile, word, heads):
+    """Puts a group's initial h, all units of it, into the first buffer; zeros where there is padding.
+
+    before: units of the layer that lie in heads before.
+    """
     lay = layout(shape, tile)
-    H, WIDTH, ROWS, THREADS, GRAIN = shape.H, lay.width, tile.rows, lay.threads, lay.grain
+    HEAD, H, WIDTH, ROWS, THREADS, GRAIN = shape.H, heads * shape.H, lay.width, tile.rows, lay.threads, lay.grain
     WORDS = lay.stride // GRAIN
     unit_at = columns(lay).unit_at
 
     @cuda.jit(device=True)
-    def initial(vector, state, first, N, tid):
+    def initial(vector, state, first, before, N, tid):
         pair = cuda.local.array(2, f32)
         for k in range(tid, ROWS * WORDS, THREADS):
             n, place = first + k // WORDS, k % WORDS * GRAIN
             for half in range(GRAIN):
                 unit = unit_at(place + half)
-                pair[half] = state[n * H + unit] if n < N and unit < H and place < WIDTH else f32(0)
+                pair[half] = state[n * H + before + unit] if n < N and unit < HEAD and place < WIDTH else f32(0)
             store_shared_u(u32(vector + 4 * k), word(pair, 0))
 
     return initial
@@ -73,14 +76,14 @@ def _advancing(trace, of, H, RESETS):
     return advance_pairs
 
 
-def _beginning(trace, of, shape, tile):
+def _beginning(trace, of, shape, tile, heads):
     """A device function: a thread's pairs as the time loop begins.  Returns whether its last pair is this thread's.
 
     corner, places: as for `own_pair`.  given: what is read.  Assigned: `fixed`, which all steps read, and `moving`.
     """
-    G, S, P, START, H = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.x_start, shape.H
+    G, S, P, START, H = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.x_start, heads * shape.H
     GIVEN, PAIRS, AHEAD = G + START, of.pairs, of.ahead
-    own_pair_of = own_pair(of, shape, tile, trace.slots)
+    own_pair_of = own_pair(of, shape, tile, trace.slots, heads)
     settle_biases, settle_states, settle_params, settle_x = (
         settling(PAIRS * count, AHEAD) for count in (GIVEN, S, P, G)
     )
@@ -153,22 +156,23 @@ def _moving(trace, of, H, training):
     return load_x, send_all, store
 
 
-def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=False):
+def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=False, heads=1):
     """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
 
     packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows
     that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  mail: `exchange.mail_words`
     for each group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.
-    row: the first batch row of this launch.  Without training only h and final are written.
+    begun: groups that earlier launches had.  Without training only h and final are written.
+    heads: that the H units stand in; `packed` has one after the other, and a group's number says which one it has.
     resets, again, fresh: as in `step.forward`; `state` is what the first step begins with.
     """
     G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
-    SLOTS, SLOT_STEP = trace.slots, trace.slots * H
-    shape = Shape(H, G, False, blocks)
+    HEADS, HEAD, SLOTS, SLOT_STEP = heads, H // heads, trace.slots, trace.slots * H
+    shape = Shape(HEAD, G, False, blocks)
     of = group_of(shape, tile, exchange, newer)
     fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
-    initial, begin_pairs = _initial(shape, tile, of.make.word), _beginning(trace, of, shape, tile)
+    initial, begin_pairs = _initial(shape, tile, of.make.word, heads), _beginning(trace, of, shape, tile, heads)
     advance_pairs, (load_x, send_all, store) = _advancing(trace, of, H, resets), _moving(trace, of, H, training)
     load_flags = loading_flags(of)
     BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
@@ -184,12 +188,13 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
             x[k] = coming[k]
 
     def persistent_forward(
-        packed, slots, bias, h, rest, params, state, final, lengths, again, fresh, mail, fault, T, start, row, N,
+        packed, slots, bias, h, rest, params, state, final, lengths, again, fresh, mail, fault, T, start, begun, N,
         reverse, rest_state,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
-        first, base = row + group * ROWS, member * UNITS
+        head, base = (begun + group) % HEADS, member * UNITS
+        first, before = (begun + group) // HEADS * ROWS, head * HEAD
         mail = advance(mail, group * MAIL)
         weights = cuda.local.array(WORDS, PACKED)
         length = cuda.local.array(PAIRS, i32)  # 0: the pair is another thread's, or lies beyond units or batch
@@ -208,8 +213,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
         row_at = cuda.local.array(PAIRS, i32)
         flags = cuda.local.array(PAIRS, i32)  # whether a pair is set back behind a step
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
-        fetch(advance(packed, member * SHARE), weights)
-        initial(vector, state, first, N, tid)
+        fetch(advance(packed, (head * BLOCKS + member) * SHARE), weights)
+        initial(vector, state, first, before, N, tid)
         for k in range(BUFFER + 4 * tid, BUFFERS * BUFFER, 4 * THREADS):
             store_shared_u(u32(vector + k), u32(0))
         steps = min(T, lengths[first] - start)
@@ -219,8 +224,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
         states_on = -N * H if reverse else N * H  # from a step to the next
         slots_on = states_on * SLOTS
         owner = begin_pairs(
-            tid, (first, base), (N, T, start), vector, (spot, slot_at, state_at), (bias, params, state, lengths, now),
-            (length, biases, own, unit_of, row_at), (values, x, coming),
+            tid, (first, base, before), (N, T, start), vector, (spot, slot_at, state_at),
+            (bias, params, state, lengths, now), (length, biases, own, unit_of, row_at), (values, x, coming),
         )  # fmt: skip
         open(vector, fault)
         cuda.syncthreads()

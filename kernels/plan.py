@@ -93,12 +93,12 @@ class Choice(NamedTuple):
 
 
 def choices(
-    H: int, gates: int, transposed: bool, N: int, precision: str, pair: int, chip: Chip, alone: bool
+    H: int, gates: int, transposed: bool, N: int, precision: str, pair: int, chip: Chip, alone: bool, heads: int = 1
 ) -> Iterator[Choice]:
     """All that fits, for one block to a group (`alone`) or for several.
 
-    N: batch rows.  precision: "float32", or a kind of products on tensor cores.  pair: registers that each (unit, row)
-    pair of a thread needs beside the weights.
+    H: units, of each of `heads`, which are groups of their own.  N: batch rows.  precision: "float32", or a kind of
+    products on tensor cores.  pair: registers that each (unit, row) pair of a thread needs beside the weights.
     """
     for tile, units in _tiles(H, precision, chip, alone):
         blocks = 1 if alone else -(-H // units)
@@ -109,7 +109,7 @@ def choices(
                     continue
                 fitted = _fitted(shape, tile, kind, pair, chip)
                 if fitted is not None:
-                    yield Choice(fitted, blocks, kind, predicted(shape, fitted, kind, pair, N, chip))
+                    yield Choice(fitted, blocks, kind, predicted(shape, fitted, kind, pair, N, chip, heads))
 
 
 def best(found: Iterable[Choice]) -> Choice | None:
@@ -117,12 +117,22 @@ def best(found: Iterable[Choice]) -> Choice | None:
     return min(found, key=lambda choice: (choice.cost.cycles, choice.blocks), default=None)
 
 
-def step_cycles(H: int, gates: int, N: int, precision: str, chip: Chip) -> float:
-    """Cycles of one time step by cuBLAS and a kernel: the host, two launches, the product by what binds it."""
+def step_cycles(H: int, gates: int, N: int, precision: str, chip: Chip, heads: int = 1) -> float:
+    """Cycles of one time step by cuBLAS and a kernel: the host, two launches, the product by what binds it.
+
+    H: units of the layer; of several heads the product is a call for each gate.
+    """
     rate = {"float32": 0.8 * chip.lanes, "tf32": 1100 / chip.tensor}.get(precision, 2200 / chip.tensor)
-    multiplied = N * gates * H * H / (rate * chip.multiprocessors)
-    moved = (2 if precision in ("bfloat16", "float16") else 4) * gates * H * H / (L2_OF_ALL * chip.multiprocessors)
-    return (HOST + 2 * LAUNCH) * chip.clock + max(multiplied, moved)
+    multiplied = N * gates * H * (H // heads) / (rate * chip.multiprocessors)
+    moved = (
+        (2 if precision in ("bfloat16", "float16") else 4)
+        * gates
+        * H
+        * (H // heads)
+        / (L2_OF_ALL * chip.multiprocessors)
+    )
+    launches = 2 if heads == 1 else 1 + gates
+    return (HOST + launches * LAUNCH) * chip.clock + max(multiplied, moved)
 
 
 def _tiles(H: int, precision: str, chip: Chip, alone: bool) -> Iterator[tuple[Tile, int]]:
@@ -191,17 +201,17 @@ def _accumulators(shape: Shape, tile: Tile) -> int:
     return 4 * tensors * eights * (2 if tensors * eights <= 2 else 1) + 4 * eights
 
 
-def predicted(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip) -> Cost:
-    """The cost of a step of N rows.  pair: as for `choices`."""
+def predicted(shape: Shape, tile: Tile, kind: str, pair: int, N: int, chip: Chip, heads: int = 1) -> Cost:
+    """The cost of a step of N rows, of `heads` of this shape.  pair: as for `choices`."""
     lay = layout(shape, tile)
     warps = lay.threads // 32
     _, own = tiles.results(shape, tile)
-    groups = max(1, -(-N // tile.rows))
+    groups = heads * max(1, -(-N // tile.rows))
     running = max(1, chip.multiprocessors // shape.blocks)
     product = _ffma_cycles(shape, tile, chip) if isinstance(tile, Ffma) else _mma_cycles(shape, tile, chip)
     cell = -(-warps // 4) * own * (24 + 4 * pair)  # some instructions to find each value, few to use it
-    between = _exchange_cycles(shape, tile, kind, N, min(groups, running), chip)
-    loads = _waiting_cycles(shape, tile, kind, N, STEP + product + cell + between)
+    between = _exchange_cycles(shape, tile, kind, heads * N, min(groups, running), chip)
+    loads = _waiting_cycles(shape, tile, kind, heads * N, STEP + product + cell + between)
     return Cost(product, cell, between, -(-groups // running), loads)
 
 

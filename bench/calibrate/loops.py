@@ -60,7 +60,7 @@ class Pass:
             self.forward()
         T, N, I, H = self.sizes
         alone = sharing.Plan([sharing.Share(slice(0, N), slice(0, H), slice(0, I))])
-        columns = sharing.plan_reduction(self.cell, T * N, I, H, alone)
+        columns = sharing.plan_reduction(self.cell, T * N, I, H, H, alone)
         compiled._add_weight_gradients(self.tape, self.tape.slots, self.grads, columns)
 
     def shared(self) -> str:

@@ -75,9 +75,9 @@ def _on_cpu() -> list[Implementation]:
     most = cpu_threads()
     threads = [count for count in sorted({1, 2, most}) if count <= most]
     return [
-        _gpurnn("compiled", "cpu", _dense_float32),
+        _gpurnn("compiled", "cpu", _ours_float32),
         Implementation(f"{OURS}-torch", "cpu", _gpurnn_torch, _needs("torch"), _layer_only(_dense_float32)),
-        _gpurnn("numpy", "cpu", _dense_float32, default=False),
+        _gpurnn("numpy", "cpu", _ours_float32, default=False),
         *map(torch_cpu, threads),
         Implementation("numpy-loop", "cpu", _numpy_loop, lambda: None, _dense_float32),
         Implementation("jax-scan", "cpu", _jax_scan, _needs("jax"), _layer_only(_dense_float32)),
@@ -106,8 +106,8 @@ def _on_cuda() -> list[Implementation]:
     return [
         _gpurnn("resident", "cuda", _on_chip("resident")),
         _gpurnn("persistent", "cuda", _on_chip("persistent")),
-        _gpurnn("step", "cuda", _dense),
-        _gpurnn("numpy", "cuda", _dense_float32, default=False),
+        _gpurnn("step", "cuda", _ours),
+        _gpurnn("numpy", "cuda", _ours_float32, default=False),
         Implementation("torch-cudnn", "cuda", torch_cudnn, why_no_torch_cuda, _dense),
         Implementation(
             "torch-compile", "cuda", _torch_compiled("cuda"), why_no_torch_cuda, _compiled_loop(_dense), headline=True
@@ -182,21 +182,29 @@ def _jax_cuda() -> str | None:
     return None if jax_scan.on_gpu() else "JAX finds no GPU: pip install 'jax[cuda13]'"
 
 
+def _ours(case: Case, phase: str, part: str) -> str | None:
+    return "it does not run the recurrence apart from the input projection" if part == "recurrence" else None
+
+
 def _dense(case: Case, phase: str, part: str) -> str | None:
-    if part == "recurrence":
-        return "it does not run the recurrence apart from the input projection"
-    return "it has no block-diagonal weight_hh" if case.heads > 1 else None
+    return _ours(case, phase, part) or ("it has no block-diagonal weight_hh" if case.heads > 1 else None)
 
 
-def _dense_float32(case: Case, phase: str, part: str) -> str | None:
-    if case.dtype != "float32":
-        return f"it computes in float32, not in {case.dtype}"
-    return _dense(case, phase, part)
+def _float32(rule: Any) -> Callable[[Case, str, str], str | None]:
+    def refuses(case: Case, phase: str, part: str) -> str | None:
+        if case.dtype != "float32":
+            return f"it computes in float32, not in {case.dtype}"
+        return rule(case, phase, part)
+
+    return refuses
+
+
+_ours_float32, _dense_float32 = _float32(_ours), _float32(_dense)
 
 
 def _on_chip(executor: str) -> Any:
     def refuses(case: Case, phase: str, part: str) -> str | None:
-        if reason := _dense(case, phase, part):
+        if reason := _ours(case, phase, part):
             return reason
         if backend.name != "cuda":
             return "what fits is known on a GPU only"
@@ -204,10 +212,11 @@ def _on_chip(executor: str) -> Any:
 
         cell = CELLS["rnn_tanh" if case.cell == "rnn" else case.cell]
         engine = executors.executor(executor)
-        if engine.cycles(cell, case.H, case.N, np.dtype("float32"), case.dtype) is not None:
+        if engine.cycles(cell, case.H, case.N, np.dtype("float32"), case.dtype, case.heads) is not None:
             return None
         where = "one SM" if engine.alone else "the GPU"
-        return f"weight_hh of {case.cell} with {case.H} units does not fit {where} in {case.dtype}"
+        heads = f" in {case.heads} heads" if case.heads > 1 else ""
+        return f"weight_hh of {case.cell} with {case.H} units{heads} does not fit {where} in {case.dtype}"
 
     return refuses
 

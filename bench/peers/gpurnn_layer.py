@@ -40,7 +40,7 @@ class GpurnnLayer(GpurnnWorkload):
 
     def __init__(self, problem: Problem, phase: str, executor: str):
         case = problem.case
-        self.layer = LAYERS[case.cell](case.I, case.H, executor=executor, precision=case.dtype)
+        self.layer = LAYERS[case.cell](case.I, case.H, heads=case.heads, executor=executor, precision=case.dtype)
         self.layer.load_state_dict(problem.weights)
         self.training, self.lengths = phase == "training", problem.lengths
         self.x = [backend.asarray(x, "float32", "x") for x in problem.x]

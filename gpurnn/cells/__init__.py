@@ -14,6 +14,7 @@ from gpurnn.cells.para import PARAGRU_CELL, PARALSTM_CELL
 from gpurnn.cells.peephole import PEEPHOLE_CELL
 from gpurnn.cells.rglru import RGLRU_CELL
 from gpurnn.cells.rnn import RNN_CELLS
+from gpurnn.cells.slstm import SLSTM_CELL
 from gpurnn.cells.sru import SRU_CELL
 
 UNITWISE_CELLS = (  # without a recurrent matrix
@@ -26,7 +27,7 @@ UNITWISE_CELLS = (  # without a recurrent matrix
     PARAGRU_CELL,
     PARALSTM_CELL,
 )
-GATED_CELLS = (LSTM_CELL, GRU_CELL, PEEPHOLE_CELL, CIFG_CELL, MGU_CELL)
+GATED_CELLS = (LSTM_CELL, GRU_CELL, PEEPHOLE_CELL, CIFG_CELL, MGU_CELL, SLSTM_CELL)
 CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), *GATED_CELLS, *UNITWISE_CELLS)}
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "PEEPHOLE_CELL",
     "RGLRU_CELL",
     "RNN_CELLS",
+    "SLSTM_CELL",
     "SRU_CELL",
     "UNITWISE_CELLS",
     "Cell",

@@ -22,7 +22,7 @@ class Cell:
     """A recurrent cell.  The engine multiplies matrices, adds biases and walks through time; the cell does the rest.
 
     name      as shown to people.
-    gates     G: weight_ih is (G*H, I), weight_hh is (G*H, H); there is no weight_hh where forward never reads r.
+    gates     G: weight_ih is (G*H, I), weight_hh is (G*H, H), of K heads (G*H, H/K); there is none where forward never reads r.
     states    how many values of shape (N, H) are carried from step to step; state[0] is h: the output, and what
               weight_hh multiplies.
     forward   (x, r, state, params) -> next_state, a tuple of `states` values.  x[g] is gate g of x_t weight_ih^T + bias_ih,

@@ -47,16 +47,16 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     chunk = _chunk(T, N)
     window = T if training else chunk
     slots = allocate((window, N, cell.trace.slots * H), dtype)
-    plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
-    lies = not packing_pays(1, T * N, I), not (cell.recurrent and packing_pays(T, N, H))
+    plan, head = sharing.plan_loop(cell, rows, T, N, I, H, dtype, job.heads), H // job.heads
+    lies = not packing_pays(1, T * N, I), not (cell.recurrent and packing_pays(T, N, head))
     dots = [dot(dtype).address if used and lie else 0 for used, lie in zip((True, cell.recurrent), lies, strict=True)]
-    places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
+    places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, head, dtype))
     again = Again.forward(job.resets, len(plan.shares) if plan.by_units else 1)
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
     crew.run(
         forward_loop(dtype),
         (
-            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
+            T, N, I, H, head, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, plan.meets, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
             _recurrent(cell, weights), _behind(rest), again.begin, again.runs, *again[3:6],
         ),
@@ -74,7 +74,8 @@ def backward(
     tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """See `contract.Executor.backward`."""
-    cell, x, weights, _, rows, reverse = tape.job[:6]
+    job = tape.job
+    cell, x, weights, _, rows, reverse = job[:6]
     T, N, I = x.shape
     H, dtype = tape.h.shape[2], x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
@@ -84,7 +85,7 @@ def backward(
     if dstate is not None:
         for own, value in zip(passed, dstate, strict=True):
             own[...] = value
-    plan = sharing.plan_loop(cell, rows, T, N, I, H, dtype)
+    plan, head = sharing.plan_loop(cell, rows, T, N, I, H, dtype, job.heads), H // job.heads
     dparams = np.zeros((len(plan.shares), len(cell.params), H))
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
     sums = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
@@ -93,11 +94,11 @@ def backward(
     limit, params = np.array([options.clip or 0.0]), layout.params(weights, H, np)
     lies = (
         not packing_pays_backwards(1, T * N, I, dtype),
-        not (cell.recurrent and packing_pays_backwards(T, N, H, dtype)),
+        not (cell.recurrent and packing_pays_backwards(T, N, head, dtype)),
     )
-    apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
+    apart = I * dtype.itemsize if lies[0] else 0, lies[1]
     combine_one = combine(dtype).address if T * N == 1 else 0
-    places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
+    places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, head, dtype))
     gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
     again = Again.backward(tape.job.resets)
     drest = None if options.drest is None else np.stack(options.drest)
@@ -108,17 +109,17 @@ def backward(
     crew.run(
         backward_loop(dtype),
         (
-            T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
-            backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, _behind(tape.rest), *again[1:6],
-            0 if options.dfresh is None else address(options.dfresh),
+            T, N, I, H, head, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, plan.meets,
+            _chunk(T, N), backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at,
+            *tape.rest.strides[:2], *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above,
+            _behind(tape.rest), *again[1:6], 0 if options.dfresh is None else address(options.dfresh),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
             for part, share in enumerate(plan.shares)
         ],
     )  # fmt: skip
-    _add_weight_gradients(tape, slots, grads, sharing.plan_reduction(cell, T * N, I, H, plan))
+    _add_weight_gradients(tape, slots, grads, sharing.plan_reduction(cell, T * N, I, H, head, plan))
     if cell.params:
         for gradient, value in zip(grads.params, dparams.sum(0), strict=True):
             gradient += value
@@ -138,12 +139,13 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
         np.copyto(h_before, own)
         h_before[tape.job.resets.before] = tape.job.resets.state[0]
     sums = np.zeros((split + cell.gates) * H)
-    work = memory.empty((len(columns), reduction_size(T * N, H, I, dtype)), dtype)
+    head = H // tape.job.heads
+    work = memory.empty((len(columns), reduction_size(T * N, H, head, I, dtype)), dtype)
     combine_few = combine(dtype).address if few_are_summed(T * N) else 0
     given = slots, orders(cell), h_before, x, sums, grads.weight_ih
     crew.run(
         reduction(dtype),
-        (T * N, H, I, trace.slots, cell.gates, split, combine_few, *map(address, given), _recurrent(cell, grads)),
+        (T * N, H, head, I, trace.slots, cell.gates, split, combine_few, *map(address, given), _recurrent(cell, grads)),
         [(cut.start, cut.stop, address(room)) for cut, room in zip(columns, work, strict=True)],
     )
     sums = sums.astype(dtype)

@@ -13,6 +13,7 @@ from gpurnn.cells import Cell
 from gpurnn.cpu import cache
 from gpurnn.cpu.barrier import make_meet
 from gpurnn.cpu.cache import Compiled, call
+from gpurnn.cpu.head_products import make_pack_heads, make_pack_heads_back, make_recur, make_recur_back
 from gpurnn.cpu.instructions import least, word
 from gpurnn.cpu.packing import make_pack_gates, make_pack_rows
 from gpurnn.cpu.products import make_give_back, make_project
@@ -20,14 +21,14 @@ from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import host
 
 FORWARD = Record(
-    "T N I H S gates split reverse window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin_again runs some resets fresh",
+    "T N I H head S gates split reverse meets window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
+    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin runs some resets fresh",
     "packs packers first last unit end_unit w_ih w_split w_joint copies",
 )
 BACKWARD = Record(
-    "T N I H S gates split states reverse chunk cell_rows ldw_ih ldw_hh combine clamp squares rest_stride rest_step dy_step "
-    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest fresh_rest runs end_again some resets "
-    "fresh dfresh",
+    "T N I H head S gates split states reverse meets chunk cell_rows ldw_ih lies_hh combine clamp squares rest_stride "
+    "rest_step dy_step dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest fresh_rest "
+    "runs end_again some resets fresh dfresh",
     "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
 )
 
@@ -44,7 +45,9 @@ def forward_loop(dtype: np.dtype) -> Compiled:
 
     The numbers of FORWARD:
     T, N, I, H                as in the layer; S: how many slots, G: how many gates, `split`: how many of them are split
+    head                      how many units meet each other: H, or those of one head
     reverse                   1 to go from the last step to the first
+    meets                     1 if threads share units that meet each other: they wait for each other after every step
     window, chunk             how many steps the slots are for; how many steps' inputs are projected at once
     cell_rows                 the address of the cell's `rows.forward_rows`
     dot_ih, dot_hh            0, or the address of `dot.dot` where that matrix is not packed but read as it lies
@@ -59,7 +62,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     rest     (S-1, T+1, N, H) the states beyond h alike; of stride 0 in time they are updated in place
     bias     (S, H)           what is added to each slot
     params   (P, H)
-    weight_* (G*H, I), (G*H, H); weight_hh 0 where the cell has none: then no product stands between the steps, and nobody waits
+    weight_* (G*H, I), (G*H, head); weight_hh 0 where the cell has none: then no product stands between the steps
 
     Of resets: fresh_rest, the address of fresh states beyond h, as far apart as those in `rest`; and what `restart.Again` has,
     `some` 0 where there are none.
@@ -68,13 +71,14 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     there is room for W_ih packed, for W_hh's split and for its joint gates; for a copy of the share's rows of h.
     """
     pack, project, meet, size = make_pack_gates(dtype), make_project(dtype), make_meet(), dtype.itemsize
+    pack_heads, recur = make_pack_heads(dtype), make_recur(dtype)
     read, read_share, apart = FORWARD.read, FORWARD.read_share, FORWARD.stride
 
     def forward(values, part):
         (
-            parties, ready, barrier, shares, T, N, I, H, S, gates, split, reverse, window, chunk, cell_rows, dot_ih, dot_hh,
-            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, fresh_rest,
-            begin_again, runs, some, resets, fresh,
+            parties, ready, barrier, shares, T, N, I, H, head, S, gates, split, reverse, meets, window, chunk, cell_rows,
+            dot_ih, dot_hh, rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh,
+            fresh_rest, begin_again, runs, some, resets, fresh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint, copies = read_share(
             values + shares + part * apart
@@ -89,8 +93,8 @@ def forward_loop(dtype: np.dtype) -> Compiled:
         if dot_hh:
             w_split = w_joint = weight_hh
         else:
-            pack(weight_hh, H, orders, split, H, unit, end_unit, packs, packers, w_split)
-            pack(weight_hh, H, joint_orders, joint, H, unit, end_unit, packs, packers, w_joint)
+            pack_heads(weight_hh, orders, split, H, head, unit, end_unit, packs, packers, w_split)
+            pack_heads(weight_hh, joint_orders, joint, H, head, unit, end_unit, packs, packers, w_joint)
         meet(ready, parties)
         met = 0
         for done in range(0, T, chunk):
@@ -120,13 +124,11 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                         factor = copies
                         call(begin_again, again, m, H, h_t, fresh, copies, stride)
                 if split:
-                    project(
-                        dot_hh, 1, factor, 0, stride, m, w_split, H, H, unit, end_unit, orders, split, at, 0, next_row, 0
-                    )  # fmt: skip
+                    recur(dot_hh, factor, m, w_split, H, head, unit, end_unit, orders, split, at, next_row, 0)
                 if joint:
-                    project(
-                        dot_hh, 1, factor, 0, stride, m, w_joint, H, H, unit, end_unit, joint_orders, joint,
-                        at + split * stride, 0, next_row, 1,
+                    recur(
+                        dot_hh, factor, m, w_joint, H, head, unit, end_unit, joint_orders, joint, at + split * stride,
+                        next_row, 1,
                     )  # fmt: skip
                 if again:
                     call(
@@ -139,7 +141,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                         cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
                         rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
                     )  # fmt: skip
-                if weight_hh and units < H:
+                if meets:
                     met += parties
                     meet(barrier, met)
 
@@ -153,7 +155,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
 
     What BACKWARD has not in common with FORWARD:
     states             how many the cell has
-    ldw_*              0, or the bytes of a row of that matrix where it is not packed but read as it lies
+    ldw_ih, lies_hh    0, or where that matrix is not packed but read as it lies the bytes of a row, 1
     combine            the address of `combine.combine` if there is but one row in all, else 0
     clamp              0, or the address of `rows.clamp`: dstate may carry no more than `limit` from one step to the one before
     squares            0, or the address of `rows.squares`: sums of squares of dL/dstate_t over rows and units, added to `flow`
@@ -170,26 +172,27 @@ def backward_loop(dtype: np.dtype) -> Compiled:
     those of W_hh; dparams (P, H), which is added to, and flow (states, T), both in float64.
     """
     pack, give_back, meet, size = make_pack_rows(dtype), make_give_back(dtype), make_meet(), dtype.itemsize
+    pack_heads_back, recur_back = make_pack_heads_back(dtype), make_recur_back(dtype)
     read, read_share, apart = BACKWARD.read, BACKWARD.read_share, BACKWARD.stride
 
     def backward(values, part):
         (
-            parties, ready, barrier, shares, T, N, I, H, S, gates, split, states, reverse, chunk, cell_rows, ldw_ih, ldw_hh,
-            combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
-            params, limit, weight_ih, weight_hh, add, drest, fresh_rest, runs, end_again, some, resets, fresh,
-            dfresh,
+            parties, ready, barrier, shares, T, N, I, H, head, S, gates, split, states, reverse, meets, chunk, cell_rows,
+            ldw_ih, lies_hh, combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest,
+            dy, dstate, dx, params, limit, weight_ih, weight_hh, add, drest, fresh_rest, runs, end_again, some, resets,
+            fresh, dfresh,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
             read_share(values + shares + part * apart)
         )
         stride, aside, units, columns = H * size, unit * size, end_unit - unit, end_column - column
         next_row, h_step, x_orders = S * stride, N * stride, orders + gates * 8
-        w_ih, w_hh = weight_ih + column * size, weight_hh + aside
+        w_ih, w_hh = weight_ih + column * size, weight_hh
         if not ldw_ih:
             pack(w_ih, I * size, x_orders, gates, H, columns, packs, packers, packed_ih)
             w_ih = packed_ih
-        if weight_hh and not ldw_hh:
-            pack(w_hh, stride, orders, gates, H, units, packs, packers, packed_hh)
+        if weight_hh and not lies_hh:
+            pack_heads_back(w_hh, orders, gates, H, head, unit, end_unit, packs, packers, packed_hh)
             w_hh = packed_hh
         meet(ready, parties)
         met, row = 0, first * stride + aside
@@ -224,19 +227,19 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                         h + after * h_step + row, rest + before * rest_step + row, rest + after * rest_step + row, dy_t,
                         dstate + row, params + aside, dparams + unit * 8, stride, rest_stride, h_step,
                     )  # fmt: skip
+                if meets:
+                    met += parties
+                    meet(barrier, met)
                 if weight_hh:
-                    if units < H:
-                        met += parties
-                        meet(barrier, met)
-                    give_back(
-                        ldw_hh, combine, 1, at, 0, next_row, m, w_hh, H, units, orders, gates, dstate + row, 0, stride, 1
+                    recur_back(
+                        lies_hh, combine, at, next_row, m, w_hh, H, head, unit, end_unit, orders, gates, dstate + row, stride
                     )  # fmt: skip
                 if clamp:
                     call(clamp, m, units, states, dstate + row, h_step, stride, limit)
                 if again:
                     place = first * H + unit
                     call(end_again, again, m, states, units, dstate + row, h_step, dfresh + place * 8, stride)
-            if not weight_hh and units < H:  # dx is a sum over all units
+            if not meets and units < H:  # dx is a sum over all units
                 met += parties
                 meet(barrier, met)
             steps, m = end - begin, least(word(rows + begin * 8), last) - first

@@ -165,7 +165,9 @@ def _sum_of_squares(flat: np.ndarray, unit: float = 1.0) -> float:
     return total
 
 
-def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str, training: bool | None, clip: bool) -> Any:
+def fastest(
+    cell: Cell, H: int, N: int, dtype: np.dtype, precision: str, training: bool | None, clip: bool, heads: int
+) -> Any:
     """The executor for such passes where none is forced: see `executors.choose`."""
     return executors.executor(_usual())
 

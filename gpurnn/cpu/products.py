@@ -78,27 +78,32 @@ def make_give_back(dtype: np.dtype):
 
 
 def packed_forward(
-    cell: Cell, lies: tuple[bool, bool], units: slice, I: int, H: int, dtype: np.dtype
+    cell: Cell, lies: tuple[bool, bool], units: slice, I: int, H: int, head: int, dtype: np.dtype
 ) -> tuple[int, int, int]:
-    """Bytes for W_ih, for W_hh's split gates and for its joint gates as `project` wants them for `units`.
+    """Bytes for W_ih, for W_hh's split gates and for its joint gates as `project` and `recur` want them for `units`.
 
     lies: whether W_ih is read where it lies, and W_hh.
     """
     count, split = units.stop - units.start, len(cell.trace.split)
 
-    def size(gates: int, k: int) -> int:
-        elements = packed_size(k, gates * H, dtype) if count == H else gates * packed_size(k, count, dtype)
-        return elements * dtype.itemsize
+    def size(gates: int, k: int, together: list[int]) -> int:
+        sizes = (packed_size(k, gates * H, dtype) if n == H else gates * packed_size(k, n, dtype) for n in together)
+        return sum(sizes) * dtype.itemsize
 
-    of_ih = 0 if lies[0] else size(cell.gates, I)
-    return (of_ih, 0, 0) if lies[1] else (of_ih, size(split, H), size(cell.gates - split, H))
+    of_ih, own = 0 if lies[0] else size(cell.gates, I, [count]), _of_each_head(units, head)
+    return (of_ih, 0, 0) if lies[1] else (of_ih, size(split, head, own), size(cell.gates - split, head, own))
 
 
 def packed_backward(
-    cell: Cell, lies: tuple[bool, bool], inputs: slice, units: slice, H: int, dtype: np.dtype
+    cell: Cell, lies: tuple[bool, bool], inputs: slice, units: slice, H: int, head: int, dtype: np.dtype
 ) -> tuple[int, int]:
-    """Bytes for those columns of W_ih, and for those of W_hh, as `give_back` wants them."""
-    of_ih, of_hh = (
-        packed_size(cell.gates * H, cut.stop - cut.start, dtype) * dtype.itemsize for cut in (inputs, units)
-    )
-    return 0 if lies[0] else of_ih, 0 if lies[1] else of_hh
+    """Bytes for those columns of W_ih, and for those of W_hh, as `give_back` and `recur_back` want them."""
+    of_ih = packed_size(cell.gates * H, inputs.stop - inputs.start, dtype)
+    of_hh = sum(packed_size(cell.gates * head, n, dtype) for n in _of_each_head(units, head))
+    return 0 if lies[0] else of_ih * dtype.itemsize, 0 if lies[1] else of_hh * dtype.itemsize
+
+
+def _of_each_head(units: slice, head: int) -> list[int]:
+    """How many of `units` each of their heads has, `head` units each."""
+    starts = range(units.start // head * head, units.stop, head)
+    return [min(units.stop, start + head) - max(units.start, start) for start in starts]

@@ -15,7 +15,7 @@ from gpurnn.cpu.packing import make_pack_rows, make_transpose, packed_size
 from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import add_wide, host, vector_loop
 
-REDUCTION = Record("K H I S gates split combine slots orders h x sums weight_ih weight_hh", "first last work")
+REDUCTION = Record("K H head I S gates split combine slots orders h x sums weight_ih weight_hh", "first last work")
 SIDE_BY_SIDE = 4  # rows that are added up in their own type; their sums are, in float64
 
 
@@ -24,10 +24,11 @@ def few_are_summed(K: int) -> bool:
     return K <= costs.FEW_SUM_ROWS
 
 
-def reduction_size(K: int, H: int, I: int, dtype: np.dtype) -> int:
-    """Elements of a reduction's workspace: for a block of d transposed, of h and of x packed."""
+def reduction_size(K: int, H: int, head: int, I: int, dtype: np.dtype) -> int:
+    """Elements of a reduction's workspace: for a block of d transposed, of h packed, head by head, and of x."""
     rows = min(K, costs.SUM_ROWS)
-    return costs.SUM_COLUMNS * costs.SUM_ROWS + packed_size(rows, H, dtype) + packed_size(rows, I, dtype)
+    packed_h = H // head * packed_size(rows, head, dtype)
+    return costs.SUM_COLUMNS * costs.SUM_ROWS + packed_h + packed_size(rows, I, dtype)
 
 
 def _make_add_rows(dtype: np.dtype, count: int):
@@ -49,14 +50,14 @@ def _make_add_rows(dtype: np.dtype, count: int):
 
 @functools.cache
 def _make_add(dtype: np.dtype):
-    """add(combine, d, d_stride, m, k, rows, packed, n, c): C (m, n) += D (m, k) times k rows, packed or, where `combine` is the
-    address of `combine.combine`, as they lie.
+    """add(combine, d, d_stride, m, k, rows, row, packed, n, c): C (m, n) += D (m, k) times k rows, packed or, where `combine` is
+    the address of `combine.combine`, as they lie, `row` bytes apart.
     """
     gemm, size = make_gemm(dtype), dtype.itemsize
 
-    def add(combine, d, d_stride, m, k, rows, packed, n, c):
+    def add(combine, d, d_stride, m, k, rows, row, packed, n, c):
         if combine:
-            call(combine, d, d_stride, m, rows, n * size, k, n, c, n * size, 1)
+            call(combine, d, d_stride, m, rows, row, k, n, c, n * size, 1)
         else:
             gemm(1, d, 0, d_stride, m, packed, 0, k, 1, n, c, 0, 0, n * size, 1)
 
@@ -67,14 +68,14 @@ def _make_add(dtype: np.dtype):
 def reduction(dtype: np.dtype) -> Compiled:
     """reduce(values, part): what columns [first, last) of the slots give the weights and biases, the sums over time and batch.
 
-    See `crew.run`.  The numbers of REDUCTION: K, time and batch; H, I; S, how many slots; G, the gates, and how many are split;
+    See `crew.run`.  The numbers of REDUCTION: K, time and batch; H; head, units that meet; I; S, how many slots; G, the gates, and how many are split;
     `combine`, the address of `combine.combine` if `few_are_summed`, else 0; addresses:
 
     slots   (K, S*H)       gradients: of r in the first G slots, of x in G slots from `split` on
     orders  (2, G)         whose gate they are, those of r and those of x
     h (K, H), x (K, I)     what the weights were multiplied by
     sums    ((split+G)*H,) float64: the column sums, gradients of the biases, are added to it
-    weight_ih, weight_hh   (G*H, I), (G*H, H): their gradients are added to; weight_hh 0 where the cell has none
+    weight_ih, weight_hh   (G*H, I), (G*H, head): their gradients are added to; weight_hh 0 where the cell has none
 
     A part's share: first, last, and the address of `work`, room of `reduction_size`.
     """
@@ -91,21 +92,22 @@ def reduction(dtype: np.dtype) -> Compiled:
 
     def reduce(values, part):
         (
-            _parties, _ready, _barrier, shares, K, H, I, S, gates, split, combine, slots, orders, h, x, sums, weight_ih,
+            _parties, _ready, _barrier, shares, K, H, head, I, S, gates, split, combine, slots, orders, h, x, sums, weight_ih,
             weight_hh,
         ) = read(values)  # fmt: skip
         first, last, work = read_share(values + shares + part * apart)
         stride, x_orders = S * H * size, orders + (gates - split) * 8
         blocks = (K + most_rows - 1) // most_rows
         packed_h = work + most_columns * most_rows * size
-        packed_x = packed_h + least(K, most_rows) * ((H + width - 1) // width) * width * size
+        of_row = (head + width - 1) // width * width * size  # of one head's packed units
+        packed_x = packed_h + least(K, most_rows) * (H // head) * of_row
         for block in range(blocks):
             begin, end = K * block // blocks, K * (block + 1) // blocks
             k, h_rows, x_rows = end - begin, h + begin * H * size, x + begin * I * size
             d_stride = (k + width - 1) // width * width * size
             if not combine:
-                if weight_hh:
-                    pack(h_rows, H * size, 0, 1, k, H, 0, 1, packed_h)
+                for one in range(H // head if weight_hh else 0):
+                    pack(h_rows + one * head * size, H * size, 0, 1, k, head, 0, 1, packed_h + one * k * of_row)
                 pack(x_rows, I * size, 0, 1, k, I, 0, 1, packed_x)
             column, most = first, few_columns if combine else most_columns
             while column < last:
@@ -119,12 +121,21 @@ def reduction(dtype: np.dtype) -> Compiled:
                 for row in range(grouped, k):
                     add_row(count, d + row * stride, stride, sums + column * 8)
                 transpose(d, stride, k, count, work, d_stride)
-                if weight_hh and slot < gates:
-                    to = weight_hh + (word(orders + slot * 8) * H + unit) * H * size
-                    add(combine, work, d_stride, count, k, h_rows, packed_h, H, to)
+                done = 0 if weight_hh and slot < gates else count
+                while done < count:
+                    one, to = (
+                        (unit + done) // head,
+                        weight_hh + (word(orders + slot * 8) * H + unit + done) * head * size,
+                    )
+                    some = least(count - done, (one + 1) * head - unit - done)
+                    add(
+                        combine, work + done * d_stride, d_stride, some, k, h_rows + one * head * size, H * size,
+                        packed_h + one * k * of_row, head, to,
+                    )  # fmt: skip
+                    done += some
                 if slot >= split:
                     to = weight_ih + (word(x_orders + slot * 8) * H + unit) * I * size
-                    add(combine, work, d_stride, count, k, x_rows, packed_x, I, to)
+                    add(combine, work, d_stride, count, k, x_rows, I * size, packed_x, I, to)
                 column += count
 
     return cache.external(reduce, dtype.str, host(), *sizes, record=REDUCTION)

@@ -108,13 +108,13 @@ class Captured:
         stream, handle = _lane(backend.xp, cuda.Device().id, threading.get_ident())
         faults.record()  # made while a graph is captured, every launch of it would make it anew
         stream.wait_event(current.record())
-        before = here.gemm, here.stream
-        here.gemm, here.stream = handle.gemmEx, current.ptr if here.stream is None else here.stream
+        before = here.cublas, here.stream
+        here.cublas, here.stream = handle, current.ptr if here.stream is None else here.stream
         try:
             with stream, cuda.using_allocator(pool.malloc) if pool is not None else contextlib.nullcontext():
                 yield stream
         finally:
-            here.gemm, here.stream = before
+            here.cublas, here.stream = before
             current.wait_event(stream.record())
 
 

@@ -12,7 +12,7 @@ from gpurnn import backend
 
 WORKSPACE = 32 << 20  # bytes: what cuBLAS takes for itself on Hopper
 
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
 _ARGUMENTS = {
     "cublasCreate_v2": (ctypes.POINTER(_POINTER),),
     "cublasSetStream_v2": (_POINTER, _POINTER),
@@ -20,6 +20,10 @@ _ARGUMENTS = {
     "cublasGemmEx": (
         *(_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER),
         *(_POINTER, _INT, _INT, _INT, _INT),
+    ),
+    "cublasGemmStridedBatchedEx": (
+        *(_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _LONG, _POINTER, _INT, _INT, _LONG),
+        *(_POINTER, _POINTER, _INT, _INT, _LONG, _INT, _INT, _INT),
     ),
 }
 
@@ -48,6 +52,10 @@ class Handle:
     def gemmEx(self, handle: int, *arguments: int) -> None:
         """As `cupy.cuda.cublas.gemmEx`, on this handle instead of CuPy's."""
         self._call("cublasGemmEx", self._handle, *arguments)
+
+    def gemmStridedBatchedEx(self, handle: int, *arguments: int) -> None:
+        """As `cupy.cuda.cublas.gemmStridedBatchedEx`."""
+        self._call("cublasGemmStridedBatchedEx", self._handle, *arguments)
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)

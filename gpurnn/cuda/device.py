@@ -35,13 +35,13 @@ def product(a: Array, b: Array, out: Array, precision: str, add: bool = False) -
             out.fill(0)
         return out
     multiply, handle = _gemm()
-    kind, compute, automatic = _kinds(backend.xp, precision, a.dtype.char)
-    of_out = _kinds(backend.xp, precision, out.dtype.char)[0]
-    one, beta = _scales(out.dtype.char, add)
-    (ta, lda), (tb, ldb) = _leading(a), _leading(b)
+    kind, compute, automatic = kinds(backend.xp, precision, a.dtype.char)
+    of_out = kinds(backend.xp, precision, out.dtype.char)[0]
+    one, beta = scales(out.dtype.char, add)
+    (ta, lda), (tb, ldb) = leading(a), leading(b)
     multiply(
         handle, tb, ta, n, m, k, one, b.data.ptr, kind, ldb, a.data.ptr, kind, lda, beta, out.data.ptr, of_out,
-        _row_stride(out), compute, automatic,
+        row_stride(out), compute, automatic,
     )  # fmt: skip
     return out
 
@@ -64,9 +64,9 @@ def adding(b: Array, a_row: int, out_row: int, precision: str) -> Callable[[int,
     """
     (k, n), size = b.shape, b.itemsize
     multiply, handle = _gemm()
-    kind, compute, automatic = _kinds(backend.xp, precision, b.dtype.char)
-    one, beta = _scales(b.dtype.char, True)
-    (tb, ldb), lda, ldc, factor = _leading(b), a_row // size, out_row // size, b.data.ptr
+    kind, compute, automatic = kinds(backend.xp, precision, b.dtype.char)
+    one, beta = scales(b.dtype.char, True)
+    (tb, ldb), lda, ldc, factor = leading(b), a_row // size, out_row // size, b.data.ptr
 
     def add(m: int, a: int, out: int) -> None:
         multiply(handle, tb, 0, n, m, k, one, factor, kind, ldb, a, kind, lda, beta, out, kind, ldc, compute, automatic)
@@ -77,25 +77,25 @@ def adding(b: Array, a_row: int, out_row: int, precision: str) -> Callable[[int,
 def _gemm() -> tuple[Any, int]:
     """cuBLAS's product, and the handle that it takes: CuPy's, unless a step is being captured."""
     cuda = backend.xp.cuda
-    return backend.thread.gemm or cuda.cublas.gemmEx, cuda.device.get_cublas_handle()
+    return (backend.thread.cublas or cuda.cublas).gemmEx, cuda.device.get_cublas_handle()
 
 
-def _leading(matrix: Array) -> tuple[int, int]:
+def leading(matrix: Array) -> tuple[int, int]:
     """(whether cuBLAS transposes it, leading dimension), seen as the transpose that a row-major matrix is to cuBLAS."""
     (rows, columns), (down, along), size = matrix.shape, matrix.strides, matrix.itemsize
     if along == size or columns == 1:
-        return 0, max(_row_stride(matrix), columns)  # CUBLAS_OP_N
+        return 0, max(row_stride(matrix), columns)  # CUBLAS_OP_N
     if down == size or rows == 1:
         return 1, max(along // size, rows)  # CUBLAS_OP_T
     raise ValueError(f"expected a matrix with unit stride along one axis, got strides {matrix.strides}")
 
 
-def _row_stride(matrix: Array) -> int:
+def row_stride(matrix: Array) -> int:
     return matrix.strides[0] // matrix.itemsize if matrix.shape[0] > 1 else max(1, matrix.shape[1])
 
 
 @functools.cache
-def _scales(dtype: str, add: bool) -> tuple[int, int]:
+def scales(dtype: str, add: bool) -> tuple[int, int]:
     """Where alpha = 1 and beta lie on the host, for as long as the process lives."""
     scales = np.array([1.0, float(add)], dtype)
     _kept.append(scales)
@@ -106,7 +106,7 @@ _kept: list[np.ndarray] = []
 
 
 @functools.cache
-def _kinds(xp: Any, precision: str, dtype: str) -> tuple[int, int, int]:
+def kinds(xp: Any, precision: str, dtype: str) -> tuple[int, int, int]:
     """cuBLAS's type of the arrays, how it computes, and that it may choose the way."""
     cublas, runtime = xp.cuda.cublas, xp.cuda.runtime
     if dtype == "d":

@@ -30,17 +30,17 @@ class OnChip(NamedTuple):
     name: str
     alone: bool
 
-    def choice(self, cell: Cell, H: int, N: int, precision: str, transposed: bool) -> Choice | None:
+    def choice(self, cell: Cell, H: int, N: int, precision: str, transposed: bool, heads: int = 1) -> Choice | None:
         """How one direction runs; None where it does not fit.  A group of one block where units are too few to share."""
         chip = device.chip()
-        shared = None if self.alone else _choice(cell, H, N, precision, transposed, False, chip)
-        return shared or _choice(cell, H, N, precision, transposed, True, chip)
+        shared = None if self.alone else _choice(cell, H, N, precision, transposed, False, chip, heads)
+        return shared or _choice(cell, H, N, precision, transposed, True, chip, heads)
 
-    def cycles(self, cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> float | None:
+    def cycles(self, cell: Cell, H: int, N: int, dtype: np.dtype, precision: str, heads: int = 1) -> float | None:
         """Of a step forward and back, by the plan's model; None where either does not fit: they are chosen together."""
         if dtype != np.float32:
             return None
-        both = [self.choice(cell, H, N, precision, transposed) for transposed in (False, True)]
+        both = [self.choice(cell, H, N, precision, transposed, heads) for transposed in (False, True)]
         return sum(choice.cost.cycles for choice in both if choice) if all(both) else None
 
     def forward(self, job: Job) -> tuple[States, Tape | None]:
@@ -79,25 +79,25 @@ class OnChip(NamedTuple):
         run((*way.arrays, tape.lengths), way.reset_pointers, (), (tape.h.shape[1], *way.numbers))
         return sweeps.finish_back(way, tape, grads)
 
-    def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool) -> bool:
+    def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, heads: int = 1) -> bool:
         """Whether the chip runs what is chosen for the passes to come; if not, it is not chosen again."""
         try:
-            _load(self, cell, H, N, precision, training, clip, device.chip())
+            _load(self, cell, H, N, precision, training, clip, device.chip(), heads)
         except DoesNotFit:
             return False
         return True
 
     def _pass(self, way: "Way", tape: Tape, weight_hh: Array, **constants: bool) -> Pass:
         """The cheapest that the chip runs."""
-        cell, precision, (N, H) = tape.job.cell, tape.job.precision, tape.h.shape[1:]
-        while (choice := self.choice(cell, H, N, precision, way.transposed)) is not None:
+        cell, precision, (N, H), heads = tape.job.cell, tape.job.precision, tape.h.shape[1:], tape.job.heads
+        while (choice := self.choice(cell, H, N, precision, way.transposed, heads)) is not None:
             try:
                 return Pass.prepare(choice, way.factory, tape, weight_hh, way.transposed, **constants)
             except DoesNotFit as error:
-                _rule_out(cell, H, N, precision, way.transposed, choice, error)
-        where = "one SM" if self.alone else "this GPU"
+                _rule_out(cell, H, N, precision, way.transposed, choice, error, heads)
+        where, apart = "one SM" if self.alone else "this GPU", f" in {heads} heads" if heads > 1 else ""
         raise ValueError(
-            f"executor {self.name!r}: weight_hh of {cell.name} with {H} units does not fit {where} in "
+            f"executor {self.name!r}: weight_hh of {cell.name} with {H} units{apart} does not fit {where} in "
             f"{precision}; 'step' runs every size"
         )
 
@@ -113,35 +113,41 @@ FORWARD, BACKWARD = Way(persistent.forward, False), Way(persistent.backward, Tru
 RESIDENT, PERSISTENT = OnChip("resident", True), OnChip("persistent", False)
 
 
-def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str) -> str:
+def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str, heads: int = 1) -> str:
     """The name of the executor that the plan's model thinks is fastest, forward and back together."""
-    costs = {engine.name: engine.cycles(cell, H, N, dtype, precision) for engine in (RESIDENT, PERSISTENT)}
-    costs["step"] = 2 * plan.step_cycles(H, cell.gates, N, precision, device.chip())
+    costs = {engine.name: engine.cycles(cell, H, N, dtype, precision, heads) for engine in (RESIDENT, PERSISTENT)}
+    costs["step"] = 2 * plan.step_cycles(H, cell.gates, N, precision, device.chip(), heads)
     return min((cycles, name) for name, cycles in costs.items() if cycles is not None)[1]
 
 
 @functools.lru_cache(maxsize=4096)
-def _load(engine: OnChip, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, chip: Chip) -> None:
+def _load(
+    engine: OnChip, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, chip: Chip, heads: int
+) -> None:
     """Builds and loads the kernels of the passes to come.  Raises DoesNotFit where one is ruled out."""
     for way, constant in ((FORWARD, ("training", training)), *([(BACKWARD, ("clip", clip))] if training else [])):
-        choice = engine.choice(cell, H, N, precision, way.transposed)
+        choice = engine.choice(cell, H, N, precision, way.transposed, heads)
         if choice is None:
             raise DoesNotFit(f"{engine.name}: nothing is left for {cell.name} with {H} units")
         try:
-            fitted(way.factory, cell, H, choice, way.transposed, chip, (constant,))
+            fitted(way.factory, cell, H, choice, way.transposed, chip, (constant,), heads)
         except DoesNotFit as error:
-            _rule_out(cell, H, N, precision, way.transposed, choice, error)
+            _rule_out(cell, H, N, precision, way.transposed, choice, error, heads)
             raise
 
 
-def _rule_out(cell: Cell, H: int, N: int, precision: str, transposed: bool, choice: Choice, error: DoesNotFit) -> None:
-    question = tuning.Question(cell, H, N, precision, transposed, choice.exchange == "alone")
+def _rule_out(
+    cell: Cell, H: int, N: int, precision: str, transposed: bool, choice: Choice, error: DoesNotFit, heads: int
+) -> None:
+    question = tuning.Question(cell, H, N, precision, transposed, choice.exchange == "alone", heads)
     tuning.rule_out(question, device.chip(), choice, error)
     _choice.cache_clear()
     _load.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
-def _choice(cell: Cell, H: int, N: int, precision: str, transposed: bool, alone: bool, chip: Chip) -> Choice | None:
+def _choice(
+    cell: Cell, H: int, N: int, precision: str, transposed: bool, alone: bool, chip: Chip, heads: int
+) -> Choice | None:
     """The fastest that was measured on this GPU, or the cheapest by the plan's model."""
-    return tuning.choice(tuning.Question(cell, H, N, precision, transposed, alone), chip)
+    return tuning.choice(tuning.Question(cell, H, N, precision, transposed, alone, heads), chip)

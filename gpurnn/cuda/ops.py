@@ -114,11 +114,13 @@ def check_finite(grads: Parameters, allow_inf: bool = False) -> None:
         launches.norm(grads)
 
 
-def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str, training: bool | None, clip: bool) -> Any:
+def fastest(
+    cell: Cell, H: int, N: int, dtype: np.dtype, precision: str, training: bool | None, clip: bool, heads: int
+) -> Any:
     if not cell.recurrent:
         return executors.executor("step")
     while True:
-        name = on_chip.fastest(cell, H, N, dtype, precision)
+        name = on_chip.fastest(cell, H, N, dtype, precision, heads)
         engine = executors.executor(name)
-        if training is None or name == "step" or engine.runs(cell, H, N, precision, training, clip):
+        if training is None or name == "step" or engine.runs(cell, H, N, precision, training, clip, heads):
             return engine

@@ -24,28 +24,31 @@ class Pass(NamedTuple):
     choice: Choice
     N: int
     mail: int  # 32-bit words of a group
+    heads: int  # each a group of its own for the same rows
 
     @classmethod
     def prepare(
         cls, choice: Choice, factory: Any, tape: Tape, weight_hh: Array, transposed: bool, **constants: bool
     ) -> "Pass":
-        cell, (N, H) = tape.job.cell, tape.h.shape[1:]
-        kernel, choice = fitted(factory, cell, H, choice, transposed, device.chip(), tuple(constants.items()))
-        shape = Shape(H, cell.gates, transposed, choice.blocks)
-        words = tiles.packed_words(shape, choice.tile)
+        cell, (N, H), heads = tape.job.cell, tape.h.shape[1:], tape.job.heads
+        given = tuple(constants.items())
+        kernel, choice = fitted(factory, cell, H, choice, transposed, device.chip(), given, heads)
+        shape = Shape(H // heads, cell.gates, transposed, choice.blocks)
+        words = heads * tiles.packed_words(shape, choice.tile)
         packed = backend.xp.empty(words, np.uint32 if isinstance(choice.tile, Mma) else np.float32)
-        pack = device.kernel(packing.pack, shape=shape, tile=choice.tile)
+        pack = device.kernel(packing.pack, shape=shape, tile=choice.tile, **_of_heads(heads))
         pack(device.grid(words, packing.THREADS), weight_hh.data.ptr, packed.data.ptr)
-        return cls(kernel, packed, choice, N, exchange.mail_words(choice.exchange, shape, choice.tile))
+        return cls(kernel, packed, choice, N, exchange.mail_words(choice.exchange, shape, choice.tile), heads)
 
     def __call__(
         self, arrays: tuple[Array, ...], resets: list[int], before: tuple[Any, ...], after: tuple[Any, ...]
     ) -> None:
-        """Launches: arrays and the pointers `resets`, then `before`, the first row, `after`.  As many groups at a time as
-        can wait for each other.
+        """Launches: arrays and the pointers `resets`, then `before`, groups of launches before, `after`.
+
+        As many groups at a time as can wait for each other.
         """
         rows, blocks = self.choice.tile.rows, self.choice.blocks
-        groups = device.grid(self.N, rows)
+        groups = self.heads * device.grid(self.N, rows)
         running = self.kernel.resident_blocks // blocks if self.kernel.kernel.cooperative else max(1, groups)
         pointers = [*(array.data.ptr for array in (self.packed, *arrays)), *resets]
         for group in range(0, groups, running):
@@ -55,22 +58,22 @@ class Pass(NamedTuple):
             if self.mail:
                 mail = backend.xp.full(count * self.mail, exchange.beginning(self.choice.exchange), np.uint32)
                 at = mail.data.ptr
-            self.kernel(count * blocks, *pointers, at, given_up, *before, group * rows, *after)
+            self.kernel(count * blocks, *pointers, at, given_up, *before, group, *after)
 
 
 @functools.lru_cache(maxsize=512)
 def fitted(
-    factory: Any, cell: Cell, H: int, choice: Choice, transposed: bool, chip: Chip, constants: tuple
+    factory: Any, cell: Cell, H: int, choice: Choice, transposed: bool, chip: Chip, constants: tuple, heads: int = 1
 ) -> tuple[Launcher, Choice]:
     """Built with fewer weights in registers where a cell needs more of them than the plan thought.
 
     Raises DoesNotFit where the chip cannot run even one of the choice's groups, whatever the plan thought.
     """
-    shape = Shape(H, cell.gates, transposed, choice.blocks)
+    shape = Shape(H // heads, cell.gates, transposed, choice.blocks)
     built: dict[int, tuple[Launcher, Choice]] = {}  # by what it spills
     for tile in plan.relaxed(shape, choice.tile, choice.exchange, chip):
         options = {"H": H, "tile": tile, "blocks": choice.blocks, "exchange": choice.exchange, **dict(constants)}
-        options["newer"] = chip.capability >= (9, 0)
+        options |= {"newer": chip.capability >= (9, 0), **_of_heads(heads)}
         kernel = device.kernel(factory, cell.trace, **options)
         built.setdefault(kernel.kernel.spilled, (kernel, choice._replace(tile=tile)))
         if not kernel.kernel.spilled:
@@ -80,3 +83,8 @@ def fitted(
         what = f"blocks of a group wait for each other, but only {kernel.resident_blocks} run at once"
         raise DoesNotFit(f"{kernel.kernel.name}: {choice.blocks} {what}")
     return kernel, choice
+
+
+def _of_heads(heads: int) -> dict[str, int]:
+    """What a kernel for several heads is told; one for a single head has one name whether it is told or not."""
+    return {"heads": heads} if heads > 1 else {}

@@ -12,7 +12,7 @@ A graph of the T steps would save that as well, but each pass has other addresse
 from collections.abc import Callable
 
 from gpurnn import backend
-from gpurnn.cuda import device, sweeps, unitwise
+from gpurnn.cuda import device, heads, sweeps, unitwise
 from gpurnn.executors.contract import Backward, Job, States, Weights
 from gpurnn.executors.layout import Tape
 from gpurnn.kernels import step
@@ -38,7 +38,10 @@ def forward(job: Job) -> tuple[States, Tape | None]:
         pointers += [*again.pointers(t0), 0 if begun is None else begun.data.ptr]
         last = (0 if reverse else len(job.x) - 1) - t0
         launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step, last))
-        add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], job.precision)
+        if job.heads > 1:
+            add = heads.adding(sweep.weight_hh, H, h.strides[1], slots.strides[1], job.precision)
+        else:
+            add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], job.precision)
         before, states, r, step_of_slots = (
             h.data.ptr + reverse * h.strides[0] if begun is None else begun.data.ptr,
             h.strides[0] if begun is None else 0,
@@ -73,7 +76,9 @@ def backward(
     pointers.append(0 if drest is None else drest.data.ptr)
     launch = kernel.series(pointers, (N, H, *way.numbers, T * N * H))
     add: Callable = _nothing
-    if way.weight_hh is not None:
+    if job.heads > 1:
+        add = heads.adding_back(way.weight_hh, H, slots.strides[1], passed.strides[1], job.precision)
+    elif way.weight_hh is not None:
         add = device.adding(way.weight_hh, slots.strides[1], passed.strides[1], job.precision)
     dr, step_of_slots, dh, living_at, seen = pointers[0], slots.strides[0], pointers[4], job.rows.tolist(), 0
     for t in range(T) if job.reverse else reversed(range(T)):

@@ -17,6 +17,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.cuda.device import add_columns, product, rounded
+from gpurnn.cuda.heads import Blocks, add_products
 from gpurnn.cuda.moves import Moves
 from gpurnn.executors import layout
 from gpurnn.executors.contract import Backward, Job, States, Weights
@@ -216,10 +217,12 @@ def parameters(tape: Tape) -> tuple[Array, Array]:
 
 
 def ordered_weight_hh(cell: Cell, weights: Weights) -> Array | None:
-    """weight_hh (G*H, H), its gates in the order of the slots; None where the cell has none."""
+    """weight_hh (G*H, H/K), its gates in the order of the slots; None where the cell has none."""
     if weights.weight_hh is None:
         return None
-    return backend.xp.ascontiguousarray(ordered(weights.weight_hh, cell.trace.r_order, weights.weight_hh.shape[1]))
+    return backend.xp.ascontiguousarray(
+        ordered(weights.weight_hh, cell.trace.r_order, len(weights.weight_hh) // cell.gates)
+    )
 
 
 def with_unit_stride(dy: Array) -> Array:
@@ -243,8 +246,7 @@ def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
         piece = slice(t0, t0 + steps)
         gradients, inputs = (factor(array[piece]) for array in (slots, x))
         if grads.weight_hh is not None:
-            h = factor(before[piece])
-            _add_product(grads.weight_hh, trace.r_order, r_slots(tape, gradients), h, precision)
+            _add_weight_hh(grads.weight_hh, trace.r_order, r_slots(tape, gradients), factor(before[piece]), precision)
         _add_product(grads.weight_ih, trace.x_order, x_slots(tape, gradients), inputs, precision)
         product(x_slots(tape, gradients), weight_x, _flat(dx[piece]), precision)
     if grads.bias_ih is not None and grads.bias_hh is None:
@@ -263,6 +265,18 @@ def _add_product(target: Array, order: tuple[int, ...], gradients: Array, factor
     else:
         value = product(gradients.T, factor, backend.xp.empty(target.shape, target.dtype), precision)
         layout.add_ordered(target, value, order, target.shape[0] // len(order))
+
+
+def _add_weight_hh(target: Array, order: tuple[int, ...], gradients: Array, h: Array, precision: str) -> None:
+    """The same for weight_hh, of heads block by block: of each only the gradients and the units of its own head."""
+    h, H, width = _flat(h), h.shape[2], target.shape[1]
+    if width == H:
+        _add_product(target, order, gradients, h[None], precision)
+        return
+    for place, gate in enumerate(order):
+        first = gradients[:, place * H : place * H + width].T
+        blocks = Blocks(first, width), Blocks(h[:, :width], width), Blocks(target[gate * H :][:width], width * width)
+        add_products(*blocks, H // width, precision)
 
 
 def _factors(precision: str, kinds: tuple[str, ...]) -> Callable[[Array], Array]:

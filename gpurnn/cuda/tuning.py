@@ -31,7 +31,7 @@ _too_many: dict[tuple, int] = {}  # blocks of a group, from which on the chip tu
 
 
 class Question(NamedTuple):
-    """One direction of time, for one block to a group (`alone`) or several."""
+    """One direction of time, for one block to a group (`alone`) or several.  H: units of the layer, in `heads`."""
 
     cell: Cell
     H: int
@@ -39,6 +39,7 @@ class Question(NamedTuple):
     precision: str
     transposed: bool
     alone: bool
+    heads: int = 1
 
 
 def choice(question: Question, chip: Chip) -> Choice | None:
@@ -55,9 +56,9 @@ def choice(question: Question, chip: Chip) -> Choice | None:
 
 def choices(question: Question, chip: Chip) -> list[Choice]:
     """All that fits, the cheapest by the model first.  What was ruled out is not among it."""
-    cell, H, N, precision, transposed, alone = question
+    cell, H, N, precision, transposed, alone, heads = question
     pair = registers(cell, transposed)
-    every = plan.choices(H, cell.gates, transposed, N, precision, pair, chip, alone)
+    every = plan.choices(H // heads, cell.gates, transposed, N, precision, pair, chip, alone, heads)
     left = [choice for choice in every if choice.blocks < _too_many.get(_group(question, chip, choice), math.inf)]
     return sorted(left, key=lambda choice: (choice.cost.cycles, choice.blocks))
 
@@ -114,9 +115,9 @@ def _measured(question: Question, chip: Chip) -> list[tuple[Choice, float]]:
 
 def microseconds(question: Question, choice: Choice) -> float:
     """Of one step: the fastest of some runs of the kernel alone, on numbers that do not matter."""
-    cell, H, N, precision, transposed, _ = question
+    cell, H, N, precision, transposed, _, heads = question
     xp, T = backend.xp, max(1, min(MOST_STEPS, MOST_VALUES // max(1, N * H * cell.trace.slots)))
-    weight_ih, weight_hh = (xp.zeros((cell.gates * H, size), np.float32) for size in (1, H))
+    weight_ih, weight_hh = (xp.zeros((cell.gates * H, size), np.float32) for size in (1, H // heads))
     weights = Weights(weight_ih, weight_hh, None, None, tuple(xp.zeros(H, np.float32) for _ in cell.params))
     state = tuple(xp.zeros((N, H), np.float32) for _ in range(cell.states))
     x = xp.zeros((T, N, 1), np.float32)

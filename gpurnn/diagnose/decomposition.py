@@ -23,6 +23,7 @@ from gpurnn.diagnose.subject import (
     step_number,
     undisturbed,
 )
+from gpurnn.executors import heads
 from gpurnn.executors.numpy_loop import Tape
 from gpurnn.recurrent import Recurrent
 from gpurnn.types import Array
@@ -157,7 +158,7 @@ class _Terms:
         tape, end = self.tapes[at], "_" + self.suffixes[at]
         found = {"weight_ih": dgates_x.swapaxes(1, 2) @ tape.job.x[t]}
         if tape.job.weights.weight_hh is not None:
-            found["weight_hh"] = dgates_r.swapaxes(1, 2) @ before[0]
+            found["weight_hh"] = heads.gradient(dgates_r, before[0], tape.job.weights.weight_hh.shape[1])
         if tape.job.weights.bias_ih is not None:
             found["bias_ih"] = dgates_x.sum(1)
         if tape.job.weights.bias_hh is not None:

@@ -15,7 +15,7 @@ STEEPEST = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0}  # max |
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Of weight_hh, gate by gate, in the order of the cell.
+    """Of weight_hh, gate by gate, in the order of the cell; of heads, of the block-diagonal matrix that it stands for.
 
     eigenvalues (G, H) complex; radius (G,) the largest of their magnitudes; sigma_max (G,) the largest singular value.
     bound: max|f'| * sigma_max, which no step of a vanilla RNN can exceed: below 1 every gradient vanishes, above 1 it
@@ -31,7 +31,7 @@ class Spectrum:
 def recurrent_spectrum(model: Any, layer: str = "l0") -> Spectrum:
     """The spectrum of one layer's weight_hh.
 
-    Raises ValueError where the cell has none.  Costs G eigenvalue and singular value decompositions (H, H) on the host: seconds each where H is 1024.
+    Raises ValueError where the cell has none.  Costs G eigenvalue and singular value decompositions (H, H) on the host, or of K heads that many of (H/K, H/K): seconds each where H is 1024.
     """
     part = recurrent_part(model)
     level, direction = divmod(layer_index(part, layer), part.directions)
@@ -41,10 +41,10 @@ def recurrent_spectrum(model: Any, layer: str = "l0") -> Spectrum:
     weight = backend.to_numpy(weight_hh).astype(np.float64)
     if not np.isfinite(weight).all():
         raise FloatingPointError(f"weight_hh of {layer}: expected finite values, got some that are not")
-    gates = weight.reshape(part.cell.gates, part.hidden_size, part.hidden_size)
+    blocks = weight.reshape(part.cell.gates, part.heads, *(part.hidden_size // part.heads,) * 2)
     with one_blas_thread:
-        eigenvalues = np.linalg.eigvals(gates).astype(np.complex128)
-        sigma_max = np.linalg.svd(gates, compute_uv=False)[:, 0]
+        eigenvalues = np.linalg.eigvals(blocks).reshape(part.cell.gates, -1).astype(np.complex128)
+        sigma_max = np.linalg.svd(blocks, compute_uv=False)[..., 0].max(1)
     steepest = steepest_slope(part.cell)
     bound = None if steepest is None else steepest * float(sigma_max[0])
     return Spectrum(eigenvalues, abs(eigenvalues).max(axis=1), sigma_max, bound)

@@ -44,8 +44,9 @@ def choose(
     *,
     training: bool | None = None,
     clip: bool = False,
+    heads: int = 1,
 ) -> Executor:
-    """The executor for a cell of H units and a batch of N rows: the one that is forced, or the fastest that runs it.
+    """The executor for a cell of H units, in `heads`, and a batch of N rows: the one that is forced, or the fastest that runs it.
 
     On a CPU that is `compiled`.  On CUDA the cheapest by the model of `kernels.plan`: `resident` where weight_hh fits one
     SM, `persistent` where it fits a group of them, `step`, which runs everything.
@@ -58,7 +59,7 @@ def choose(
         raise ValueError(f"executor: {name} keeps weight_hh on chip, and {cell.name} has none; expected step or numpy")
     if name is not None:
         return executor(name)
-    return backend.ops.fastest(cell, H, N, dtype, precision, training, clip)
+    return backend.ops.fastest(cell, H, N, dtype, precision, training, clip, heads)
 
 
 @functools.cache

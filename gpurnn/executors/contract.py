@@ -5,13 +5,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpurnn.cells import Cell
+from gpurnn.executors.heads import heads_of
 from gpurnn.types import Array
 
 
 class Weights(NamedTuple):
     """The parameters of one layer in one direction, or their gradients.
 
-    weight_ih (G*H, I), weight_hh (G*H, H), bias_ih and bias_hh (G*H,) or None, params: per-unit (H,), one per cell.params.
+    weight_ih (G*H, I), weight_hh (G*H, H/K) with K heads (`heads`), bias_ih and bias_hh (G*H,) or None, params: per-unit
+    (H,), one per cell.params.
     A cell without r has neither weight_hh nor bias_hh.
     """
 
@@ -56,6 +58,10 @@ class Job(NamedTuple):
     precision: str = "float32"
     resets: Resets | None = None
     all_states: bool = False
+
+    @property
+    def heads(self) -> int:
+        return heads_of(self.weights.weight_hh, len(self.weights.weight_ih) // self.cell.gates)
 
 
 class Backward(NamedTuple):

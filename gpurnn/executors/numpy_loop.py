@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gpurnn import backend
+from gpurnn.executors import heads
 from gpurnn.executors.contract import Backward, Job, States, Weights
 from gpurnn.types import Array
 
@@ -43,7 +44,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
             before = tuple(xp.where(again, *pair) for pair in zip(job.resets.state, before, strict=True))
         split_r: tuple = (0.0,) * cell.gates  # for a cell that does not read it
         if weights.weight_hh is not None:
-            gates_r = before[0] @ weights.weight_hh.T
+            gates_r = heads.product(before[0], weights.weight_hh)
             if weights.bias_hh is not None:
                 gates_r = gates_r + weights.bias_hh
             split_r = tuple(gates_r[:, g * H : (g + 1) * H] for g in range(cell.gates))
@@ -99,7 +100,7 @@ def backward(
                 total[:m] += xp.where(again, part[:m], nothing)
                 part[:m] = xp.where(again, nothing, part[:m])
         if dweight_hh is not None:
-            dweight_hh += dgates_r.T @ before[0]
+            dweight_hh += heads.gradient(dgates_r, before[0], dweight_hh.shape[1])
             dbias_hh += dgates_r.sum(0, dtype="float64")
         for (_, total), value in zip(dparams_totals, dparams, strict=True):
             total += value.sum(0, dtype="float64")
@@ -139,5 +140,5 @@ def step_backward(
 
     first = full(direct[0])
     if weight_hh is not None:
-        first = first + (dgates_r.reshape(-1, cell.gates * H) @ weight_hh).reshape(shape)
+        first = first + heads.product_back(dgates_r, weight_hh, H)
     return dgates_x, dgates_r, (first, *map(full, direct[1:])), tuple(map(full, dparams))

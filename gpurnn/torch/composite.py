@@ -70,7 +70,7 @@ def _one(
         before = [part[:living] for part in state]
         x_of, r_of = gates_x[t, :living].chunk(gates, -1), ()
         if given.weight_hh is not None:
-            r_of = linear(before[0], given.weight_hh, given.bias_hh).chunk(gates, -1)
+            r_of = _recurrent(before[0], given.weight_hh, given.bias_hh).chunk(gates, -1)
         after = _step(stack.cell, x_of, r_of, before, given.params)
         outputs[t] = after[0]
         if living < N:
@@ -78,6 +78,16 @@ def _one(
             after = [torch.cat([new, old[living:]]) for new, old in zip(after, state, strict=True)]
         state = after
     return torch.stack(outputs), state
+
+
+def _recurrent(h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
+    """h (rows, H) -> r (rows, G*H), in heads each unit by its own head's units: see `gpurnn.executors.heads`."""
+    (rows, H), width = h.shape, weight_hh.shape[1]
+    if width == H:
+        return linear(h, weight_hh, bias_hh)
+    blocks = weight_hh.reshape(-1, H // width, width, width)
+    r = torch.einsum("nkj,gkij->ngki", h.reshape(rows, H // width, width), blocks).reshape(rows, len(weight_hh))
+    return r if bias_hh is None else r + bias_hh
 
 
 def _step(cell: Cell, x: Sequence, r: Sequence, state: Sequence, params: Sequence) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gpurnn.cells import CELLS, Cell
+from gpurnn.executors.heads import checked_heads
 from gpurnn.torch.modules import OnEngine
 from gpurnn.torch.ops import name_of
 from gpurnn.torch.stack import parameters_of
@@ -17,6 +18,7 @@ class Recurrent(OnEngine):
     """Layers of any cell, with the call forms, names and options of torch.nn.LSTM: y, state = module(x, state).
 
     cell     a `gpurnn.Cell`, or the name of one that ships.  The state is one tensor (L*D, N, H), or a tuple of S where the cell has several.
+    heads    K, as for `gpurnn.Recurrent`: weight_hh is (G*H, H/K), each unit's weights from the units of its own head.
     fallback, executor   see `OnEngine`.
 
     Weights and biases begin uniform in +-1/sqrt(H), as torch.nn's; a cell's own parameters, (H,) each, where the cell says,
@@ -35,6 +37,7 @@ class Recurrent(OnEngine):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        heads: int = 1,
         device: Any = None,
         dtype: Any = None,
     ):
@@ -46,7 +49,7 @@ class Recurrent(OnEngine):
         super().__init__(
             "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
         )
-        self.cell, self.mode = cell, cell.name
+        self.cell, self.mode, self.heads = cell, cell.name, checked_heads(heads, hidden_size, cell)
         name_of(cell)  # so that graphs know it
         self._all_weights = [self._made(names, bias, device, dtype) for names in self._all_weights]
         self._flat_weights_names = [name for names in self._all_weights for name in names]
@@ -57,6 +60,7 @@ class Recurrent(OnEngine):
         """The names of one layer in one direction, whose parameters stand in place of RNNBase's, which are of one gate."""
         suffix, (G, H) = names[0].removeprefix("weight_ih"), (self.cell.gates, self.hidden_size)
         shapes = {name: (G * H, *getattr(self, name).shape[1:]) for name in names}
+        shapes["weight_hh" + suffix] = (G * H, H // self.heads)
         for name in names:
             delattr(self, name)
         own = [kind + suffix for kind in parameters_of(self.cell, bias)]
@@ -81,7 +85,8 @@ class Recurrent(OnEngine):
         """Nothing to do: cuDNN, which wants them in one piece, does not know the cell."""
 
     def extra_repr(self) -> str:
-        return f"{self.cell.name}, {super().extra_repr()}"
+        heads = f", heads={self.heads}" if self.heads > 1 else ""
+        return f"{self.cell.name}, {super().extra_repr()}{heads}"
 
     def _elsewhere(self, input: Tensor | PackedSequence, hx: Any, reason: str | None) -> tuple[Any, Any]:
         call = self._call(input, hx)

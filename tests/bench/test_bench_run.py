@@ -175,7 +175,7 @@ def test_the_cuda_table_refuses_what_ours_cannot_run(on_a_gpu):
     for cell, dtype in itertools.product(cases.GATES, ("float32", "tf32", "float16", "bfloat16")):
         assert refusals(cell=cell, dtype=dtype, lengths="uniform") == fits
     assert refusals(group="train") == [None, None]
-    assert refusals(heads=2)[:2] == ["it has no block-diagonal weight_hh"] * 2
+    assert refusals(heads=2) == fits
     large = refusals(H=512, dtype="bfloat16")
     assert large[:2] == ["weight_hh of lstm with 512 units does not fit one SM in bfloat16", None]
     assert refusals(cell="rnn", H=1024)[0] == "weight_hh of rnn with 1024 units does not fit one SM in float32"
@@ -218,6 +218,26 @@ def test_ours_on_cuda_gives_the_reference(on_a_gpu, name, dtype, monkeypatch):
     assert workload.time(2) > 0
     workload.close()
     assert not vars(workload) and freed == [name], "the next implementation may want the memory"
+
+
+HEADS = Case("flashrnn", "lstm", 4, 3, 2, 6, heads=3)
+
+
+def test_ours_on_cuda_runs_heads(on_a_gpu):
+    made = problem.make(HEADS)
+    workload = _ours_on_cuda()["gpurnn-step"].build(made, "training", "layer")
+    assert workload.layer.heads == 3
+    assert check.Expected(made).error(workload.results(), check.REQUIRED["layer"]) < 1e-5
+
+
+@pytest.mark.skipif(backend.name == "cuda", reason="the CPU's executors")
+@pytest.mark.parametrize("name", ["gpurnn-compiled", "gpurnn-numpy"])
+def test_ours_on_a_cpu_runs_heads(name):
+    (ours,) = (each for each in peers.implementations("cpu") if each.name == name)
+    made = problem.make(HEADS)
+    assert ours.refuses(HEADS, "training", "layer") is None
+    workload = ours.build(made, "training", "layer")
+    assert check.Expected(made).error(workload.results(), check.REQUIRED["layer"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gpurnn-resident", pytest.param("gpurnn-step", marks=pytest.mark.slow)])

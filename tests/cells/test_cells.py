@@ -65,6 +65,7 @@ def test_values_that_are_known_by_another_name_are_not_kept_twice(any_cell):
         "lru": 2,
         "paragru": 3,
         "paralstm": 3,
+        "slstm": 8,
     }  # of the hoarder a, x, r and a*a of nine saved values
     expected = kept.get(any_cell.name, 0)
     assert len(any_cell.trace.kept) == expected, (

@@ -47,7 +47,7 @@ def unwritten_memory_shows(monkeypatch):
     monkeypatch.setattr(memory, "empty", empty)
 
 
-def problem(cell, T, N, I, H, *, bias=True, seed=0, dtype="float64"):
+def problem(cell, T, N, I, H, *, bias=True, seed=0, dtype="float64", heads=1):
     """Inputs, parameters and gradients at the outputs; the same numbers for both dtypes."""
     rng = np.random.default_rng(seed)
     G = cell.gates
@@ -57,7 +57,7 @@ def problem(cell, T, N, I, H, *, bias=True, seed=0, dtype="float64"):
 
     weights = Weights(
         draw(G * H, I, scale=I**-0.5),
-        draw(G * H, H, scale=0.7 * H**-0.5),
+        draw(G * H, H // heads, scale=0.7 * (H // heads) ** -0.5),
         draw(G * H, scale=0.3) if bias else None,
         draw(G * H, scale=0.3) if bias else None,
         tuple(draw(H, scale=0.5) for _ in cell.params),
@@ -117,12 +117,13 @@ def assert_agree(got, expected, tolerance):
             assert error <= tolerance, f"{name}: off by {error:.1e} of its largest entry"
 
 
-def compare(cell, shape, dtype="float64", *, bias=True, seed=0, **options):
+def compare(cell, shape, dtype="float64", *, bias=True, seed=0, heads=1, **options):
     """The compiled executor in `dtype`, with weights packed and as they lie, against the oracle in float64."""
-    expected = results(problem(cell, *shape, bias=bias, seed=seed), "numpy", **options)
+    expected = results(problem(cell, *shape, bias=bias, seed=seed, heads=heads), "numpy", **options)
     for never_worth_it in (0, 10**9):
         with mock.patch.multiple(costs, PACKING_ROWS=never_worth_it, COPYING_ROWS=never_worth_it):
-            got = results(problem(cell, *shape, bias=bias, seed=seed, dtype=dtype), "compiled", **options)
+            p = problem(cell, *shape, bias=bias, seed=seed, dtype=dtype, heads=heads)
+            got = results(p, "compiled", **options)
         assert all(value.dtype == dtype for name, value in got.items() if not name.startswith("flow"))
         assert_agree(got, expected, TOLERANCES[dtype])
 

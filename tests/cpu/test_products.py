@@ -29,10 +29,10 @@ def test_weight_gradients_in_blocks_of_rows_and_columns(rows, dtype):
     slots, h, x = (rng.standard_normal((rows, n)).astype(dtype) for n in (5 * H, H, I))
     sums, weight_hh, weight_ih = np.ones(4 * H), np.ones((3 * H, H), dtype), np.ones((3 * H, I), dtype)
     for first, last in ((0, 17), (17, 433), (433, 4 * H)):
-        work = np.full(reduction_size(rows, H, I, np.dtype(dtype)), np.nan, dtype)
+        work = np.full(reduction_size(rows, H, H, I, np.dtype(dtype)), np.nan, dtype)
         places = map(address, (slots, orders, h, x, sums, weight_ih, weight_hh))
         by = combine(np.dtype(dtype)).address if few_are_summed(rows) else 0
-        crew.run(reduction(np.dtype(dtype)), (rows, H, I, 5, 3, 1, by, *places), [(first, last, address(work))])
+        crew.run(reduction(np.dtype(dtype)), (rows, H, H, I, 5, 3, 1, by, *places), [(first, last, address(work))])
     limit = 1e-5 if dtype == "float32" else 1e-13
     wide = slots.astype("float64").reshape(rows, 5, H)
     for found, b, gates, order in ((weight_hh, h, wide[:, :3], orders[0]), (weight_ih, x, wide[:, 1:4], orders[1])):

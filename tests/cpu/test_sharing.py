@@ -74,7 +74,7 @@ def test_a_sum_is_shared_without_gaps(monkeypatch, cell):
         monkeypatch.setenv("GPURNN_NUM_THREADS", str(count))
         for I in (1, 500):
             alone = sharing.Plan([None])
-            cuts = sharing.plan_reduction(cell, 50, I, 40, alone)
+            cuts = sharing.plan_reduction(cell, 50, I, 40, 40, alone)
             assert points(cuts) == list(range((cell.trace.x_start + cell.gates) * 40))
             assert len(cuts) == count
 

@@ -4,10 +4,22 @@ file: without .py.  tests: "optim::schedules" is test_schedules in tests/*/test_
 A mutant is a slip that somebody could make.  One that no input tells from the original is none: it is replaced.
 """
 
-from tests.cpu_mutants import benchmarks, commands, executors, files, laboratory, layers, optimisers, resets, training
+from tests.cpu_mutants import (
+    benchmarks,
+    commands,
+    executors,
+    files,
+    heads,
+    laboratory,
+    layers,
+    optimisers,
+    resets,
+    training,
+)
 
 ROOMS = {
     "executors": executors.MUTANTS,
+    "heads": heads.MUTANTS,
     "layers": layers.MUTANTS,
     "optimisers": optimisers.MUTANTS,
     "resets": resets.MUTANTS,

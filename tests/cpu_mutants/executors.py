@@ -52,7 +52,7 @@ MUTANTS = {
         "            for s in range(states):\n                row(n, dstate",
         "            for s in range(1):\n                row(n, dstate", CLIP, LSTM),
     "formula: dy counts in every state's flow": (ROWS, "direct = 0 if s else dy", "direct = dy", FLOW),
-    "unitwise: dx before all units are there": (LOOPS, "if not weight_hh and units < H:", "if not weight_hh and units > H:",
+    "unitwise: dx before all units are there": (LOOPS, "if not meets and units < H:", "if not meets and units > H:",
         "unitwise::threads_share_rows_or_units"),
     "unitwise: W_hh that is not there is packed": (LOOPS, "gates - split if weight_hh else 0", "gates - split",
         "unitwise::executors_agree"),

@@ -103,7 +103,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why(function, why):
         with pytest.warns(RuntimeWarning, match=f"the step runs kernel by kernel: .*({why})"):
             step(x)
         assert step(x).get().tolist() == function(x).get().tolist()
-        assert step.reason and not backend.thread.capturing and backend.thread.gemm is None
+        assert step.reason and not backend.thread.capturing and backend.thread.cublas is None
 
 
 def test_states_of_many_layers_and_parameters_of_many_gates():

@@ -63,7 +63,7 @@ def test_while_one_thread_records_another_is_not_recording():
     seen = []
 
     def look():
-        seen.append((backend.thread.capturing, backend.thread.gemm, backend.thread.stream))
+        seen.append((backend.thread.capturing, backend.thread.cublas, backend.thread.stream))
 
     def step(x):
         thread = threading.Thread(target=look)
@@ -78,7 +78,7 @@ def test_while_one_thread_records_another_is_not_recording():
             step(put([1.0]))
     others, own = seen[::2], seen[1::2]
     assert set(others) == {(False, None, None)} and [capturing for capturing, *_ in own] == [False, False, True]
-    assert all(gemm is not None and stream == 0 for _, gemm, stream in own)
+    assert all(cublas is not None and stream == 0 for _, cublas, stream in own)
 
 
 def test_what_a_thread_records_gets_no_work_of_another():

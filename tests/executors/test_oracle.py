@@ -71,7 +71,8 @@ def _cases():
 
 
 def test_every_cell_with_a_matrix_has_vectors():
-    assert {case.split("-")[0] for case in _cases()} == {name for name, cell in CELLS.items() if cell.recurrent}
+    known = {name for name, cell in CELLS.items() if cell.recurrent} - {"slstm"}  # which torch does not have
+    assert {case.split("-")[0] for case in _cases()} == known
     assert len(_cases()) == 4 * 3 + 2 * 2
     assert VECTORS.stat().st_size < 300_000
 

@@ -53,6 +53,35 @@ def gemmEx(
     _gemm_ex(transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType)
 
 
+def gemmStridedBatchedEx(
+    handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int, strideA: int,
+    B: int, Btype: int, ldb: int, strideB: int, beta: int, C: int, Ctype: int, ldc: int, strideC: int, batchCount: int,
+    computeType: int, algo: int,
+) -> None:  # fmt: skip
+    """The same of `batchCount` matrices each, so many values apart."""
+    if capturing() is not None:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    _strided(
+        transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC,
+        batchCount, computeType,
+    )  # fmt: skip
+
+
+def _strided(
+    transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int, strideA: int, B: int,
+    Btype: int, ldb: int, strideB: int, beta: int, C: int, Ctype: int, ldc: int, strideC: int, count: int, compute: int,
+) -> None:  # fmt: skip
+    """One product after the other: on a GPU they run at once, so that no two may write to one place."""
+    if min(strideA, strideB, strideC) < 0 or (count > 1 and strideC < m):
+        raise CUBLASError(f"matrices of C that are {strideC} values apart overlap")
+    for each in range(count):
+        a, b, c = (
+            address + each * stride * _MEMORY[kind].itemsize
+            for address, kind, stride in ((A, Atype, strideA), (B, Btype, strideB), (C, Ctype, strideC))
+        )
+        _gemm_ex(transa, transb, m, n, k, alpha, a, Atype, lda, b, Btype, ldb, beta, c, Ctype, ldc, compute)
+
+
 def _gemm_ex(
     transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int, B: int, Btype: int,
     ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int,
@@ -109,6 +138,12 @@ class Library:
         if self._set != {"stream", "workspace"}:
             return 1
         _gemm_ex(*arguments[:-1])
+        return 0
+
+    def cublasGemmStridedBatchedEx(self, handle: Any, *arguments: int) -> int:
+        if self._set != {"stream", "workspace"}:
+            return 1
+        _strided(*arguments[:-1])
         return 0
 
 

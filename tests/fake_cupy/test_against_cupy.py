@@ -117,7 +117,7 @@ def test_numbers(path):
     assert callable(ours) or ours == real(path)
 
 
-@pytest.mark.parametrize("name", ["gemmEx", "sgemm", "dgemm", "setPointerMode", "setMathMode"])
+@pytest.mark.parametrize("name", ["gemmEx", "gemmStridedBatchedEx", "sgemm", "dgemm", "setPointerMode", "setMathMode"])
 def test_cublas(name):
     """Its module needs cuBLAS itself; where that is missing the form stands in the file."""
     assert not forms.differences(

@@ -66,7 +66,8 @@ ENTRIES = [
     "meet",
     "pack_gates",
 ]
-ENTRIES += ["pack_rows", "pause", "project", "reduce", "transpose", "turn"]
+ENTRIES += ["pack_heads", "pack_heads_back", "pack_rows", "pause", "project", "recur", "recur_back", "reduce"]
+ENTRIES += ["transpose", "turn"]
 COMPILED, LOADED = str(sorted(set(ENTRIES))), "[]"
 
 

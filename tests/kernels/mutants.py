@@ -75,6 +75,7 @@ class Case(NamedTuple):
     cell: Cell = CELL
     H: int = 35
     running: int = 132
+    heads: int = 1
     seed: int | None = None
     resets: bool = False
 
@@ -106,8 +107,8 @@ def problem(case) -> Problem:
     padding = np.arange(T)[:, None] >= np.array(case.lengths)
     x, dy = draw(T, N, I), draw(T, N, H + 3)
     x[padding], dy[padding] = 0, np.nan
-    scale = np.float32(H**-0.5)
-    weights = Weights(draw(G * H, I), draw(G * H, H) * scale, draw(G * H), draw(G * H), tuple(draw(P, H)))
+    scale = np.float32((H // case.heads) ** -0.5)
+    weights = Weights(draw(G * H, I), draw(G * H, H // case.heads) * scale, draw(G * H), draw(G * H), tuple(draw(P, H)))
     if not case.cell.recurrent:
         weights = weights._replace(weight_hh=None, bias_hh=None)
     state, dstate, fresh, often = (
@@ -156,7 +157,7 @@ def run(case, seed=None):
         patch.setattr("tests.interpreted.RUNNING", case.running)
         slots = case.cell.trace.slots * len(case.lengths) * case.H
         patch.setattr(sweeps, "INFERENCE_BYTES", 2 * 4 * slots)
-        patch.setattr(on_chip.OnChip, "choice", lambda *given: _choice(case, transposed=given[-1]))
+        patch.setattr(on_chip.OnChip, "choice", lambda *given: _choice(case, transposed=given[5]))
         passes.fitted.cache_clear()  # it remembers launchers, which know how many blocks run at once
         return training_step(on_chip.PERSISTENT if case.tiles else step, case, case.precision, fake_cupy.asarray)
 

@@ -142,21 +142,24 @@ def chip_of(capability):
     return plan.Chip(0, capability, MULTIPROCESSORS[capability], SHARED[capability])
 
 
-def planned(name, H, N, precision, alone, kind, capability):
+def planned(name, H, N, precision, alone, kind, capability, heads=1):
     """(shape, choice) forward and backward, as the executor would choose them; None where a direction does not fit."""
     cell, chip, found = CELLS[name], chip_of(capability), []
     for transposed in (False, True):
-        choices = plan.choices(H, cell.gates, transposed, N, precision, registers(cell, transposed), chip, alone)
+        pair = registers(cell, transposed)
+        choices = plan.choices(H // heads, cell.gates, transposed, N, precision, pair, chip, alone, heads)
         choice = min((c for c in choices if kind in (None, c.exchange)), key=lambda c: c.cost.cycles, default=None)
-        found.append(choice and (Shape(H, cell.gates, transposed, choice.blocks), choice))
+        found.append(choice and (Shape(H // heads, cell.gates, transposed, choice.blocks), choice))
     return found
 
 
-def on_chip_recipes(name, H, N, precision, alone, kind, capability, **more):
+def on_chip_recipes(name, H, N, precision, alone, kind, capability, heads=1, **more):
     """(recipe, tile, shape) forward and backward; less where a direction does not fit.  more: constants of both."""
     cell, chip, recipes = CELLS[name], chip_of(capability), []
     ways = ((persistent.forward, {"training": True}), (persistent.backward, {"clip": True}))
-    for found, (factory, constants) in zip(planned(name, H, N, precision, alone, kind, capability), ways, strict=True):
+    both = planned(name, H, N, precision, alone, kind, capability, heads)
+    for found, (factory, constants) in zip(both, ways, strict=True):
+        constants |= {"heads": heads} if heads > 1 else {}
         if found is not None:
             shape, choice = found
             recipes.append((*shipped(factory, cell, choice, shape, constants | more, chip), shape))
@@ -165,7 +168,12 @@ def on_chip_recipes(name, H, N, precision, alone, kind, capability, **more):
 
 def shipped(factory, cell, choice, shape, constants, chip):
     """The executor's choice: the first tile that spills nothing."""
-    options = {"H": shape.H, "blocks": choice.blocks, "exchange": choice.exchange, **constants}
+    options = {
+        "H": shape.H * constants.get("heads", 1),
+        "blocks": choice.blocks,
+        "exchange": choice.exchange,
+        **constants,
+    }
     options["newer"] = chip.capability >= (9, 0)
     for tries, tile in enumerate(plan.relaxed(shape, choice.tile, choice.exchange, chip)):
         recipe = build.recipe(factory, cell.trace, tile=tile, **options)
@@ -209,8 +217,8 @@ def test_on_chip_with_resets(case, alone, tmp_path):
         assert "ld.global.u8" in text
 
 
-def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None):
-    recipes = on_chip_recipes(name, H, N, precision, alone, kind, capability)
+def check_on_chip(name, H, N, precision, alone, capability, tmp_path, kind=None, heads=1):
+    recipes = on_chip_recipes(name, H, N, precision, alone, kind, capability, heads)
     for recipe, tile, shape in recipes:
         codes, text = check(recipe, capability, tmp_path)
         if isinstance(tile, Ffma):
@@ -315,6 +323,19 @@ def test_persistent(capability, cell, H, N, precision, tmp_path):
     assert check_on_chip(cell, H, N, precision, False, capability, tmp_path) == 2
 
 
+@pytest.mark.parametrize(
+    ("cell", "H", "heads", "precision", "alone"),
+    [
+        ("lstm", 768, 12, "bfloat16", True),
+        ("slstm", 768, 4, "bfloat16", False),
+        pytest.param("gru", 1024, 4, "float32", False, marks=pytest.mark.slow),
+        pytest.param("slstm", 256, 4, "float32", True, marks=pytest.mark.slow),
+    ],
+)
+def test_heads(cell, H, heads, precision, alone, tmp_path):
+    assert check_on_chip(cell, H, 16, precision, alone, (9, 0), tmp_path, heads=heads) == 2
+
+
 @pytest.mark.parametrize(("case", "alone"), [(NO_ROOM[0], True), (NO_ROOM[1], False)], ids=str)
 def test_no_room_on_the_older_chip(case, alone):
     assert planned(*case, alone, None, (8, 0)) == [None, None]
@@ -367,7 +388,8 @@ def test_long_list(cell, H, N, precision, capability, tmp_path):
 def test_pack_kernels(tmp_path):
     for precision in ("float32", "tf32", "bfloat16", "float16"):
         for shape, choice in planned("lstm", 100, 16, precision, False, None, (9, 0)):
-            check(build.recipe(packing.pack, shape=shape, tile=choice.tile), (9, 0), tmp_path)
+            for heads in ({}, {"heads": 3}):
+                check(build.recipe(packing.pack, shape=shape, tile=choice.tile, **heads), (9, 0), tmp_path)
 
 
 def test_lint_notices_spills_and_an_empty_disassembly(tmp_path):
