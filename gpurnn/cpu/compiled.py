@@ -58,7 +58,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _recurrent(cell, weights), _behind(rest), again.begin, again.runs, *again[3:6],
+            _recurrent(cell, weights), _behind(rest) if again.some else 0, again.begin, again.runs, *again[3:6],
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows))
@@ -110,7 +110,7 @@ def backward(
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, _behind(tape.rest), *again[1:6],
+            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above, _behind(tape.rest) if again.some else 0, *again[1:6],
             0 if options.dfresh is None else address(options.dfresh),
         ),
         [
