@@ -58,7 +58,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
         (
             T, N, I, H, head, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, plan.meets, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _recurrent(cell, weights), _behind(rest), again.begin, again.runs, *again[3:6],
+            _recurrent(cell, weights), _behind(rest) if again.some else 0, again.begin, again.runs, *again[3:6],
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows))
@@ -112,7 +112,8 @@ def backward(
             T, N, I, H, head, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, plan.meets,
             _chunk(T, N), backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at,
             *tape.rest.strides[:2], *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above,
-            _behind(tape.rest), *again[1:6], 0 if options.dfresh is None else address(options.dfresh),
+            _behind(tape.rest) if again.some else 0, *again[1:6],
+            0 if options.dfresh is None else address(options.dfresh),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
