@@ -17,9 +17,9 @@ from gpurnn.cuda.faults import synchronize
 from gpurnn.environment import set_num_threads
 from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
-from gpurnn.model import SequenceModel
+from gpurnn.model import Model, SequenceModel
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop, schedules
-from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm
+from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm, zero_grad
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 
 if _TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = [
     "GradientError",
     "GradientWarning",
     "Linear",
+    "Model",
     "Monitor",
     "RMSprop",
     "Recurrent",
@@ -69,6 +70,7 @@ __all__ = [
     "synchronize",
     "tanh",
     "where",
+    "zero_grad",
 ]
 
 # Imported when asked for: rooms, and names in them.

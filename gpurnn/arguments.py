@@ -133,10 +133,10 @@ def returned(name: str, value: Any, parts: str) -> tuple:
     return tuple(value)
 
 
-def trained(model: Any) -> Any:
+def trained(model: Any, name: str = "model") -> Any:
     """`model` if it has parameters and gradients, as a layer has; TypeError otherwise."""
     if not (hasattr(model, "params") and hasattr(model, "grads")) or isinstance(model, type):
-        raise TypeError(f"model: expected a layer or a model with params and grads, got {type(model).__name__}")
+        raise TypeError(f"{name}: expected a layer or a model with params and grads, got {type(model).__name__}")
     return model
 
 

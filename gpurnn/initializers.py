@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn.arguments import at_least_0, function, number, whole
-from gpurnn.parameters import check_memory
+from gpurnn.buffers import check_memory
 
 Initializer = Callable[[np.random.Generator, int, int], np.ndarray]
 

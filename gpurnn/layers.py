@@ -16,8 +16,9 @@ from gpurnn.arguments import Turn, checked, generator, probability, supported, s
 from gpurnn.cuda import faults
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import glorot_uniform, normal
-from gpurnn.parameters import Parameters, load
+from gpurnn.parameters import Parameters
 from gpurnn.types import Array, LayerBackward
+from gpurnn.values import load
 
 
 class Layer:
@@ -36,6 +37,32 @@ class Layer:
         """The parameters by name, as NumPy arrays of their own.  Raises what `gpurnn.synchronize` raises."""
         faults.check()
         return {name: backend.to_numpy(value).copy() for name, value in self.params.items()}
+
+    @property
+    def num_params(self) -> int:
+        """How many values are learnt or frozen, tied ones counted once."""
+        return self.params.count
+
+    def freeze(self, *patterns: str) -> None:
+        """Optimisers leave what matches as it is: no update, no weight decay, moments and their clock stand still.
+
+        patterns: names, "head.bias", with wildcards, "*bias*", or of a part, "embedding"; without one, everything.  Its
+        gradient counts as 0 in norms and clipping.  Raises ValueError for a pattern that matches nothing.
+        """
+        self.params.freeze(*patterns)
+
+    def unfreeze(self, *patterns: str) -> None:
+        """What matches learns again, as `freeze` has it; without a pattern, everything."""
+        self.params.unfreeze(*patterns)
+
+    def tie(self, name: str, to: str) -> None:
+        """Makes the parameter `name` another name of `to`: one matrix, whose gradient is the sum.
+
+        `model.tie("head.weight", "embedding.weight")` (Press and Wolf 2017).  Before an optimiser is made.  Raises KeyError
+        for no such name, ValueError where shapes differ or both are one already.
+        """
+        self.params.tie(name, to)
+        self.grads.tie(name, to)
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes parameters by name, from NumPy, CuPy or PyTorch.  Nothing is written unless all of it fits.

@@ -1,17 +1,79 @@
-"""SequenceModel: an embedding, a recurrent layer and a head as one model, whose parameters are one buffer."""
+"""Parts as one model, whose parameters are one buffer: Model of any parts, SequenceModel of an embedding, a recurrent layer
+and a head."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 from gpurnn import backend
-from gpurnn.arguments import Turn, checked, switch, uncopied
+from gpurnn.arguments import Turn, checked, switch, trained, uncopied
 from gpurnn.layers import Dropout, Embedding, Layer, Linear
-from gpurnn.parameters import Parameters
+from gpurnn.parameters import Parameters, side_by_side
 from gpurnn.sequence import prepare_lengths
 from gpurnn.types import Array, RecurrentBackward
 
 
-class SequenceModel(Layer):
+class Model(Layer):
+    """Any parts as one: `Model(lstm=lstm, head=head)`, or `Model([lstm, head])`, whose parts are called 0 and 1.
+
+    Names are prefixed, `lstm.weight_ih_l0`, and a part is an attribute, `model.lstm`.  The parts become views of the model's
+    buffers and can be used as before; one optimiser step, norm or `zero_grad` of the model is one operation on a buffer.
+    How they are called one after another is a subclass's to say:
+
+        class Tagger(gpurnn.Model):
+            def __init__(self):
+                super().__init__(lstm=gpurnn.LSTM(16, 32), head=gpurnn.Linear(32, 5))
+
+            def __call__(self, x):
+                y, _, lstm_backward = self.lstm(x)
+                out, head_backward = self.head(y)
+                return out, lambda dout: lstm_backward(head_backward(dout))
+
+    A part is a layer, a model, or an object of your own with `params` and `grads`.  Parts may make up several models, as
+    long as they lie side by side in the first one's buffer.  Raises TypeError for what is no part, ValueError for parts that
+    cannot be joined (see `Parameters.join`).
+    """
+
+    def __init__(self, parts: Any = None, /, **named: Any):
+        self.parts = {**_named(parts), **named}
+        for name, part in self.parts.items():
+            trained(part, name)
+            if name.isidentifier():
+                if hasattr(type(self), name) or name in ("parts", "params", "grads", "dtype"):
+                    raise ValueError(f"expected parts of other names, {name!r} is a model's own")
+                setattr(self, name, part)
+        self.params = Parameters.join({name: part.params for name, part in self.parts.items()})
+        self.grads = Parameters.join({name: part.grads for name, part in self.parts.items()})
+        self.dtype = self.params.dtype
+
+
+def _named(parts: Any) -> dict[str, Any]:
+    if isinstance(parts, Mapping):
+        return dict(parts)
+    if not isinstance(parts, Sequence | None) or isinstance(parts, str):
+        raise TypeError(f"parts: expected a list of layers or layers by name, got {type(parts).__name__}")
+    return {str(k): part for k, part in enumerate(parts or ())}
+
+
+def together(model: Any) -> Any:
+    """`model`, or a Model of its parts where it is a list or mapping of such; TypeError for what cannot be trained."""
+    return Model(model) if isinstance(model, Sequence | Mapping) else trained(model)
+
+
+def pieces(model: Any) -> list[Any]:
+    """`model` alone; of a list or mapping its parts, as one model where they lie side by side in one buffer already.
+
+    Nothing is moved.  Raises TypeError for what cannot be trained, ValueError for parts that overlap.
+    """
+    if not isinstance(model, Sequence | Mapping):
+        return [trained(model)]
+    parts = _named(model)
+    if not parts:
+        raise ValueError("model: expected some parts, got none")
+    joined = side_by_side({name: trained(part, name).params for name, part in parts.items()})
+    return [Model(parts)] if joined else list(parts.values())
+
+
+class SequenceModel(Model):
     """embedding (or None) -> recurrent -> dropout (or None) -> head (or None), with all parameters in one buffer.
 
     Names are prefixed: `embedding.weight`, `recurrent.weight_ih_l0`, `head.bias`.  The parts become views of the model's
@@ -23,9 +85,7 @@ class SequenceModel(Layer):
         named = {"embedding": embedding, "recurrent": recurrent, "head": head}
         parts = {name: part for name, part in named.items() if part is not None}
         self._check_parts(parts)
-        self.params = Parameters.join({name: part.params for name, part in parts.items()})
-        self.grads = Parameters.join({name: part.grads for name, part in parts.items()})
-        self.dtype = self.params.dtype
+        super().__init__(parts)
 
     @overload
     def __call__(

@@ -40,6 +40,12 @@ def test_truncated_bptt():
     assert 0 < float(names["loss"]) < 4
 
 
+def test_parts_groups_frozen_and_tied(capsys):
+    names = run("words.tie(")
+    assert capsys.readouterr().out.strip() == "6928 head.bias"
+    assert names["words"].num_params == 32000 + 1000 + names["words"].recurrent.num_params
+
+
 def test_own_cell():
     names = run("minimal_gated_unit")
     assert max(names["gpurnn"].check_gradients(names["cell"]).values()) < 1e-6

@@ -34,8 +34,8 @@ from gpurnn.diagnose.non_finite import raise_where_it_began
 from gpurnn.diagnose.subject import layer_names
 from gpurnn.losses import softmax_cross_entropy
 from gpurnn.optim import clipping, schedules
-from gpurnn.parameters import all_finite
 from gpurnn.types import Array
+from gpurnn.values import all_finite
 
 VALIDATION_SYMBOLS = 50_000  # looked at on the way; the end result is measured on all of them
 SCHEDULE_STEPS = 10_000  # learning-rate schedules run over the budget, whether it is counted in steps or minutes
