@@ -21,8 +21,10 @@ from gpurnn.model import Model, SequenceModel
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop, schedules
 from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm, zero_grad
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
+from gpurnn.saving import load, save
 
 if _TYPE_CHECKING:
+    from gpurnn.app.character_model import load_run
     from gpurnn.diagnose.check import GradientError, check_gradients
     from gpurnn.diagnose.monitor import GradientWarning, Monitor
 
@@ -56,11 +58,14 @@ __all__ = [
     "full_bptt",
     "grad_norm",
     "initializers",
+    "load",
+    "load_run",
     "log",
     "maximum",
     "mean_squared_error",
     "minimum",
     "relu",
+    "save",
     "schedules",
     "set_num_threads",
     "sigmoid",
@@ -82,6 +87,7 @@ _NAMES = {
     "GradientWarning": "gpurnn.diagnose.monitor",
     "Monitor": "gpurnn.diagnose.monitor",
     "check_gradients": "gpurnn.diagnose.check",
+    "load_run": "gpurnn.app.character_model",
 }
 
 

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a character model",
         description="Trains a character model by truncated BPTT and leaves a run folder: model.safetensors, "
-        "config.toml, metrics.jsonl, loss.png, gradient_flow.png.  Ctrl-C finishes the step and saves.",
+        "best.safetensors, config.toml, metrics.jsonl, loss.png, gradient_flow.png.  Ctrl-C finishes the step and saves.",
     )
     train_command.add_arguments(train)
     names = ["run", "resume", "config", *(option.name for option in fields(TrainConfig))]
@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--length", type=int, default=500, help="characters to write (default 500)")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest, 1 the model's own (0.8)")
     sample.add_argument("--seed", type=int, default=None, help="for the same text again")
-    sample.set_defaults(command=_sample, known=["--prompt", "--length", "--temperature", "--seed"])
+    sample.add_argument("--best", action="store_true", help="the model whose validation was best, not the last")
+    sample.set_defaults(command=_sample, known=["--prompt", "--length", "--temperature", "--seed", "--best"])
 
     flow = commands.add_parser(
         "flow",
@@ -134,7 +135,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     from gpurnn.app import character_model
 
-    model, alphabet, _ = character_model.load(options.folder)
+    model, alphabet, _ = character_model.load_run(options.folder, best=options.best)
     rng = np.random.default_rng(options.seed)
     prompt = character_model.first_prompt(alphabet) if options.prompt is None else options.prompt
     tokens = character_model.sample(model, alphabet, prompt, options.length, options.temperature, rng)

@@ -17,8 +17,8 @@ from gpurnn.cuda import faults
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters
+from gpurnn.parameters.values import load
 from gpurnn.types import Array, LayerBackward
-from gpurnn.values import load
 
 
 class Layer:
@@ -89,7 +89,8 @@ class Linear(Layer):
         self.in_features = whole("in_features", in_features)
         self.out_features = whole("out_features", out_features)
         shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
-        if switch("bias", bias):
+        self.bias = switch("bias", bias)
+        if self.bias:
             shapes["bias"] = (out_features,)
         super().__init__(shapes, dtype, {"weight": "(out_features, in_features)", "bias": "(out_features,)"})
         self._set("weight", glorot_uniform(generator(rng), out_features, in_features))

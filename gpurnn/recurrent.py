@@ -103,7 +103,8 @@ class Recurrent(Layer):
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
         self.num_layers = whole("num_layers", num_layers)
-        self.directions = 1 + switch("bidirectional", bidirectional)
+        self.bidirectional = switch("bidirectional", bidirectional)
+        self.directions = 1 + self.bidirectional
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
         self.dropout, self.executor = probability("dropout", dropout), executor

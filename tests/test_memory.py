@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gpurnn import backend
-from gpurnn.buffers import ALIGNMENT
 from gpurnn.cpu import costs, memory
+from gpurnn.parameters.buffers import ALIGNMENT
 from gpurnn.recurrent import LSTM
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from gpurnn.backend import to_numpy
-from gpurnn.buffers import ALIGNMENT
 from gpurnn.parameters import Parameters
-from gpurnn.values import load
+from gpurnn.parameters.buffers import ALIGNMENT
+from gpurnn.parameters.values import load
 
 SHAPES = {"weight": (3, 5), "bias": (7,), "one": (1, 1)}
 

@@ -4,7 +4,7 @@ import codecs
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,20 +44,34 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
     return SequenceModel(embedding, recurrent, head, dropout=dropout)
 
 
-def load(run: str | Path) -> tuple[SequenceModel, Alphabet, TrainConfig]:
-    """The model of a run folder, as its last checkpoint has it.  Raises ValueError or OSError where it cannot be read."""
-    run = Path(run)
+class Run(NamedTuple):
+    """What `load_run` gives.  alphabet: `encode` and `decode` turn text into tokens and back.  config: the run's options."""
+
+    model: SequenceModel
+    alphabet: Alphabet
+    config: TrainConfig
+
+
+def load_run(folder: str | Path, *, best: bool = False) -> Run:
+    """What `gpurnn train` left in a run folder: `model, alphabet, config = gpurnn.load_run("runs/lstm256-...")`.
+
+    best: the checkpoint whose validation was best, not the last.  Raises ValueError or OSError where it cannot be read.
+    """
+    run = Path(folder)
     if not (run / checkpoint.CONFIG).is_file():
         raise FileNotFoundError(f"{run}: expected a run folder, {checkpoint.CONFIG} is not there")
     config = TrainConfig.from_mapping(checkpoint.read_config(run / checkpoint.CONFIG), str(run / checkpoint.CONFIG))
-    saved = checkpoint.load(run / checkpoint.MODEL)
+    path = run / (checkpoint.BEST if best else checkpoint.MODEL)
+    if best and not path.exists():
+        raise FileNotFoundError(f"{run}: there is no {path.name}: the run had no validation yet")
+    saved = checkpoint.load(path)
     try:
         alphabet = Alphabet.from_json(checkpoint.entry(saved.meta, "alphabet", str))
         model = build(config, len(alphabet), np.random.default_rng(0))
         model.load_state_dict(saved.tensors)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{run / checkpoint.MODEL}: {error.args[0]}") from None
-    return model, alphabet, config
+        raise ValueError(f"{path}: {error.args[0]}") from None
+    return Run(model, alphabet, config)
 
 
 def bits_per_symbol(model: SequenceModel, tokens: np.ndarray, limit: int | None = None) -> float:

@@ -6,13 +6,13 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from gpurnn.buffers import ALIGNMENT
 from gpurnn.cpu import cache, costs, crew
 from gpurnn.cpu.cache import Compiled
 from gpurnn.cpu.instructions import instruction
 from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import I32, I64, Emitter, address, host
 from gpurnn.cpu.threads import shares
+from gpurnn.parameters.buffers import ALIGNMENT
 
 LINES = Record("", "begin end")
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from gpurnn import executors, locks
-from gpurnn.buffers import ALIGNMENT
 from gpurnn.cells import Cell
 from gpurnn.cpu import costs, threads
 from gpurnn.cpu.cross_entropy import cross_entropy as cross_entropy
@@ -24,7 +23,8 @@ from gpurnn.cpu.updates import Updates as Updates
 from gpurnn.environment import compiles
 from gpurnn.executors import random
 from gpurnn.parameters import Parameters
-from gpurnn.values import all_finite, raise_where_not_finite
+from gpurnn.parameters.buffers import ALIGNMENT
+from gpurnn.parameters.values import all_finite, raise_where_not_finite
 
 LOOKING_WAITS = False  # whether the host, to look at a value, waits for work that was given away
 GRAPHS = False  # whether a step can be recorded and given again as a whole

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from gpurnn.arguments import wrong_update
-from gpurnn.buffers import Share
 from gpurnn.cpu import costs
 from gpurnn.parameters import Parameters
+from gpurnn.parameters.buffers import Share
 
 
 class Updates:

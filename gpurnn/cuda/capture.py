@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from gpurnn import arguments, backend
-from gpurnn.buffers import Revision
 from gpurnn.cuda import cublas, faults
+from gpurnn.parameters.buffers import Revision
 from gpurnn.types import Array
 
 WARM_UPS = 2  # calls that run as they are: they compile, load and allocate what cannot be while a stream is captured

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.buffers import ALIGNMENT, Share
 from gpurnn.cuda import device, faults
 from gpurnn.cuda.faults import Site
 from gpurnn.cuda.launches import done
 from gpurnn.kernels import optim
 from gpurnn.kernels.vectors import WIDTH
 from gpurnn.parameters import Parameters
+from gpurnn.parameters.buffers import ALIGNMENT, Share
 from gpurnn.types import Array
 
 LOSS = ("the loss", 0, ())  # as errors call it

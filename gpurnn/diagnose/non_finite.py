@@ -8,9 +8,9 @@ from gpurnn import backend
 from gpurnn.diagnose.flow import Flow, raise_where_flow_is_not_finite
 from gpurnn.diagnose.subject import layer_names, recurrent_part, run_steps, undisturbed
 from gpurnn.diagnose.subject import raise_where_not_finite as raise_at_step
+from gpurnn.parameters.values import raise_where_not_finite
 from gpurnn.sequence import prepare_lengths
 from gpurnn.types import Array
-from gpurnn.values import raise_where_not_finite
 
 
 def raise_where_it_began(

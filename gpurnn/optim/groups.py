@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpurnn.arguments import at_least_0
-from gpurnn.buffers import Share, padded, size_of
 from gpurnn.parameters import Parameters
+from gpurnn.parameters.buffers import Share, padded, size_of
 
 SETTINGS = ("lr", "weight_decay")
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import at_least_0, mapping
-from gpurnn.buffers import Revision, revise
 from gpurnn.cuda import faults
 from gpurnn.optim.clipping import quieten
 from gpurnn.optim.groups import Groups
 from gpurnn.parameters import Parameters, Trainable
+from gpurnn.parameters.buffers import Revision, revise
 from gpurnn.types import Array
 
 SQUARES = ("exp_avg_sq", "square_avg")  # moments that are means of squares

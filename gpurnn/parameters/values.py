@@ -8,7 +8,7 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import mapping
-from gpurnn.parameters import Parameters
+from gpurnn.parameters.flat import Parameters
 from gpurnn.types import Array
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from gpurnn import backend
-from gpurnn.buffers import check_memory, padded, revise, size_of
+from gpurnn.parameters.buffers import check_memory, padded, revise, size_of
 from gpurnn.types import Array
 
 Shapes = Mapping[str, tuple[int, ...]]
