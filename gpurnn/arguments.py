@@ -220,6 +220,13 @@ def sequence_model(model: Any) -> Any:
     return _called_with("model", model, "(x, state, lengths=...)", None, None, lengths=None)
 
 
+def time_first(model: Any) -> Any:
+    """`model` if its steps come before its batch; ValueError otherwise."""
+    if getattr(model, "batch_first", False):
+        raise ValueError("model: expected one that takes (T, N, ...), got one with batch_first")
+    return model
+
+
 def loss_function(loss: Any) -> Any:
     """`loss` if it can be called with what a model gave and with targets; TypeError otherwise."""
     return _called_with("loss", loss, "(out, targets)", None, None)

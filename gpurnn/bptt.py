@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import flow_array, length, loss_function, mapping, returned, sequence_model, uncopied, whole
+from gpurnn.arguments import (
+    flow_array,
+    length,
+    loss_function,
+    mapping,
+    returned,
+    sequence_model,
+    time_first,
+    uncopied,
+    whole,
+)
 from gpurnn.losses import Loss, evaluate
 from gpurnn.sequence import checked_lengths
 from gpurnn.types import Array
@@ -33,12 +43,20 @@ def full_bptt(
     """Forward over all T steps, backward over all T steps; adds the gradients, summed over steps, to `model.grads`.
 
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
-    them, time first.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
+    them, time first, or the batch where the model is `batch_first`; beside lengths a loss is given time first always.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
     final state.
     """
     sequence_model(model), loss_function(loss)
     out, final, backward = _run(model, x, state, lengths)
+    turned = lengths is not None and getattr(model, "batch_first", False)
+    if turned:
+        out, targets = (
+            out.swapaxes(0, 1),
+            None if targets is None else backend.asarray(targets, None, "targets").swapaxes(0, 1),
+        )
     value, dout = evaluate(loss, out, targets, lengths)
+    if turned:
+        dout = dout.swapaxes(0, 1)
     backward(dout, flow=flow)
     return value, final
 
@@ -73,6 +91,7 @@ class TruncatedBPTT:
         if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
         loss_function(loss), sequence_model(model)
+        time_first(model)
         if getattr(getattr(model, "recurrent", model), "directions", 1) != 1:
             raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2

@@ -6,18 +6,19 @@ a caller may fill his buffer anew, unless copy=False promises that x stays as it
 One thread at a time calls a closure; a second one gets RuntimeError.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import Turn, checked, generator, probability, supported, switch, whole
+from gpurnn.arguments import Turn, checked, generator, mapping, probability, supported, switch, whole
 from gpurnn.cuda import faults
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters
-from gpurnn.parameters.values import load
+from gpurnn.parameters.values import load, unprefixed
 from gpurnn.types import Array, LayerBackward
 
 
@@ -28,6 +29,25 @@ class Layer:
         self.dtype = supported(dtype)
         self.params = Parameters(shapes, self.dtype, symbols)
         self.grads = Parameters(shapes, self.dtype, symbols)
+
+    def __repr__(self) -> str:
+        frozen = sum(self.params[name].size for name in self.params.frozen if name in self.params.shapes)
+        return f"{self._signature()}: {self.num_params:,} parameters" + (
+            f", {frozen:,} of them frozen" if frozen else ""
+        )
+
+    def _signature(self) -> str:
+        """How it is made: sizes, and the options that are not as they would be by themselves."""
+        shown = []
+        for name, parameter in _parameters(type(self)).items():
+            value = getattr(self, name, parameter.empty)
+            if isinstance(value, np.dtype):
+                value = value.name
+            if parameter.default is parameter.empty and value is not parameter.empty:
+                shown.append(repr(getattr(value, "name", value)))
+            elif value is not parameter.empty and value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""
@@ -64,13 +84,15 @@ class Layer:
         self.params.tie(name, to)
         self.grads.tie(name, to)
 
-    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+    def load_state_dict(self, values: Mapping[str, Any], prefix: str | Mapping[str, str] = "") -> None:
         """Takes parameters by name, from NumPy, CuPy or PyTorch.  Nothing is written unless all of it fits.
 
+        prefix: what stands before the names in `values`, of which the others are left aside: "encoder.lstm" for that part of a
+        whole module; by part of this model, {"recurrent": "lstm", "head": "fc"}, what they are called there.
         Raises TypeError for anything but a mapping of arrays, KeyError where names are missing or unknown, ValueError
         where a shape differs or a value is not finite.
         """
-        load(self.params, values)
+        load(self.params, unprefixed(mapping(values), prefix))
 
     def _set(self, name: str, value: np.ndarray) -> None:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is refused
@@ -78,6 +100,19 @@ class Layer:
         if not bool(backend.xp.isfinite(array).all()):
             raise ValueError(f"{name}: expected an initial value that is finite in {self.dtype}, got one that is not")
         self.params[name][...] = array
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Those of a constructor, with the options of the one that it hands its own on to; not what parameters are drawn from."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            own = inspect.signature(vars(base)["__init__"]).parameters
+            options = {name: parameter for name, parameter in own.items() if parameter.kind is parameter.KEYWORD_ONLY}
+            found |= {name: options[name] for name in options if name not in found} if found else own
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+                break
+    return {name: parameter for name, parameter in found.items() if name not in ("self", "init", "rng")}
 
 
 class Linear(Layer):
@@ -129,14 +164,29 @@ class Linear(Layer):
 
 
 class Embedding(Layer):
-    """A row of `weight` (num, dim) for each token; standard normal at the start, as PyTorch's."""
+    """A row of `weight` (num, dim) for each token; standard normal at the start, as PyTorch's.
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, dtype: Any = "float32", rng: Any = None):
+    padding_idx: a token whose row begins at 0 and gets no gradient here; one below 0 counts from the end.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        dtype: Any = "float32",
+        rng: Any = None,
+    ):
         self.num_embeddings = whole("num_embeddings", num_embeddings)
         self.embedding_dim = whole("embedding_dim", embedding_dim)
         symbols = {"weight": "(num_embeddings, embedding_dim)"}
         super().__init__({"weight": (num_embeddings, embedding_dim)}, dtype, symbols)
-        self._set("weight", normal(1.0)(generator(rng), num_embeddings, embedding_dim))
+        weight = normal(1.0)(generator(rng), num_embeddings, embedding_dim)
+        self.padding_idx = None if padding_idx is None else _token("padding_idx", padding_idx, num_embeddings)
+        if self.padding_idx is not None:
+            weight[self.padding_idx] = 0
+        self._set("weight", weight)
 
     @overload
     def __call__(
@@ -164,9 +214,20 @@ class Embedding(Layer):
         def backward(dy: Array) -> None:
             with turn:
                 dy = checked(dy, self.dtype, "dy", (*tokens.shape, self.embedding_dim))
-                backend.ops.add_rows(self.grads["weight"], tokens.reshape(-1), dy.reshape(-1, self.embedding_dim))
+                grad, padding = self.grads["weight"], self.padding_idx
+                before = None if padding is None else grad[padding].copy()  # a head that is tied adds to it as well
+                backend.ops.add_rows(grad, tokens.reshape(-1), dy.reshape(-1, self.embedding_dim))
+                if padding is not None:
+                    grad[padding] = before
 
         return y, backward if training else None
+
+
+def _token(name: str, value: Any, count: int) -> int:
+    """`value` as one of 0..count-1; ValueError where it is none, counted from the end where it is below 0."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not -count <= value < count:
+        raise ValueError(f"{name}: expected a whole number from {-count} to {count - 1}, got {value!r:.80}")
+    return int(value) % count
 
 
 class Dropout(Layer):

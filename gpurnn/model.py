@@ -45,6 +45,19 @@ class Model(Layer):
         self.grads = Parameters.join({name: part.grads for name, part in self.parts.items()})
         self.dtype = self.params.dtype
 
+    def __repr__(self) -> str:
+        parts = dict(self.parts)
+        dropout = getattr(self, "dropout", None)  # a SequenceModel's, which has no parameters
+        if dropout is not None:
+            parts["dropout"] = dropout
+        lines = [f"{name}: {part!r}".replace("\n", "\n  ") for name, part in parts.items()]
+        tied = [name for name in self.params.tied if not isinstance(parts.get(name.partition(".")[0]), Model)]
+        lines += [f"{name}: {self.params.meaning(name)}" for name in tied]
+        return "\n  ".join([super().__repr__(), *lines])
+
+    def _signature(self) -> str:
+        return type(self).__name__
+
 
 def _named(parts: Any) -> dict[str, Any]:
     if isinstance(parts, Mapping):
@@ -76,6 +89,8 @@ def pieces(model: Any) -> list[Any]:
 class SequenceModel(Model):
     """embedding (or None) -> recurrent -> dropout (or None) -> head (or None), with all parameters in one buffer.
 
+    Where the recurrent layer is `batch_first`, so is the model.
+
     Names are prefixed: `embedding.weight`, `recurrent.weight_ih_l0`, `head.bias`.  The parts become views of the model's
     buffers and can be used as before.
     """
@@ -85,6 +100,7 @@ class SequenceModel(Model):
         named = {"embedding": embedding, "recurrent": recurrent, "head": head}
         parts = {name: part for name, part in named.items() if part is not None}
         self._check_parts(parts)
+        self.batch_first = getattr(recurrent, "batch_first", False)
         super().__init__(parts)
 
     @overload
@@ -131,7 +147,7 @@ class SequenceModel(Model):
             with turn:
                 keep = switch("keep", keep)
                 # The head's gradients are added before the recurrent layer looks at its arguments: look now.
-                self.recurrent.check_backward(dstate, flow, *y.shape[:2])
+                self.recurrent.check_backward(dstate, flow, *self._steps_and_rows(y))
                 dy = None if dout is None else self._blank(checked(dout, self.dtype, "dout", y.shape), padding)
                 turn.gone = not keep
                 for back in (head_backward, drop_backward):
@@ -164,12 +180,17 @@ class SequenceModel(Model):
     def _without_padding(self, x: Array, lengths: Any) -> tuple[Array, Array | None]:
         """x with 0 behind each row's end, and where that is, (T, N, 1); None where every row is full."""
         x = backend.asarray(x, None, "x")
-        prepared = prepare_lengths(lengths, *x.shape[:2]) if x.ndim > 1 else None
+        prepared = prepare_lengths(lengths, *self._steps_and_rows(x)) if x.ndim > 1 else None
         if prepared is None:
             return x, None
+        padding = prepared.padding.swapaxes(0, 1) if self.batch_first else prepared.padding
         x = x.copy()
-        x[prepared.padding[..., 0]] = 0
-        return x, prepared.padding
+        x[padding[..., 0]] = 0
+        return x, padding
+
+    def _steps_and_rows(self, value: Array) -> tuple[int, int]:
+        first, second = value.shape[:2]
+        return (second, first) if self.batch_first else (first, second)
 
     def _blank(self, value: Array, padding: Array | None) -> Array:
         """value (T, N, C) with 0 behind each row's end."""

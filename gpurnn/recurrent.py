@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
 
     bias: bool
     bidirectional: bool
+    batch_first: bool
     dropout: float
     trainable_h0: bool
     clip_in_time: float | None
@@ -56,6 +57,7 @@ class Recurrent(Layer):
     num_layers      L; layer k reads what layer k-1 wrote.
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
+    batch_first     x is (N, T, I) and y (N, T, D*H), and so are their gradients; states and lengths are as ever.
     dropout         between layers, not behind the last; see `Dropout`.  With one layer it means nothing, and warns.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
@@ -84,6 +86,7 @@ class Recurrent(Layer):
         *,
         bias: bool = True,
         bidirectional: bool = False,
+        batch_first: bool = False,
         dropout: float = 0.0,
         trainable_h0: bool = False,
         clip_in_time: float | None = None,
@@ -105,6 +108,7 @@ class Recurrent(Layer):
         self.num_layers = whole("num_layers", num_layers)
         self.bidirectional = switch("bidirectional", bidirectional)
         self.directions = 1 + self.bidirectional
+        self.batch_first = switch("batch_first", batch_first)
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
         self.dropout, self.executor = probability("dropout", dropout), executor
@@ -192,13 +196,16 @@ class Recurrent(Layer):
         training, copy = switch("training", training), switch("copy", copy)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim != 3 or x.shape[2] != self.input_size:
-            raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
+            lead = "N, T" if self.batch_first else "T, N"
+            raise ValueError(f"x: expected ({lead}, I) = ({lead}, {self.input_size}), got {x.shape}")
+        x = self._turned(x)
         T, N, _ = x.shape
         initial = self.unpacked(state, N, "state", self.trainable_h0)
         prepared = prepare_lengths(lengths, T, N)
         if training and copy and prepared is None:  # else the engine is given a copy in any case
             x = x.copy()
         y, final, back = run(self, x, initial, prepared, training)
+        y = self._turned(y)
         if back is None:
             return y, self._packed(final), None
         return backend.ops.protected(y), self._packed(final), self._backward(back, T, N, self._given(state))
@@ -211,6 +218,8 @@ class Recurrent(Layer):
                 keep, shape = switch("keep", keep), (T, N, self.directions * self.hidden_size)
                 if dy is None:
                     dy = backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
+                elif self.batch_first:
+                    dy = checked(dy, self.dtype, "dy", (N, T, shape[2]), "(N, T, D*H)").swapaxes(0, 1)
                 dy = checked(dy, self.dtype, "dy", shape, "(T, N, D*H)")
                 dfinal = self.check_backward(dstate, flow, T, N)
                 turn.gone = not keep
@@ -218,9 +227,13 @@ class Recurrent(Layer):
                 for name, part, was_given in zip(self.cell.state_names, dinitial, given, strict=True):
                     if self.trainable_h0 and not was_given:
                         self.grads[f"{name}_0"][...] += part.sum(1, dtype="float64").astype(self.dtype)
-                return dx, self._packed(dinitial)
+                return self._turned(dx), self._packed(dinitial)
 
         return backward
+
+    def _turned(self, value: Array) -> Array:
+        """(T, N, ...) for (N, T, ...) and the other way round, where the batch comes first."""
+        return value.swapaxes(0, 1) if self.batch_first else value
 
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
         """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
@@ -291,6 +304,7 @@ class RNN(Recurrent):
     ):
         if not isinstance(nonlinearity, str) or nonlinearity not in RNN_CELLS:
             raise ValueError(f"nonlinearity: expected one of {', '.join(RNN_CELLS)}, got {nonlinearity!r}")
+        self.nonlinearity = nonlinearity
         super().__init__(RNN_CELLS[nonlinearity], input_size, hidden_size, num_layers, **options)
 
 

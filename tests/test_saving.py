@@ -85,7 +85,7 @@ def test_there_and_back(name, tmp_path):
 def test_every_option_of_a_layer_is_kept(tmp_path):
     """Whoever adds an option adds it here, so that no model loses it in a file."""
     given = {
-        "num_layers": 2, "bias": False, "bidirectional": True, "dropout": 0.25, "trainable_h0": True, "clip_in_time": 0.5,
+        "num_layers": 2, "bias": False, "bidirectional": True, "batch_first": True, "dropout": 0.25, "trainable_h0": True, "clip_in_time": 0.5,
         "dtype": "float32", "precision": "tf32", "executor": "numpy",
     }  # fmt: skip
     names = [name for name in inspect.signature(Recurrent.__init__).parameters if name not in NOT_KEPT]

@@ -86,6 +86,12 @@ class Optimizer:
         self._shares: Any = None
         self._plan()
 
+    def __repr__(self) -> str:
+        settings = [f"{name}={getattr(self, name)!r}" for name in ("lr", *self.settings)]
+        own = len(self.groups.rates | self.groups.decays)
+        groups = f", {own} parameters with settings of their own" if own else ""
+        return f"{type(self).__name__}({', '.join(settings)}{groups}) of {self.model.params.count:,} parameters"
+
     @property
     def lr(self) -> float:
         return self._lr

@@ -41,6 +41,26 @@ def load(parameters: Parameters, values: Mapping[str, Any]) -> None:
         parameters[name][...] = array
 
 
+def unprefixed(values: Mapping[str, Any], prefix: Any) -> Mapping[str, Any]:
+    """Of `values` those behind a prefix, under the names behind it; several prefixes by what stands in their place.
+
+    Raises TypeError for other prefixes, KeyError where nothing has one.
+    """
+    if prefix == "":
+        return values
+    wanted = {"": prefix} if isinstance(prefix, str) else prefix
+    if not isinstance(wanted, Mapping) or not all(isinstance(text, str) for pair in wanted.items() for text in pair):
+        raise TypeError(f"prefix: expected a text, or texts by part, got {prefix!r:.80}")
+    found: dict[str, Any] = {}
+    for own, theirs in wanted.items():
+        before, after = (text + "." if text and not text.endswith(".") else text for text in (theirs, own))
+        names = [name for name in values if name.startswith(before)]
+        if not names:
+            raise KeyError(f"prefix: no name begins with {before!r}; there are {', '.join(values)}")
+        found |= {after + name.removeprefix(before): values[name] for name in names}
+    return found
+
+
 def all_finite(flat: Array) -> bool:
     """Whether all values are; without a temporary, for minimum and maximum hand NaN on."""
     return not flat.size or (math.isfinite(flat.max()) and math.isfinite(flat.min()))
