@@ -15,8 +15,16 @@ from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, s
 from gpurnn.cuda.capture import captured
 from gpurnn.cuda.faults import synchronize
 from gpurnn.environment import set_num_threads
-from gpurnn.layers import Dropout, Embedding, Linear
-from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
+from gpurnn.layers import Dropout, Embedding, Linear, Pool
+from gpurnn.losses import (
+    accuracy,
+    binary_cross_entropy,
+    huber,
+    mean_squared_error,
+    perplexity,
+    softmax,
+    softmax_cross_entropy,
+)
 from gpurnn.model import Model, SequenceModel
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop, schedules
 from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm, zero_grad
@@ -43,13 +51,16 @@ __all__ = [
     "Linear",
     "Model",
     "Monitor",
+    "Pool",
     "RMSprop",
     "Recurrent",
     "SequenceModel",
     "TruncatedBPTT",
     "__version__",
     "abs",
+    "accuracy",
     "backend",
+    "binary_cross_entropy",
     "captured",
     "check_gradients",
     "clip_grad_norm",
@@ -57,6 +68,7 @@ __all__ = [
     "exp",
     "full_bptt",
     "grad_norm",
+    "huber",
     "initializers",
     "load",
     "load_run",
@@ -64,6 +76,7 @@ __all__ = [
     "maximum",
     "mean_squared_error",
     "minimum",
+    "perplexity",
     "relu",
     "save",
     "schedules",

@@ -48,6 +48,8 @@ def full_bptt(
     """
     sequence_model(model), loss_function(loss)
     out, final, backward = _run(model, x, state, lengths)
+    if getattr(model, "pooling", None) is not None:  # one answer for a row, whatever its length
+        lengths = None
     turned = lengths is not None and getattr(model, "batch_first", False)
     if turned:
         out, targets = (
@@ -92,6 +94,8 @@ class TruncatedBPTT:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
         loss_function(loss), sequence_model(model)
         time_first(model)
+        if getattr(model, "pooling", None) is not None:
+            raise ValueError(f"model: expected an answer at every step, got one with pooling {model.pooling!r}")
         if getattr(getattr(model, "recurrent", model), "directions", 1) != 1:
             raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2

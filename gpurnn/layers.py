@@ -13,12 +13,13 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import Turn, checked, generator, mapping, probability, supported, switch, whole
+from gpurnn.arguments import Turn, checked, generator, mapping, one_of, probability, supported, switch, whole
 from gpurnn.cuda import faults
 from gpurnn.executors.random import Masks
 from gpurnn.initializers import glorot_uniform, normal
 from gpurnn.parameters import Parameters
 from gpurnn.parameters.values import load, unprefixed
+from gpurnn.sequence import checked_lengths
 from gpurnn.types import Array, LayerBackward
 
 
@@ -256,3 +257,70 @@ class Dropout(Layer):
             return x, (lambda dy: checked(dy, self.dtype, "dy", x.shape)) if training else None
         y, masked = self.masks(x, self.p)
         return y, lambda dy: masked(checked(dy, self.dtype, "dy", x.shape))
+
+
+POOLINGS = ("last", "mean", "max")
+
+
+class Pool(Layer):
+    """A row's steps as one: y (T, N, D*H) -> (N, D*H), over valid steps alone.
+
+    how: "last", each direction's state behind its own last step, which of a bidirectional layer is h_n of its top layer side
+        by side; "mean"; "max", whose gradient goes to the first of equal ones.  A row without a step gives 0.
+    """
+
+    def __init__(self, how: str = "last", *, directions: int = 1, batch_first: bool = False, dtype: Any = "float32"):
+        super().__init__({}, dtype)
+        self.how = one_of("how", how, POOLINGS)
+        self.directions, self.batch_first = whole("directions", directions), switch("batch_first", batch_first)
+
+    def __call__(self, y: Array, *, lengths: Any = None) -> tuple[Array, LayerBackward]:
+        """y (T, N, C), or (N, T, C) with batch_first; lengths as a recurrent layer takes them -> pooled (N, C), backward."""
+        y = backend.asarray(y, self.dtype, "y")
+        if y.ndim != 3 or y.shape[2] % self.directions:
+            raise ValueError(f"y: expected three axes, the last of {self.directions} directions, got {y.shape}")
+        y = y.swapaxes(0, 1) if self.batch_first else y
+        T, N, C = y.shape
+        if T < 1:
+            raise ValueError(f"y: expected at least one step, got {T}")
+        own = None if lengths is None else checked_lengths(lengths, T, N)
+        pooled, back = self._last(y, own) if self.how == "last" else self._over_steps(y, own)
+
+        def backward(dpooled: Array) -> Array:
+            dy = back(checked(dpooled, self.dtype, "dpooled", (N, C), "(N, D*H)"))
+            return dy.swapaxes(0, 1) if self.batch_first else dy
+
+        return pooled, backward
+
+    def _last(self, y: Array, own: np.ndarray | None) -> tuple[Array, LayerBackward]:
+        xp, (T, N, C) = backend.xp, y.shape
+        H, places = C // self.directions, []
+        for d in range(self.directions):  # the second one's last step is the first
+            step: Any = T - 1 if d == 0 else 0
+            if own is not None and d == 0:
+                step = xp.asarray(np.maximum(own - 1, 0)), xp.arange(N)
+            places.append((step, slice(d * H, (d + 1) * H)))
+        some = None if own is None else xp.asarray(own > 0)[:, None]
+
+        def valid(values: Array) -> Array:
+            return values if some is None else xp.where(some, values, xp.zeros((), self.dtype))
+
+        def back(dpooled: Array) -> Array:
+            dy = xp.zeros((T, N, C), self.dtype)
+            for step, half in places:
+                dy[..., half][step] = valid(dpooled[:, half])
+            return dy
+
+        return valid(xp.concatenate([y[..., half][step] for step, half in places], axis=1)), back
+
+    def _over_steps(self, y: Array, own: np.ndarray | None) -> tuple[Array, LayerBackward]:
+        xp, (T, N, _) = backend.xp, y.shape
+        some = xp.ones((T, N, 1), bool) if own is None else xp.asarray(np.arange(T)[:, None] < own)[..., None]
+        if self.how == "mean":
+            count = T if own is None else xp.asarray(np.maximum(own, 1)[:, None])
+            share = some.astype(self.dtype) / xp.asarray(count, self.dtype)
+        else:
+            first = xp.where(some, y, -np.inf).argmax(axis=0)
+            share = ((xp.arange(T)[:, None, None] == first) & some).astype(self.dtype)
+        zero = xp.zeros((), self.dtype)  # NaN behind a row's end is not read
+        return (xp.where(some, y, zero) * share).sum(axis=0), lambda dpooled: share * dpooled

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from gpurnn import backend
 from gpurnn.arguments import Turn, checked, switch, trained, uncopied
-from gpurnn.layers import Dropout, Embedding, Layer, Linear
+from gpurnn.layers import Dropout, Embedding, Layer, Linear, Pool
 from gpurnn.parameters import Parameters, side_by_side
 from gpurnn.sequence import prepare_lengths
 from gpurnn.types import Array, RecurrentBackward
@@ -90,18 +90,25 @@ class SequenceModel(Model):
     """embedding (or None) -> recurrent -> dropout (or None) -> head (or None), with all parameters in one buffer.
 
     Where the recurrent layer is `batch_first`, so is the model.
+    pooling: None, or how the steps of a row become one before dropout and head, "last", "mean" or "max" (see `Pool`); out and
+    dout are (N, C) then, targets (N,), as in classifying whole sequences.
 
     Names are prefixed: `embedding.weight`, `recurrent.weight_ih_l0`, `head.bias`.  The parts become views of the model's
     buffers and can be used as before.
     """
 
-    def __init__(self, embedding: Any, recurrent: Any, head: Any, *, dropout: Dropout | None = None):
+    def __init__(
+        self, embedding: Any, recurrent: Any, head: Any, *, dropout: Dropout | None = None, pooling: str | None = None
+    ):
         self.embedding, self.recurrent, self.dropout, self.head = embedding, recurrent, dropout, head
         named = {"embedding": embedding, "recurrent": recurrent, "head": head}
         parts = {name: part for name, part in named.items() if part is not None}
         self._check_parts(parts)
         self.batch_first = getattr(recurrent, "batch_first", False)
         super().__init__(parts)
+        options = {"directions": recurrent.directions, "batch_first": self.batch_first, "dtype": self.dtype}
+        self.pooling = pooling
+        self.pool = None if pooling is None else Pool(pooling, **options)
 
     @overload
     def __call__(
@@ -127,13 +134,17 @@ class SequenceModel(Model):
         padding = None
         if lengths is not None:
             x, padding = self._without_padding(x, lengths)
-        embed_backward = drop_backward = head_backward = None
+        embed_backward = pool_backward = drop_backward = head_backward = None
         copy = copy and padding is None
         if self.embedding is not None:
             x, embed_backward = self.embedding(x, training=training, **({} if copy else uncopied(self.embedding)))
             copy = copy and type(self.embedding) not in (Embedding, Linear)  # whose y is in memory of its own
         options = {} if copy else uncopied(self.recurrent)
         y, state, recurrent_backward = self.recurrent(x, state, lengths=lengths, training=training, **options)
+        T, N = self._steps_and_rows(y)
+        if self.pool is not None:
+            y, pool_backward = self.pool(y, lengths=lengths)
+            padding = None
         if self.dropout is not None:
             y, drop_backward = self.dropout(y, training=training)
         if self.head is not None:
@@ -147,10 +158,10 @@ class SequenceModel(Model):
             with turn:
                 keep = switch("keep", keep)
                 # The head's gradients are added before the recurrent layer looks at its arguments: look now.
-                self.recurrent.check_backward(dstate, flow, *self._steps_and_rows(y))
+                self.recurrent.check_backward(dstate, flow, T, N)
                 dy = None if dout is None else self._blank(checked(dout, self.dtype, "dout", y.shape), padding)
                 turn.gone = not keep
-                for back in (head_backward, drop_backward):
+                for back in (head_backward, drop_backward, pool_backward):
                     dy = back(dy) if back is not None and dy is not None else dy
                 dx, dstate0 = recurrent_backward(dy, dstate, keep=keep, flow=flow)
                 return (embed_backward(dx) if embed_backward else dx), dstate0

@@ -71,6 +71,43 @@ def test_norms_of_parts_that_are_not_joined():
     assert_same(work, "float32")
 
 
+def test_losses_scores_and_pooling_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.standard_normal((4, 3, 5)).astype("float32"), rng.integers(0, 5, (4, 3))
+    weight, lengths = rng.random(5), [4, 2, 0]
+
+    def work():
+        z, y = put(logits), put(targets)
+        options = {"weight": put(weight), "label_smoothing": 0.1, "ignore_index": 3}
+        found = [gpurnn.softmax_cross_entropy(z, y, lengths=own, **options) for own in (None, lengths)]
+        found += [gpurnn.binary_cross_entropy(z, put(np.float32(logits > 0))), gpurnn.huber(z, 2 * z)]
+        found += [gpurnn.accuracy(z, y, lengths=lengths), gpurnn.perplexity(z, y)]
+        for how in ("last", "mean", "max"):
+            for own in (None, lengths):
+                pooled, backward = gpurnn.Pool(how)(z, lengths=own)
+                found += [pooled, backward(2 * pooled)]
+        return found
+
+    assert_same(work, "float32")
+
+
+def test_losses_wait_for_nothing():
+    with interpreted("step"):
+        z, y, weight = put(np.ones((2, 3, 5), "float32")), put(np.ones((2, 3), int)), put(np.ones(5))
+
+        def step(z, y):
+            one = gpurnn.softmax_cross_entropy(z, y, weight=weight, label_smoothing=0.1, ignore_index=0)
+            other, pool = gpurnn.binary_cross_entropy(z, z), gpurnn.Pool("max")(z)[0]
+            return *one, *other, *gpurnn.huber(z, z), gpurnn.accuracy(z, y), gpurnn.perplexity(z, y), pool
+
+        recorded = gpurnn.captured(step)
+        for _ in range(4):
+            with no_waiting():
+                found = recorded(z, y)
+        assert recorded.reason is None and len(found) == 9
+        assert all((a.get() == b.get()).all() for a, b in zip(found, step(z, y), strict=True))
+
+
 def test_freezing_reaches_a_step_that_was_captured():
     """Recorded anew: with the bits of the step that is launched kernel by kernel, and without waiting in between."""
     tokens = np.random.default_rng(0).integers(0, 5, (40, 2))

@@ -134,11 +134,11 @@ def _check(option: Field, value: Any) -> None:
         )
     if choices and value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    if kind is float and not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if name in POSITIVE and not 0 < number < float("inf"):
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     if name in FRACTIONS and not 0 <= number < 1:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
     if name in FROM_0 and not 0 <= number < float("inf"):
         raise ValueError(f"{name}: expected a number from 0, got {value!r}")
+    if kind is float and not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")

@@ -15,13 +15,13 @@ from typing import Any
 from gpurnn._version import __version__
 from gpurnn.cells import CELLS, RNN_CELLS, Cell
 from gpurnn.files import StrPath, write_atomically
-from gpurnn.layers import Dropout, Embedding, Layer, Linear
+from gpurnn.layers import Dropout, Embedding, Layer, Linear, Pool
 from gpurnn.model import Model, SequenceModel
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
 from gpurnn.saving.tensors import CHECKPOINT, FORMAT, MODEL, read_tensors, tensor_bytes
 
 CLASSES: dict[str, type[Layer]] = {
-    kind.__name__: kind for kind in (Linear, Embedding, Dropout, Recurrent, RNN, LSTM, GRU, Model, SequenceModel)
+    kind.__name__: kind for kind in (Linear, Embedding, Dropout, Pool, Recurrent, RNN, LSTM, GRU, Model, SequenceModel)
 }
 NOT_KEPT = ("self", "cell", "init", "rng")  # what a layer was drawn from; a cell is described by itself
 SEQUENCE = ("embedding", "recurrent", "head", "dropout")
@@ -84,7 +84,8 @@ def _described(model: Any) -> dict[str, Any]:
         return found
     if kind is SequenceModel:
         parts = {name: getattr(model, name) for name in SEQUENCE}
-        return found | {"parts": {name: part and _described(part) for name, part in parts.items()}}
+        described = {name: None if part is None else _described(part) for name, part in parts.items()}
+        return found | {"parts": described, "pooling": model.pooling}
     if kind is Model:
         return found | {"parts": {name: _described(part) for name, part in model.parts.items()}}
     maker = Recurrent if isinstance(model, Recurrent) else kind
@@ -114,9 +115,9 @@ def _built(described: Any, cells: dict[str, Cell], classes: dict[str, Callable[[
     kind: Any = CLASSES[name]
     if kind in (Model, SequenceModel):
         parts = {name: part and _built(part, cells, classes) for name, part in described["parts"].items()}
-        return SequenceModel(**parts) if kind is SequenceModel else Model(parts)
+        return SequenceModel(**parts, pooling=described.get("pooling")) if kind is SequenceModel else Model(parts)
     arguments = described["arguments"]
-    if kind is not Dropout:
+    if kind not in (Dropout, Pool):
         arguments = {**arguments, **_blank(kind, described, cells)}
     layer = kind(**arguments)
     if "masks" in described:

@@ -2,7 +2,7 @@
 
 UPDATES, OPS, CROSS_ENTROPY = "gpurnn/cpu/updates", "gpurnn/cpu/ops", "gpurnn/cpu/cross_entropy"
 OPTIM, RULES, CLIPPING = "gpurnn/optim/optimizer", "gpurnn/optim/optimizers", "gpurnn/optim/clipping"
-SCHEDULES, LOSSES = "gpurnn/optim/schedules", "gpurnn/losses"
+SCHEDULES, LOSSES = "gpurnn/optim/schedules", "gpurnn/losses/basic"
 VECTORS = "optim::reference_vectors"
 
 # fmt: off
@@ -91,6 +91,14 @@ MUTANTS = {
         "dpred *= 1.0 / max(pred.size, 1)", "losses::squared_error_gradient"),
     "formula: softmax's own slope left out": (LOSSES, "dpred -= (dpred * y).sum(axis=-1, keepdims=True)",
         "dpred -= 0 * y", "losses::squared_error_gradient"),
+    "scale: a mean of weighted positions divided by their number": (LOSSES, "    count = counts.sum()\n",
+        "    count = (counts + 1).sum() - counts.sum()\n", "more_losses::against_torch", "more_losses::gradients"),
+    "formula: smoothing spread over the others alone": (LOSSES, "total, part = logits.astype(\"float64\"), w.sum(), smoothing / C",
+        "total, part = logits.astype(\"float64\"), w.sum(), smoothing / (C - 1)", "more_losses::against_torch"),
+    "index: the last step of each row is the last of all": ("gpurnn/layers", "xp.asarray(np.maximum(own - 1, 0))",
+        "xp.asarray(np.maximum(own * 0 + T - 1, 0))", "more_losses::pooling"),
+    "index: the backward direction ends where the forward one does": ("gpurnn/layers", "T - 1 if d == 0 else 0", "T - 1",
+        "more_losses::pooling"),
     "mask: a mean over padding too": (LOSSES, "    if lengths is None:\n        return _answer(",
         "    if lengths is None or _takes_lengths(loss):\n        return _answer(",
         "valid_steps::full_bptt_is_that_of_the_valid_steps_alone"),
