@@ -30,6 +30,22 @@ from gpurnn.types import Array
 STATES = ("begin", "carried")
 
 
+class Passed(tuple):
+    """What `full_bptt` returns, `loss, state = ...`; .out is the model's output as well."""
+
+    loss: Any
+    state: Any
+    out: Array
+
+    def __new__(cls, loss: Any, state: Any, out: Array) -> "Passed":
+        made = super().__new__(cls, (loss, state))
+        made.loss, made.state, made.out = loss, state, out
+        return made
+
+    def __getnewargs__(self) -> tuple:
+        return self.loss, self.state, self.out
+
+
 def full_bptt(
     model: Any,
     x: Array,
@@ -39,15 +55,16 @@ def full_bptt(
     *,
     lengths: Any = None,
     flow: Array | None = None,
-) -> tuple[Any, Any]:
+) -> Passed:
     """Forward over all T steps, backward over all T steps; adds the gradients, summed over steps, to `model.grads`.
 
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
     them, time first, or the batch where the model is `batch_first`; beside lengths a loss is given time first always.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
-    final state.
+    final state; what the model answered is their `.out`.
     """
     sequence_model(model), loss_function(loss)
     out, final, backward = _run(model, x, state, lengths)
+    answered = out
     if getattr(model, "pooling", None) is not None:  # one answer for a row, whatever its length
         lengths = None
     turned = lengths is not None and getattr(model, "batch_first", False)
@@ -60,7 +77,7 @@ def full_bptt(
     if turned:
         dout = dout.swapaxes(0, 1)
     backward(dout, flow=flow)
-    return value, final
+    return Passed(value, final, answered)
 
 
 def _run(model: Any, x: Array, state: Any, lengths: Any) -> tuple:

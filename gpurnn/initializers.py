@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurnn.arguments import at_least_0, function, number, whole
+from gpurnn.arguments import at_least_0, fitting, function, number, whole
 from gpurnn.parameters.buffers import check_memory
 
 Initializer = Callable[[np.random.Generator, int, int], np.ndarray]
@@ -64,6 +64,27 @@ def scaled(initializer: Initializer, gain: float) -> Initializer:
     return _Scaled(function("initializer", initializer), number("gain", gain))
 
 
+def chrono(longest: float) -> "Chrono":
+    """A gate's bias log(u), u uniform in [1, longest - 1]: units that forget within 1 to `longest` steps (Tallec and Ollivier 2018).
+
+    For `LSTM(forget_bias=chrono(784))`, whose input gate begins with the negative, as they have it, and `GRU(update_bias=)`.
+    """
+    return Chrono(number("longest", longest, lambda v: v >= 2, "from 2"))
+
+
+def gate_bias(name: str, given: Any, dtype: np.dtype) -> Initializer:
+    """What draws a gate's bias: of a number that number, of a pair (low, high) uniform numbers, of an initialiser its own."""
+    if isinstance(given, tuple | list):
+        if len(given) != 2 or not all(isinstance(end, int | float) for end in given) or not given[0] <= given[1]:
+            raise ValueError(f"{name}: expected a number, a range (low, high) or an initialiser, got {given!r:.80}")
+        low, high = (fitting(name, number(name, end), dtype) for end in given)
+        return _Between(low, high)
+    if callable(given):
+        return given
+    value = fitting(name, number(name, given), dtype)
+    return _Between(value, value)
+
+
 # They pickle, and so do cells that begin with them.
 
 
@@ -73,6 +94,24 @@ class _Uniform:
 
     def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
         return rng.uniform(-self.limit, self.limit, _sizes(rng, rows, columns))
+
+
+@dataclass(frozen=True)
+class _Between:
+    low: float
+    high: float
+
+    def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        shape = _sizes(rng, rows, columns)
+        return np.full(shape, self.low) if self.low == self.high else rng.uniform(self.low, self.high, shape)
+
+
+@dataclass(frozen=True)
+class Chrono:
+    longest: float
+
+    def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return np.log(rng.uniform(1, self.longest - 1, _sizes(rng, rows, columns)))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from gpurnn import backend
 from gpurnn.arguments import (
     Turn,
     checked,
-    fitting,
     flow_array,
     generator,
-    number,
     one_of,
     positive,
     probability,
@@ -28,7 +26,7 @@ from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
 from gpurnn.executors.random import Masks
-from gpurnn.initializers import Initializer, chosen, drawn, glorot_uniform, orthogonal, zeros
+from gpurnn.initializers import Chrono, Initializer, chosen, drawn, gate_bias, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
 from gpurnn.sequence import prepare_lengths, run
 from gpurnn.types import Array, RecurrentBackward
@@ -247,12 +245,16 @@ class Recurrent(Layer):
         bias_ih, bias_hh, *_ = *(values[name] for name in biases), None, None
         return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(values[name] for name in params))
 
-    def _add_to_gate(self, gate: int, value: float) -> None:
-        """Adds to bias_ih of one gate, in every layer and direction."""
+    def _add_to_gate(self, gate: int, draw: Initializer, against: int | None = None) -> None:
+        """Adds to bias_ih of one gate, in every layer and direction, and the negative to that of the gate `against`."""
         H = self.hidden_size
-        for name in self.params:
-            if name.startswith("bias_ih"):
-                self.params[name][gate * H : (gate + 1) * H] += value
+        for name in [name for name in self.params if name.startswith("bias_ih")]:
+            value = self.params[name].copy()
+            drawn = backend.asarray(np.asarray(draw(self.rng, H, 1)).reshape(H), self.dtype, name)
+            value[gate * H : (gate + 1) * H] += drawn
+            if against is not None:
+                value[against * H : (against + 1) * H] -= drawn
+            self._set(name, value)
 
     def unpacked(self, state: Any, N: int, what: str, trained: bool = False) -> tuple[Array, ...]:
         """One array (L*D, N, H) per state of the cell; for None, of the whole or of a part, zeros or what was trained."""
@@ -313,7 +315,8 @@ class LSTM(Recurrent):
 
     forget_bias: added to bias_ih of the forget gate at the start (Gers et al. 2000; 1 after Jozefowicz et al. 2015), so
     that the cell remembers until it learns to forget.  At 100 the gate is exactly 1 and stays so, the constant error
-    carousel of 1997.  Without biases it has no place and is left out.
+    carousel of 1997.  Without biases it has no place and is left out.  A range (low, high) draws each unit's uniformly;
+    `initializers.chrono(T)` those of units that remember up to T steps, the input gate's their negative.
     """
 
     def __init__(
@@ -322,21 +325,20 @@ class LSTM(Recurrent):
         hidden_size: int,
         num_layers: int = 1,
         *,
-        forget_bias: float = 1.0,
+        forget_bias: float | tuple[float, float] | Initializer = 1.0,
         **options: Unpack[Options],
     ):
-        forget_bias = fitting(
-            "forget_bias", number("forget_bias", forget_bias), supported(options.get("dtype", "float32"))
-        )
+        bias = gate_bias("forget_bias", forget_bias, supported(options.get("dtype", "float32")))
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
-        self._add_to_gate(1, forget_bias)
+        self._add_to_gate(1, bias, against=0 if isinstance(bias, Chrono) else None)
 
 
 class GRU(Recurrent):
     """Gated recurrent unit, gates r, z, n, reset after the matrix product as in PyTorch and cuDNN.  See `Recurrent`.
 
     update_bias: added to bias_ih of the update gate z at the start, so that above 0 a unit keeps its state until it
-    learns to change it: what forget_bias is to an LSTM.  Without biases it has no place and is left out.
+    learns to change it: what forget_bias is to an LSTM, ranges and `initializers.chrono` included.  Without biases it has no
+    place and is left out.
     """
 
     def __init__(
@@ -345,14 +347,12 @@ class GRU(Recurrent):
         hidden_size: int,
         num_layers: int = 1,
         *,
-        update_bias: float = 0.0,
+        update_bias: float | tuple[float, float] | Initializer = 0.0,
         **options: Unpack[Options],
     ):
-        update_bias = fitting(
-            "update_bias", number("update_bias", update_bias), supported(options.get("dtype", "float32"))
-        )
+        bias = gate_bias("update_bias", update_bias, supported(options.get("dtype", "float32")))
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
-        self._add_to_gate(1, update_bias)
+        self._add_to_gate(1, bias)
 
 
 def _outside() -> int:
