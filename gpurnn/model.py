@@ -13,7 +13,7 @@ from gpurnn.types import Array, RecurrentBackward
 
 
 class Model(Layer):
-    """Any parts as one: `Model(lstm=lstm, head=head)`, or `Model([lstm, head])`, whose parts are called 0 and 1.
+    """Any parts as one: `Model(lstm=lstm, head=head)`, or `Model(lstm, head)`, whose parts are called 0 and 1.
 
     Names are prefixed, `lstm.weight_ih_l0`, and a part is an attribute, `model.lstm`.  The parts become views of the model's
     buffers and can be used as before; one optimiser step, norm or `zero_grad` of the model is one operation on a buffer.
@@ -33,8 +33,9 @@ class Model(Layer):
     cannot be joined (see `Parameters.join`).
     """
 
-    def __init__(self, parts: Any = None, /, **named: Any):
-        self.parts = {**_named(parts), **named}
+    def __init__(self, *parts: Any, **named: Any):
+        several = len(parts) == 1 and isinstance(parts[0], Sequence | Mapping)
+        self.parts = {**_named(parts[0] if several else parts), **named}
         for name, part in self.parts.items():
             trained(part, name)
             if name.isidentifier():
@@ -59,12 +60,8 @@ class Model(Layer):
         return type(self).__name__
 
 
-def _named(parts: Any) -> dict[str, Any]:
-    if isinstance(parts, Mapping):
-        return dict(parts)
-    if not isinstance(parts, Sequence | None) or isinstance(parts, str):
-        raise TypeError(f"parts: expected a list of layers or layers by name, got {type(parts).__name__}")
-    return {str(k): part for k, part in enumerate(parts or ())}
+def _named(parts: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    return dict(parts) if isinstance(parts, Mapping) else {str(k): part for k, part in enumerate(parts)}
 
 
 def together(model: Any) -> Any:

@@ -87,8 +87,11 @@ def test_what_cannot_be_joined():
         gpurnn.zero_grad([])
     with pytest.raises(ValueError, match="expected parts of other names, 'freeze' is a model's own"):
         gpurnn.Model(freeze=head)
-    with pytest.raises(TypeError, match="parts: expected a list of layers or layers by name, got LSTM"):
-        gpurnn.Model(lstm)
+    with pytest.raises(TypeError, match="0: expected a layer or a model with params and grads, got str"):
+        gpurnn.Model("lstm")
+    with pytest.raises(TypeError, match="0: expected a layer or a model with params and grads, got type"):
+        gpurnn.Adam([gpurnn.LSTM, head])
+    assert gpurnn.Model(lstm, head).params is gpurnn.Model([lstm, head]).params
 
 
 @pytest.mark.parametrize("join", [False, True])

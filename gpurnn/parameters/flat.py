@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from gpurnn import backend
-from gpurnn.parameters.buffers import check_memory, padded, revise, size_of
+from gpurnn.parameters.buffers import Revision, check_memory, padded, revise, size_of
 from gpurnn.types import Array
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,6 +45,7 @@ class Parameters(Mapping[str, Array]):
 
     def _begin_alone(self) -> None:
         self._whole: Any = lambda: None  # a weak reference to what it was joined into: gone with that, it is free again
+        self._ranges: tuple[int, list[tuple[int, int]]] = (-1, [])  # see `frozen_ranges`, of which revision
         self._shown: dict[tuple, Parameters] = {}  # what shows parts of this buffer under other names
 
     def _bind(self, flat: Array) -> None:
@@ -280,12 +281,11 @@ class Parameters(Mapping[str, Array]):
         return list(dict.fromkeys(found))
 
     def frozen_ranges(self) -> list[tuple[int, int]]:
-        """Where in `flat` what is frozen begins and ends."""
-        return [
-            (start, start + padded(size_of(shape), self.dtype))
-            for name, start, shape in self.places
-            if self._is_frozen(name)
-        ]
+        """Where in `flat` what is frozen begins and ends; found anew where something may have been frozen since."""
+        if self._ranges[0] != Revision.number:
+            places = [(start, size_of(shape)) for name, start, shape in self.places if self._is_frozen(name)]
+            self._ranges = Revision.number, [(start, start + padded(size, self.dtype)) for start, size in places]
+        return self._ranges[1]
 
 
 def side_by_side(parts: Mapping[str, Parameters]) -> bool:
