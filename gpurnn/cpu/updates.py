@@ -15,13 +15,13 @@ import numpy as np
 from gpurnn.arguments import wrong_update
 from gpurnn.cpu import costs
 from gpurnn.parameters import Parameters
-from gpurnn.parameters.buffers import Share
+from gpurnn.parameters.buffers import Portion
 
 
 class Updates:
     """The updates of one optimiser: how many there were, the learning rate, and memory for a block of the next.
 
-    steps: the updates done.  lr: a float.  rate, decay, clock: of the share under way its learning rate, weight decay and
+    steps: the updates done.  lr: a float.  rate, decay, clock: of the portion under way its learning rate, weight decay and
     number of updates.
     """
 
@@ -32,12 +32,12 @@ class Updates:
         self.most = float(np.finfo(params.dtype).max)  # of settings beyond it, 0 times one is 0 and not NaN
         self.limit = math.sqrt(self.most) / 2  # of a gradient whose square is to be finite
         self._work = np.empty((2, min(params.flat.size, costs.UPDATE_VALUES)), params.dtype)
-        self._shares: list[Share] = []
+        self._portions: list[Portion] = []
         self._flagged = False  # whether an operation ever overflowed: from then on updates look closely
 
-    def take(self, shares: list[Share], params: Parameters) -> None:
+    def take(self, portions: list[Portion], params: Parameters) -> None:
         """From now on an update is one of these parts of the buffer."""
-        self._shares = shares
+        self._portions = portions
 
     def run(self, rule: str, settings: Any, model: Any, moments: dict[str, Parameters], loss: Any) -> None:
         """One update of model.params from model.grads by `rule`, whose numbers are attributes of `settings`.
@@ -52,11 +52,11 @@ class Updates:
         block = max(self._work.shape[1], 1)
         lost = None  # the first place whose update is not finite
         with np.errstate(under="ignore", over="call", invalid="call", divide="call", call=self._flag):
-            for share in self._shares:
-                self.rate, self.decay = self.lr * share.rate, share.decay
-                self.clock = self.steps - share.skipped
-                for start in range(share.start, share.stop, block):
-                    cut = slice(start, min(start + block, share.stop))
+            for portion in self._portions:
+                self.rate, self.decay = self.lr * portion.rate, portion.decay
+                self.clock = self.steps - portion.skipped
+                for start in range(portion.start, portion.stop, block):
+                    cut = slice(start, min(start + block, portion.stop))
                     param, parts = params.flat[cut], {name: moment.flat[cut] for name, moment in moments.items()}
                     work, spare = self._work[:, : param.size]
                     change(self, settings, param, grads.flat[cut], work, spare, parts)

@@ -14,7 +14,7 @@ from gpurnn.cuda.launches import done
 from gpurnn.kernels import optim
 from gpurnn.kernels.vectors import WIDTH
 from gpurnn.parameters import Parameters
-from gpurnn.parameters.buffers import ALIGNMENT, Share
+from gpurnn.parameters.buffers import ALIGNMENT, Portion
 from gpurnn.types import Array
 
 LOSS = ("the loss", 0, ())  # as errors call it
@@ -29,7 +29,7 @@ class Updates:
     def __init__(self, params: Parameters):
         xp = backend.xp
         self._steps, self._lr = xp.zeros(1, np.int64), xp.zeros(1)
-        self.take([Share(0, params.flat.size, 1.0, 0.0, 0)], params)
+        self.take([Portion(0, params.flat.size, 1.0, 0.0, 0)], params)
 
     @property
     def steps(self) -> int:
@@ -47,18 +47,18 @@ class Updates:
     def lr(self, value: float) -> None:
         self._lr.fill(value)
 
-    def take(self, shares: list[Share], params: Parameters) -> None:
+    def take(self, portions: list[Portion], params: Parameters) -> None:
         """From now on an update is one of these parts of the buffer.  Not while a step is captured."""
         xp, size = backend.xp, params.flat.size
-        kinds = list(dict.fromkeys(share[2:] for share in shares)) or [(1.0, 0.0, 0)]
+        kinds = list(dict.fromkeys(portion[2:] for portion in portions)) or [(1.0, 0.0, 0)]
         self._groups = xp.asarray(np.array(kinds, np.float64))
         self._scalars = xp.zeros((len(kinds), 4), params.dtype)
         self._marks: Array | None = None  # of each line of the buffer its group; None: all of it is of the first
-        if [share[:2] for share in shares] != [(0, size)]:
+        if [portion[:2] for portion in portions] != [(0, size)]:
             line = ALIGNMENT // params.dtype.itemsize
             marks = np.full(size // line, -1, np.int32)
-            for share in shares:
-                marks[share.start // line : share.stop // line] = kinds.index(share[2:])
+            for portion in portions:
+                marks[portion.start // line : portion.stop // line] = kinds.index(portion[2:])
             self._marks = xp.asarray(marks)
 
     def run(self, rule: str, settings: Any, model: Any, moments: dict[str, Parameters], loss: Array | None) -> None:

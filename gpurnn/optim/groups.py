@@ -1,4 +1,4 @@
-"""What an optimiser does to each parameter: its share of the learning rate and its weight decay, or nothing at all.
+"""What an optimiser does to each parameter: its part of the learning rate and its weight decay, or nothing at all.
 
 Groups are given by pattern, `{"*bias*": {"weight_decay": 0}}`; parameters are frozen in the model, `model.freeze("head")`.
 A parameter that was frozen has missed updates, and its moments are that much younger: its clock counts its own.
@@ -9,7 +9,7 @@ from typing import Any
 
 from gpurnn.arguments import at_least_0
 from gpurnn.parameters import Parameters
-from gpurnn.parameters.buffers import Share, padded, size_of
+from gpurnn.parameters.buffers import Portion, padded, size_of
 
 SETTINGS = ("lr", "weight_decay")
 
@@ -65,19 +65,19 @@ class Groups:
         self.skipped = {name: steps - clocks[name] for name in names if name in clocks}
         self.since = dict.fromkeys(self.since, steps)
 
-    def shares(self, params: Parameters, decay: float) -> list[Share]:
+    def portions(self, params: Parameters, decay: float) -> list[Portion]:
         """The buffer in stretches that are treated alike; what is frozen is in none."""
-        shares: list[Share] = []
+        portions: list[Portion] = []
         for name, start, shape in params.places:
             end = start + padded(size_of(shape), params.dtype)
             if name in self.since or start == end:
                 continue
             own = self.rates.get(name, 1.0), self.decays.get(name, decay), self.skipped.get(name, 0)
-            if shares and shares[-1].stop == start and shares[-1][2:] == own:
-                shares[-1] = shares[-1]._replace(stop=end)
+            if portions and portions[-1].stop == start and portions[-1][2:] == own:
+                portions[-1] = portions[-1]._replace(stop=end)
             else:
-                shares.append(Share(start, end, *own))
-        return shares
+                portions.append(Portion(start, end, *own))
+        return portions
 
 
 EXAMPLE = '{"*bias*": {"weight_decay": 0.0}}'

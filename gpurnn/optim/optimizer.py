@@ -1,4 +1,4 @@
-"""What optimisers share: the update of a model's flat buffer, groups, what is frozen, and their state.
+"""What optimisers have in common: the update of a model's flat buffer, groups, what is frozen, and their state.
 
 They work on any object with `.params` and `.grads`, two `Parameters` of the same shapes, and on the two flat
 buffers behind them, in place.  They are looked up anew at every call: a layer's are re-bound when it joins a model.
@@ -58,7 +58,7 @@ def _moment(name: str, value: Any, view: Array) -> Array:
 
 
 class Optimizer:
-    """What the optimisers share.  `lr` is a plain attribute, free to be set: `opt.lr = base * schedule(step)`.
+    """What the optimisers have in common.  `lr` is a plain attribute, free to be set: `opt.lr = base * schedule(step)`.
 
     model     a layer, a model, an object with `params` and `grads`, or a list or mapping of such, which are joined (see
               `gpurnn.Model`).
@@ -83,7 +83,7 @@ class Optimizer:
         self.moments = {name: Parameters(params.shapes, params.dtype) for name in moments}
         self.groups = Groups(params, groups, self.lr)
         self._layout = _layout(params)
-        self._shares: Any = None
+        self._portions: Any = None
         self._plan()
 
     def __repr__(self) -> str:
@@ -124,10 +124,10 @@ class Optimizer:
         if _layout(params) != self._layout:
             raise RuntimeError("the model's parameters were tied since this optimiser was made: make it behind `tie`")
         self.groups.look([name for name in params.frozen if name in params.shapes], lambda: self.steps)
-        shares = self.groups.shares(params, self.weight_decay)
-        if shares != self._shares:
-            self._updates.take(shares, params)
-            self._shares = shares
+        portions = self.groups.portions(params, self.weight_decay)
+        if portions != self._portions:
+            self._updates.take(portions, params)
+            self._portions = portions
         self._revision = Revision.number
 
     def step(self) -> None:

@@ -20,7 +20,7 @@ def revise() -> None:
     Revision.number += 1
 
 
-class Share(NamedTuple):
+class Portion(NamedTuple):
     """A stretch of the buffer that an optimiser treats alike: places start to stop.
 
     rate: what its learning rate is multiplied by.  decay: the weight decay.  skipped: updates that it has missed.
