@@ -59,8 +59,9 @@ def full_bptt(
     """Forward over all T steps, backward over all T steps; adds the gradients, summed over steps, to `model.grads`.
 
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
-    them, time first, or the batch where the model is `batch_first`; beside lengths a loss is given time first always.  lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the
-    final state; what the model answered is their `.out`.
+    them, time first, or the batch where the model is `batch_first`; beside lengths a loss is given time first always.
+    lengths: as the model takes them; means are then over valid steps only.  Returns the loss's value and the final state;
+    what the model answered is their `.out`.
     """
     sequence_model(model), loss_function(loss)
     out, final, backward = _run(model, x, state, lengths)
@@ -69,10 +70,8 @@ def full_bptt(
         lengths = None
     turned = lengths is not None and getattr(model, "batch_first", False)
     if turned:
-        out, targets = (
-            out.swapaxes(0, 1),
-            None if targets is None else backend.asarray(targets, None, "targets").swapaxes(0, 1),
-        )
+        out = out.swapaxes(0, 1)
+        targets = None if targets is None else backend.asarray(targets, None, "targets").swapaxes(0, 1)
     value, dout = evaluate(loss, out, targets, lengths)
     if turned:
         dout = dout.swapaxes(0, 1)
