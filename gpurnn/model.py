@@ -34,7 +34,7 @@ class Model(Layer):
     """
 
     def __init__(self, *parts: Any, **named: Any):
-        several = len(parts) == 1 and isinstance(parts[0], Sequence | Mapping)
+        several = len(parts) == 1 and _are_several(parts[0])
         self.parts = {**_named(parts[0] if several else parts), **named}
         for name, part in self.parts.items():
             trained(part, name)
@@ -66,7 +66,11 @@ def _named(parts: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
 
 def together(model: Any) -> Any:
     """`model`, or a Model of its parts where it is a list or mapping of such; TypeError for what cannot be trained."""
-    return Model(model) if isinstance(model, Sequence | Mapping) else trained(model)
+    return Model(model) if _are_several(model) else trained(model)
+
+
+def _are_several(model: Any) -> bool:
+    return isinstance(model, Sequence | Mapping) and not isinstance(model, str | bytes) and len(model) > 0
 
 
 def pieces(model: Any) -> list[Any]:
@@ -74,11 +78,9 @@ def pieces(model: Any) -> list[Any]:
 
     Nothing is moved.  Raises TypeError for what cannot be trained, ValueError for parts that overlap.
     """
-    if not isinstance(model, Sequence | Mapping):
+    if not _are_several(model):
         return [trained(model)]
     parts = _named(model)
-    if not parts:
-        raise ValueError("model: expected some parts, got none")
     joined = side_by_side({name: trained(part, name).params for name, part in parts.items()})
     return [Model(parts)] if joined else list(parts.values())
 
