@@ -15,14 +15,24 @@ from gpurnn.cells import Cell, abs, exp, log, maximum, minimum, relu, sigmoid, s
 from gpurnn.cuda.capture import captured
 from gpurnn.cuda.faults import synchronize
 from gpurnn.environment import set_num_threads
-from gpurnn.layers import Dropout, Embedding, Linear
-from gpurnn.losses import mean_squared_error, softmax, softmax_cross_entropy
-from gpurnn.model import SequenceModel
+from gpurnn.layers import Dropout, Embedding, Linear, Pool
+from gpurnn.losses import (
+    accuracy,
+    binary_cross_entropy,
+    huber,
+    mean_squared_error,
+    perplexity,
+    softmax,
+    softmax_cross_entropy,
+)
+from gpurnn.model import Model, SequenceModel
 from gpurnn.optim import SGD, Adam, AdamW, RMSprop, schedules
-from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm
+from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value, grad_norm, zero_grad
 from gpurnn.recurrent import GRU, LSTM, RNN, Recurrent
+from gpurnn.saving import load, save
 
 if _TYPE_CHECKING:
+    from gpurnn.app.character_model import load_run
     from gpurnn.diagnose.check import GradientError, check_gradients
     from gpurnn.diagnose.monitor import GradientWarning, Monitor
 
@@ -39,14 +49,18 @@ __all__ = [
     "GradientError",
     "GradientWarning",
     "Linear",
+    "Model",
     "Monitor",
+    "Pool",
     "RMSprop",
     "Recurrent",
     "SequenceModel",
     "TruncatedBPTT",
     "__version__",
     "abs",
+    "accuracy",
     "backend",
+    "binary_cross_entropy",
     "captured",
     "check_gradients",
     "clip_grad_norm",
@@ -54,12 +68,17 @@ __all__ = [
     "exp",
     "full_bptt",
     "grad_norm",
+    "huber",
     "initializers",
+    "load",
+    "load_run",
     "log",
     "maximum",
     "mean_squared_error",
     "minimum",
+    "perplexity",
     "relu",
+    "save",
     "schedules",
     "set_num_threads",
     "sigmoid",
@@ -69,6 +88,7 @@ __all__ = [
     "synchronize",
     "tanh",
     "where",
+    "zero_grad",
 ]
 
 # Imported when asked for: rooms, and names in them.
@@ -80,6 +100,7 @@ _NAMES = {
     "GradientWarning": "gpurnn.diagnose.monitor",
     "Monitor": "gpurnn.diagnose.monitor",
     "check_gradients": "gpurnn.diagnose.check",
+    "load_run": "gpurnn.app.character_model",
 }
 
 

@@ -133,10 +133,10 @@ def returned(name: str, value: Any, parts: str) -> tuple:
     return tuple(value)
 
 
-def trained(model: Any) -> Any:
+def trained(model: Any, name: str = "model") -> Any:
     """`model` if it has parameters and gradients, as a layer has; TypeError otherwise."""
     if not (hasattr(model, "params") and hasattr(model, "grads")) or isinstance(model, type):
-        raise TypeError(f"model: expected a layer or a model with params and grads, got {type(model).__name__}")
+        raise TypeError(f"{name}: expected a layer or a model with params and grads, got {type(model).__name__}")
     return model
 
 
@@ -218,6 +218,13 @@ def sequence_model(model: Any) -> Any:
     if isinstance(model, type):
         raise TypeError(f"model: expected one that is made, got the class {model.__name__}")
     return _called_with("model", model, "(x, state, lengths=...)", None, None, lengths=None)
+
+
+def time_first(model: Any) -> Any:
+    """`model` if its steps come before its batch; ValueError otherwise."""
+    if getattr(model, "batch_first", False):
+        raise ValueError("model: expected one that takes (T, N, ...), got one with batch_first")
+    return model
 
 
 def loss_function(loss: Any) -> Any:

@@ -12,13 +12,39 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import flow_array, length, loss_function, mapping, returned, sequence_model, uncopied, whole
+from gpurnn.arguments import (
+    flow_array,
+    length,
+    loss_function,
+    mapping,
+    returned,
+    sequence_model,
+    time_first,
+    uncopied,
+    whole,
+)
 from gpurnn.losses import Loss, evaluate
 from gpurnn.resets import checked_resets
 from gpurnn.sequence import checked_lengths
 from gpurnn.types import Array
 
 STATES = ("begin", "carried")
+
+
+class Passed(tuple):
+    """What `full_bptt` returns, `loss, state = ...`; .out is the model's output as well."""
+
+    loss: Any
+    state: Any
+    out: Array
+
+    def __new__(cls, loss: Any, state: Any, out: Array) -> "Passed":
+        made = super().__new__(cls, (loss, state))
+        made.loss, made.state, made.out = loss, state, out
+        return made
+
+    def __getnewargs__(self) -> tuple:
+        return self.loss, self.state, self.out
 
 
 def full_bptt(
@@ -31,18 +57,28 @@ def full_bptt(
     lengths: Any = None,
     resets: Any = None,
     flow: Array | None = None,
-) -> tuple[Any, Any]:
+) -> Passed:
     """Forward over all T steps, backward over all T steps; adds the gradients, summed over steps, to `model.grads`.
 
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
-    them, time first.  lengths: as the model takes them; means are then over valid steps only.  resets: as the model takes
-    them.  Returns the loss's value and the final state.
+    them, time first, or the batch where the model is `batch_first`; beside lengths a loss is given time first always.
+    lengths: as the model takes them; means are then over valid steps only.  resets: as the model takes them.  Returns the loss's value and the final state;
+    what the model answered is their `.out`.
     """
     sequence_model(model), loss_function(loss)
     out, final, backward = _run(model, x, state, lengths, resets)
+    answered = out
+    if getattr(model, "pooling", None) is not None:  # one answer for a row, whatever its length
+        lengths = None
+    turned = lengths is not None and getattr(model, "batch_first", False)
+    if turned:
+        out = out.swapaxes(0, 1)
+        targets = None if targets is None else backend.asarray(targets, None, "targets").swapaxes(0, 1)
     value, dout = evaluate(loss, out, targets, lengths)
+    if turned:
+        dout = dout.swapaxes(0, 1)
     backward(dout, flow=flow)
-    return value, final
+    return Passed(value, final, answered)
 
 
 def _run(model: Any, x: Array, state: Any, lengths: Any, resets: Any) -> tuple:
@@ -76,6 +112,9 @@ class TruncatedBPTT:
         if k1 < 1 or k2 < k1:
             raise ValueError(f"expected 1 <= k1 <= k2, got k1 = {k1} and k2 = {k2}")
         loss_function(loss), sequence_model(model)
+        time_first(model)
+        if getattr(model, "pooling", None) is not None:
+            raise ValueError(f"model: expected an answer at every step, got one with pooling {model.pooling!r}")
         if getattr(getattr(model, "recurrent", model), "directions", 1) != 1:
             raise ValueError("model: expected one direction, a stream of windows has no other; got a bidirectional one")
         self.model, self.loss, self.k1, self.k2 = model, loss, k1, k2

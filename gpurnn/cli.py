@@ -55,6 +55,37 @@ def _no_current_folder() -> list[str]:
     return []
 
 
+# What other programs call an option: ours, or why there is none.
+_CHOSEN = (
+    "the device is chosen at import, as `gpurnn info` says; GPURNN_BACKEND=cuda makes it an error where there is none"
+)
+MEANT = {
+    "--learning-rate": "--lr",
+    "--learning_rate": "--lr",
+    "--batch-size": "--batch",
+    "--bptt": "--k1",
+    "--seq-len": "--k1",
+    "--seq-length": "--k1",
+    "--layers": "--num-layers",
+    "--hidden": "--hidden-size",
+    "--units": "--hidden-size",
+    "--clip": "--clip-norm",
+    "--grad-clip": "--clip-norm",
+    "--model": "--cell",
+    "--input": "--data",
+    "--out": "--run",
+    "--output": "--run",
+    "--out-dir": "--run",
+    "--output-dir": "--run",
+    "--temp": "--temperature",
+    "--epochs": "a budget is --steps or --minutes; a step reads --batch times --k1 characters",
+    "--gpu": _CHOSEN,
+    "--cuda": _CHOSEN,
+    "--device": _CHOSEN,
+    "--bidirectional": "a character model predicts the next character, which a backward direction would have read",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake; argparse's own would be under the whole usage."""
@@ -66,8 +97,14 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown and unknown[0].startswith("-"):
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options.known, 1)
-        parser.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        meant = MEANT.get(unknown[0].split("=")[0], "")
+        if meant in options.known:
+            parser.error(f"unknown option {unknown[0]}; did you mean {meant}?")
+        if " " in meant and options.command in (train_command.run, _sample):
+            parser.error(f"unknown option {unknown[0]}: {meant}")
+        words = [name.removeprefix("--") for name in options.known]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), words, 1, cutoff=0.7)
+        parser.error(f"unknown option {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else ""))
     if unknown:
         meant = f"; did you mean --data {unknown[0]}?" if options.command is train_command.run else ""
         parser.error(f"unknown argument {unknown[0]}{meant}")
@@ -83,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a character model",
         description="Trains a character model by truncated BPTT and leaves a run folder: model.safetensors, "
-        "config.toml, metrics.jsonl, loss.png, gradient_flow.png.  Ctrl-C finishes the step and saves.",
+        "best.safetensors, config.toml, metrics.jsonl, loss.png, gradient_flow.png.  Ctrl-C finishes the step and saves.",
     )
     train_command.add_arguments(train)
     names = ["run", "resume", "config", *(option.name for option in fields(TrainConfig))]
@@ -96,8 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", default=None, help="text to go on from (default: a new line)")
     sample.add_argument("--length", type=int, default=500, help="characters to write (default 500)")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest, 1 the model's own (0.8)")
+    sample.add_argument(
+        "--top-k", type=int, default=None, metavar="K", help="draw from the K likeliest characters alone"
+    )
+    sample.add_argument(
+        "--top-p", type=float, default=None, metavar="P", help="draw from the likeliest that have P of the probability"
+    )
     sample.add_argument("--seed", type=int, default=None, help="for the same text again")
-    sample.set_defaults(command=_sample, known=["--prompt", "--length", "--temperature", "--seed"])
+    sample.add_argument("--best", action="store_true", help="the model whose validation was best, not the last")
+    sample.set_defaults(
+        command=_sample, known=["--prompt", "--length", "--temperature", "--top-k", "--top-p", "--seed", "--best"]
+    )
 
     flow = commands.add_parser(
         "flow",
@@ -134,10 +180,12 @@ def _sample(options: argparse.Namespace) -> int:
 
     from gpurnn.app import character_model
 
-    model, alphabet, _ = character_model.load(options.folder)
+    model, alphabet, _ = character_model.load_run(options.folder, best=options.best)
     rng = np.random.default_rng(options.seed)
     prompt = character_model.first_prompt(alphabet) if options.prompt is None else options.prompt
-    tokens = character_model.sample(model, alphabet, prompt, options.length, options.temperature, rng)
+    tokens = character_model.sample(
+        model, alphabet, prompt, options.length, options.temperature, rng, top_k=options.top_k, top_p=options.top_p
+    )
     character_model.write(alphabet, prompt, tokens)
     return 0
 

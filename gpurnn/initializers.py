@@ -3,91 +3,132 @@
 Values are drawn on the host in float64 whatever the layer's type and device, so a seed gives the same model everywhere.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gpurnn.arguments import at_least_0, function, number, whole
-from gpurnn.parameters import check_memory
+from gpurnn.arguments import at_least_0, fitting, function, number, whole
+from gpurnn.parameters.buffers import check_memory
 
 Initializer = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
-def _checked(draw: Initializer) -> Initializer:
-    """`draw` for a generator, rows and columns that are some; TypeError or ValueError for anything else."""
-
-    @functools.wraps(draw)
-    def checked(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-        if not isinstance(rng, np.random.Generator | np.random.RandomState):
-            raise TypeError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
-        rows, columns = whole("rows", rows, 0), whole("columns", columns, 0)
-        check_memory(rows * columns, np.dtype("float64"), "values")
-        return draw(rng, rows, columns)
-
-    return checked
+def _sizes(rng: np.random.Generator, rows: int, columns: int) -> tuple[int, int]:
+    """rows and columns, beside a generator; TypeError or ValueError where they are none."""
+    if not isinstance(rng, np.random.Generator | np.random.RandomState):
+        raise TypeError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
+    rows, columns = whole("rows", rows, 0), whole("columns", columns, 0)
+    check_memory(rows * columns, np.dtype("float64"), "values")
+    return rows, columns
 
 
-@_checked
 def glorot_uniform(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Uniform within sqrt(6 / (rows + columns)): keeps variances through a linear map (Glorot & Bengio 2010)."""
+    rows, columns = _sizes(rng, rows, columns)
     limit = math.sqrt(6 / max(1, rows + columns))
     return rng.uniform(-limit, limit, (rows, columns))
 
 
-@_checked
 def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Orthonormal rows or columns, from the QR of a Gaussian matrix (Saxe et al. 2014): every singular value is 1."""
+    rows, columns = _sizes(rng, rows, columns)
     q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
     q = q * np.sign(np.diag(r))  # makes the distribution uniform over orthogonal matrices
     return q if rows >= columns else q.T
 
 
-@_checked
 def identity(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """The identity: with relu, the IRNN of Le, Jaitly & Hinton 2015."""
-    return np.eye(rows, columns)
+    return np.eye(*_sizes(rng, rows, columns))
 
 
-@_checked
 def zeros(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    return np.zeros((rows, columns))
+    return np.zeros(_sizes(rng, rows, columns))
 
 
 def uniform(limit: float) -> Initializer:
     """Uniform within [-limit, limit]; PyTorch's recurrent layers use 1/sqrt(H) for every parameter."""
-    at_least_0("limit", limit)
-
-    @_checked
-    def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-        return rng.uniform(-limit, limit, (rows, columns))
-
-    return draw
+    return _Uniform(at_least_0("limit", limit))
 
 
 def normal(deviation: float) -> Initializer:
     """Gaussian with mean 0."""
-    at_least_0("deviation", deviation)
-
-    @_checked
-    def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-        return rng.normal(0, deviation, (rows, columns))
-
-    return draw
+    return _Normal(at_least_0("deviation", deviation))
 
 
 def scaled(initializer: Initializer, gain: float) -> Initializer:
     """`gain` times what `initializer` draws: below 1 an orthogonal matrix forgets, above 1 it explodes."""
-    function("initializer", initializer)
-    number("gain", gain)
+    return _Scaled(function("initializer", initializer), number("gain", gain))
 
-    @_checked
-    def draw(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-        return gain * initializer(rng, rows, columns)
 
-    return draw
+def chrono(longest: float) -> "Chrono":
+    """A gate's bias log(u), u uniform in [1, longest - 1]: units that forget within 1 to `longest` steps (Tallec and Ollivier 2018).
+
+    For `LSTM(forget_bias=chrono(784))`, whose input gate begins with the negative, as they have it, and `GRU(update_bias=)`.
+    """
+    return Chrono(number("longest", longest, lambda v: v >= 2, "from 2"))
+
+
+def gate_bias(name: str, given: Any, dtype: np.dtype) -> Initializer:
+    """What draws a gate's bias: of a number that number, of a pair (low, high) uniform numbers, of an initialiser its own."""
+    if isinstance(given, tuple | list):
+        if len(given) != 2 or not all(isinstance(end, int | float) for end in given) or not given[0] <= given[1]:
+            raise ValueError(f"{name}: expected a number, a range (low, high) or an initialiser, got {given!r:.80}")
+        low, high = (fitting(name, number(name, end), dtype) for end in given)
+        return _Between(low, high)
+    if callable(given):
+        return given
+    value = fitting(name, number(name, given), dtype)
+    return _Between(value, value)
+
+
+# They pickle, and so do cells that begin with them.
+
+
+@dataclass(frozen=True)
+class _Uniform:
+    limit: float
+
+    def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return rng.uniform(-self.limit, self.limit, _sizes(rng, rows, columns))
+
+
+@dataclass(frozen=True)
+class _Between:
+    low: float
+    high: float
+
+    def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        shape = _sizes(rng, rows, columns)
+        return np.full(shape, self.low) if self.low == self.high else rng.uniform(self.low, self.high, shape)
+
+
+@dataclass(frozen=True)
+class Chrono:
+    longest: float
+
+    def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return np.log(rng.uniform(1, self.longest - 1, _sizes(rng, rows, columns)))
+
+
+@dataclass(frozen=True)
+class _Normal:
+    deviation: float
+
+    def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return rng.normal(0, self.deviation, _sizes(rng, rows, columns))
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    initializer: Initializer
+    gain: float
+
+    def __call__(self, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+        return self.gain * self.initializer(rng, *_sizes(rng, rows, columns))
 
 
 INITIALIZERS: dict[str, Initializer] = {

@@ -12,10 +12,8 @@ from gpurnn import backend
 from gpurnn.arguments import (
     Turn,
     checked,
-    fitting,
     flow_array,
     generator,
-    number,
     one_of,
     positive,
     probability,
@@ -29,7 +27,7 @@ from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
 from gpurnn.executors.heads import checked_heads
 from gpurnn.executors.random import Masks
-from gpurnn.initializers import Initializer, chosen, drawn, glorot_uniform, orthogonal, zeros
+from gpurnn.initializers import Chrono, Initializer, chosen, drawn, gate_bias, glorot_uniform, orthogonal, zeros
 from gpurnn.layers import Layer
 from gpurnn.resets import checked_resets
 from gpurnn.sequence import prepare_lengths, run
@@ -41,6 +39,7 @@ class Options(TypedDict, total=False):
 
     bias: bool
     bidirectional: bool
+    batch_first: bool
     dropout: float
     weight_dropout: float
     residual: bool
@@ -61,6 +60,7 @@ class Recurrent(Layer):
     num_layers      L; layer k reads what layer k-1 wrote.
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
+    batch_first     x is (N, T, I) and y (N, T, D*H), their gradients alike, resets (N, T); states and lengths are as ever.
     dropout         between layers, not behind the last; see `Dropout`.  With one layer it means nothing, and warns.
     weight_dropout  in training entries of weight_hh are 0 with this probability, the others divided by 1 - it: one mask a
                     call, the same at all its steps (DropConnect, as Merity et al. 2018 have it).
@@ -96,6 +96,7 @@ class Recurrent(Layer):
         *,
         bias: bool = True,
         bidirectional: bool = False,
+        batch_first: bool = False,
         dropout: float = 0.0,
         weight_dropout: float = 0.0,
         residual: bool = False,
@@ -118,7 +119,9 @@ class Recurrent(Layer):
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
         self.num_layers, self.heads = whole("num_layers", num_layers), checked_heads(heads, self.hidden_size, cell)
-        self.directions = 1 + switch("bidirectional", bidirectional)
+        self.bidirectional = switch("bidirectional", bidirectional)
+        self.directions = 1 + self.bidirectional
+        self.batch_first = switch("batch_first", batch_first)
         self.bias, self.trainable_h0 = switch("bias", bias), switch("trainable_h0", trainable_h0)
         self.clip_in_time = None if clip_in_time is None else positive("clip_in_time", clip_in_time)
         self.dropout, self.executor = probability("dropout", dropout), executor
@@ -254,14 +257,17 @@ class Recurrent(Layer):
         training, copy = switch("training", training), switch("copy", copy)
         x = backend.asarray(x, self.dtype, "x")
         if x.ndim != 3 or x.shape[2] != self.input_size:
-            raise ValueError(f"x: expected (T, N, I) = (T, N, {self.input_size}), got {x.shape}")
+            lead = "N, T" if self.batch_first else "T, N"
+            raise ValueError(f"x: expected ({lead}, I) = ({lead}, {self.input_size}), got {x.shape}")
+        x = self._turned(x)
         T, N, _ = x.shape
         initial = self.unpacked(state, N, "state", self.trainable_h0)
-        prepared, resets = prepare_lengths(lengths, T, N), checked_resets(resets, T, N)
+        prepared, resets = prepare_lengths(lengths, T, N), checked_resets(resets, T, N, self.batch_first)
         all_states = switch("all_states", all_states)
         if training and copy and prepared is None:  # else the engine is given a copy in any case
             x = x.copy()
         y, final, back = run(self, x, initial, prepared, training, resets, all_states)
+        y = tuple(map(self._turned, y))
         if back is None:
             return self._packed(y) if all_states else y[0], self._packed(final), None
         y = tuple(map(backend.ops.protected, y))
@@ -282,14 +288,14 @@ class Recurrent(Layer):
                 dx, dinitial, dfresh = back(dy, dfinal, keep, flow)
                 if self.trainable_h0:
                     self._add_to_initial(dinitial, given, dfresh)
-                return dx, self._packed(dinitial)
+                return self._turned(dx), self._packed(dinitial)
 
         return backward
 
     def _above(self, dy: Any, states: int, shape: tuple[int, ...]) -> tuple[Array, ...]:
         """dL/d(every step's states), one array (T, N, D*H) each: of h alone, or of all that the cell has."""
         if states == 1 and dy is not None:
-            return (checked(dy, self.dtype, "dy", shape, "(T, N, D*H)"),)
+            return (self._above_one(dy, "dy", shape),)
         names = self.cell.state_names[:states]
         parts = (dy,) if states == 1 else (None,) * states if dy is None else dy
         if not isinstance(parts, tuple | list) or len(parts) != states:
@@ -297,13 +303,17 @@ class Recurrent(Layer):
             raise ValueError(
                 f"dy: expected a tuple of {states} arrays ({', '.join(names)}) of shape {shape}, got {came}"
             )
-        nothing = backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
         called = ["dy", *(f"dy {name}" for name in names[1:])]
-        given = [nothing if part is None else part for part in parts]
-        found = tuple(
-            checked(part, self.dtype, name, shape, "(T, N, D*H)") for part, name in zip(given, called, strict=True)
-        )
+        found = tuple(self._above_one(part, name, shape) for part, name in zip(parts, called, strict=True))
         return found[:1] if all(part is None for part in parts[1:]) else found
+
+    def _above_one(self, dy: Any, name: str, shape: tuple[int, ...]) -> Array:
+        if dy is None:
+            return backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
+        T, N, width = shape
+        if self.batch_first:
+            dy = checked(dy, self.dtype, name, (N, T, width), "(N, T, D*H)").swapaxes(0, 1)
+        return checked(dy, self.dtype, name, shape, "(T, N, D*H)")
 
     def _add_to_initial(
         self, dinitial: tuple[Array, ...], given: tuple[bool, ...], dfresh: tuple[Array, ...] | None
@@ -320,6 +330,10 @@ class Recurrent(Layer):
             return tuple(self.params[f"{name}_0"] for name in self.cell.state_names)
         return tuple(backend.xp.zeros(shape, self.dtype) for _ in self.cell.state_names)
 
+    def _turned(self, value: Array) -> Array:
+        """(T, N, ...) for (N, T, ...) and the other way round, where the batch comes first."""
+        return value.swapaxes(0, 1) if self.batch_first else value
+
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
         """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
         flow_array(flow, (self.num_layers * self.directions, self.cell.states, T))
@@ -332,12 +346,16 @@ class Recurrent(Layer):
         bias_ih, bias_hh, *_ = *(values[name] for name in biases), None, None
         return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(values[name] for name in params))
 
-    def _add_to_gate(self, gate: int, value: float) -> None:
-        """Adds to bias_ih of one gate, in every layer and direction."""
+    def _add_to_gate(self, gate: int, draw: Initializer, against: int | None = None) -> None:
+        """Adds to bias_ih of one gate, in every layer and direction, and the negative to that of the gate `against`."""
         H = self.hidden_size
-        for name in self.params:
-            if name.startswith("bias_ih"):
-                self.params[name][gate * H : (gate + 1) * H] += value
+        for name in [name for name in self.params if name.startswith("bias_ih")]:
+            value = self.params[name].copy()
+            drawn = backend.asarray(np.asarray(draw(self.rng, H, 1)).reshape(H), self.dtype, name)
+            value[gate * H : (gate + 1) * H] += drawn
+            if against is not None:
+                value[against * H : (against + 1) * H] -= drawn
+            self._set(name, value)
 
     def unpacked(self, state: Any, N: int, what: str, trained: bool = False) -> tuple[Array, ...]:
         """One array (L*D, N, H) per state of the cell; for None, of the whole or of a part, zeros or what was trained."""
@@ -389,6 +407,7 @@ class RNN(Recurrent):
     ):
         if not isinstance(nonlinearity, str) or nonlinearity not in RNN_CELLS:
             raise ValueError(f"nonlinearity: expected one of {', '.join(RNN_CELLS)}, got {nonlinearity!r}")
+        self.nonlinearity = nonlinearity
         super().__init__(RNN_CELLS[nonlinearity], input_size, hidden_size, num_layers, **options)
 
 
@@ -397,7 +416,8 @@ class LSTM(Recurrent):
 
     forget_bias: added to bias_ih of the forget gate at the start (Gers et al. 2000; 1 after Jozefowicz et al. 2015), so
     that the cell remembers until it learns to forget.  At 100 the gate is exactly 1 and stays so, the constant error
-    carousel of 1997.  Without biases it has no place and is left out.
+    carousel of 1997.  Without biases it has no place and is left out.  A range (low, high) draws each unit's uniformly;
+    `initializers.chrono(T)` those of units that remember up to T steps, the input gate's their negative.
     """
 
     def __init__(
@@ -406,21 +426,20 @@ class LSTM(Recurrent):
         hidden_size: int,
         num_layers: int = 1,
         *,
-        forget_bias: float = 1.0,
+        forget_bias: float | tuple[float, float] | Initializer = 1.0,
         **options: Unpack[Options],
     ):
-        forget_bias = fitting(
-            "forget_bias", number("forget_bias", forget_bias), supported(options.get("dtype", "float32"))
-        )
+        bias = gate_bias("forget_bias", forget_bias, supported(options.get("dtype", "float32")))
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
-        self._add_to_gate(1, forget_bias)
+        self._add_to_gate(1, bias, against=0 if isinstance(bias, Chrono) else None)
 
 
 class GRU(Recurrent):
     """Gated recurrent unit, gates r, z, n, reset after the matrix product as in PyTorch and cuDNN.  See `Recurrent`.
 
     update_bias: added to bias_ih of the update gate z at the start, so that above 0 a unit keeps its state until it
-    learns to change it: what forget_bias is to an LSTM.  Without biases it has no place and is left out.
+    learns to change it: what forget_bias is to an LSTM, ranges and `initializers.chrono` included.  Without biases it has no
+    place and is left out.
     """
 
     def __init__(
@@ -429,14 +448,12 @@ class GRU(Recurrent):
         hidden_size: int,
         num_layers: int = 1,
         *,
-        update_bias: float = 0.0,
+        update_bias: float | tuple[float, float] | Initializer = 0.0,
         **options: Unpack[Options],
     ):
-        update_bias = fitting(
-            "update_bias", number("update_bias", update_bias), supported(options.get("dtype", "float32"))
-        )
+        bias = gate_bias("update_bias", update_bias, supported(options.get("dtype", "float32")))
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
-        self._add_to_gate(1, update_bias)
+        self._add_to_gate(1, bias)
 
 
 def _outside() -> int:

@@ -16,14 +16,16 @@ from gpurnn.types import Array
 States = tuple[Array, ...]
 
 
-def checked_resets(resets: Any, T: int, N: int) -> Array | None:
-    """`resets` as an array of the backend; ValueError unless it is (T, N) of bool."""
+def checked_resets(resets: Any, T: int, N: int, batch_first: bool = False) -> Array | None:
+    """`resets` as an array (T, N) of the backend; ValueError unless it is that, or (N, T) for `batch_first`, and of bool."""
     if resets is None:
         return None
-    given = backend.asarray(resets, None, "resets")
-    if given.shape != (T, N) or (given.dtype != np.bool_ and given.size):  # an empty list has no type
-        raise ValueError(f"resets: expected bool of shape (T, N) = {(T, N)}, got {given.dtype} of shape {given.shape}")
-    return given.astype(np.bool_, copy=False)
+    given, shape = backend.asarray(resets, None, "resets"), (N, T) if batch_first else (T, N)
+    if given.shape != shape or (given.dtype != np.bool_ and given.size):  # an empty list has no type
+        axes = "(N, T)" if batch_first else "(T, N)"
+        raise ValueError(f"resets: expected bool of shape {axes} = {shape}, got {given.dtype} of shape {given.shape}")
+    given = given.astype(np.bool_, copy=False)
+    return given.T if batch_first else given
 
 
 class Restarts(NamedTuple):

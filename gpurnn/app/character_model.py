@@ -1,10 +1,11 @@
 """A character model: embedding, recurrent layers, softmax over the alphabet.  Built, loaded, measured, sampled."""
 
 import codecs
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from gpurnn import backend
 from gpurnn.app import checkpoint
 from gpurnn.app.config import TrainConfig
 from gpurnn.app.data import Alphabet
+from gpurnn.arguments import number, whole
 from gpurnn.layers import Dropout, Embedding, Linear
 from gpurnn.losses import softmax_cross_entropy
 from gpurnn.model import SequenceModel
@@ -31,6 +33,8 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
         "clip_in_time": config.clip_in_time or None,
         "precision": config.precision,
     }
+    biases = {"forget_bias": config.forget_bias, "update_bias": config.update_bias}
+    options |= {name: value for name, value in biases.items() if value is not None}
     sizes = config.embedding_size, config.hidden_size
     recurrent: Recurrent
     if config.cell == "rnn":
@@ -44,20 +48,34 @@ def build(config: TrainConfig, alphabet_size: int, rng: np.random.Generator) -> 
     return SequenceModel(embedding, recurrent, head, dropout=dropout)
 
 
-def load(run: str | Path) -> tuple[SequenceModel, Alphabet, TrainConfig]:
-    """The model of a run folder, as its last checkpoint has it.  Raises ValueError or OSError where it cannot be read."""
-    run = Path(run)
+class Run(NamedTuple):
+    """What `load_run` gives.  alphabet: `encode` and `decode` turn text into tokens and back.  config: the run's options."""
+
+    model: SequenceModel
+    alphabet: Alphabet
+    config: TrainConfig
+
+
+def load_run(folder: str | Path, *, best: bool = False) -> Run:
+    """What `gpurnn train` left in a run folder: `model, alphabet, config = gpurnn.load_run("runs/lstm256-...")`.
+
+    best: the checkpoint whose validation was best, not the last.  Raises ValueError or OSError where it cannot be read.
+    """
+    run = Path(folder)
     if not (run / checkpoint.CONFIG).is_file():
         raise FileNotFoundError(f"{run}: expected a run folder, {checkpoint.CONFIG} is not there")
     config = TrainConfig.from_mapping(checkpoint.read_config(run / checkpoint.CONFIG), str(run / checkpoint.CONFIG))
-    saved = checkpoint.load(run / checkpoint.MODEL)
+    path = run / (checkpoint.BEST if best else checkpoint.MODEL)
+    if best and not path.exists():
+        raise FileNotFoundError(f"{run}: there is no {path.name}: the run had no validation yet")
+    saved = checkpoint.load(path)
     try:
         alphabet = Alphabet.from_json(checkpoint.entry(saved.meta, "alphabet", str))
         model = build(config, len(alphabet), np.random.default_rng(0))
         model.load_state_dict(saved.tensors)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{run / checkpoint.MODEL}: {error.args[0]}") from None
-    return model, alphabet, config
+        raise ValueError(f"{path}: {error.args[0]}") from None
+    return Run(model, alphabet, config)
 
 
 def bits_per_symbol(model: SequenceModel, tokens: np.ndarray, limit: int | None = None) -> float:
@@ -81,13 +99,27 @@ def bits_per_symbol(model: SequenceModel, tokens: np.ndarray, limit: int | None 
 
 
 def sample(
-    model: SequenceModel, alphabet: Alphabet, prompt: str, length: int, temperature: float, rng: np.random.Generator
+    model: SequenceModel,
+    alphabet: Alphabet,
+    prompt: str,
+    length: int,
+    temperature: float,
+    rng: np.random.Generator,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Iterator[int]:
     """Tokens drawn one after the other from the model, behind `prompt`; temperature 0 takes the likeliest each time.
 
+    top_k: only the k likeliest may come.  top_p: only the fewest likeliest that have p of the probability together, at that
+    temperature (Holtzman et al. 2020).
     The iterator raises FloatingPointError where the model's output is not finite.
-    Raises ValueError for a prompt outside the alphabet, a negative length or temperature.
+    Raises ValueError for a prompt outside the alphabet, a negative length or temperature, top_k below 1, top_p outside (0, 1].
     """
+    if top_k is not None:
+        whole("top_k", top_k)
+    if top_p is not None:
+        number("top_p", top_p, lambda p: 0 < p <= 1, "in (0, 1]")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a number from 0, got {temperature!r}")
     if length < 0:
@@ -95,7 +127,9 @@ def sample(
     tokens = alphabet.encode(prompt)
     if not len(tokens):
         tokens = np.array([rng.integers(len(alphabet))])
-    return _draws(model, tokens, length, temperature, rng)
+    return _draws(
+        model, tokens, length, functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p, rng=rng)
+    )
 
 
 def first_prompt(alphabet: Alphabet) -> str:
@@ -103,24 +137,31 @@ def first_prompt(alphabet: Alphabet) -> str:
     return "\n" if alphabet.unit == "bytes" or "\n" in alphabet.symbols else alphabet.symbols[0]
 
 
-def _draws(
-    model: SequenceModel, tokens: np.ndarray, length: int, temperature: float, rng: np.random.Generator
-) -> Iterator[int]:
+def _draws(model: SequenceModel, tokens: np.ndarray, length: int, draw: Callable[[np.ndarray], int]) -> Iterator[int]:
     logits, state, _ = model(tokens.astype(np.int32)[:, None], training=False)
     for _ in range(length):
-        token = _draw(backend.to_numpy(logits[-1, 0]), temperature, rng)
+        token = draw(backend.to_numpy(logits[-1, 0]))
         yield token
         logits, state, _ = model(np.array([[token]], np.int32), state, training=False)
 
 
-def _draw(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+def _draw(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, rng: np.random.Generator
+) -> int:
     if not np.isfinite(logits).all():
         raise FloatingPointError("the model's output is not finite: its training has diverged")
     if temperature == 0:
         return int(logits.argmax())
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
         scaled = (logits.astype(np.float64) - logits.max()) / temperature
-    cumulative = np.cumsum(np.exp(scaled))
+    chances = np.exp(scaled)
+    if top_k is not None or top_p is not None:
+        order = np.argsort(-chances, kind="stable")
+        order = order[:top_k]
+        before = np.cumsum(chances[order]) - chances[order]
+        kept = order if top_p is None else order[before < top_p * chances[order].sum()]
+        chances = np.where(np.isin(np.arange(len(chances)), kept), chances, 0.0)
+    cumulative = np.cumsum(chances)
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 

@@ -1,14 +1,13 @@
 """Run folders, and the files in them: a process killed at any moment, saving included, leaves a run that resumes.
 
-`runs/<name>/` holds `config.toml`, written once, `model.safetensors`, `metrics.jsonl` and figures.  Whatever a training
-has to know to go on is in `model.safetensors`, so that one rename commits all of it or none: the model's tensors under
+`runs/<name>/` holds `config.toml`, written once, `model.safetensors`, `best.safetensors`, `metrics.jsonl` and figures.
+Whatever a training has to know to go on is in `model.safetensors`, so that one rename commits all of it or none: the model's tensors under
 their own names, the optimiser's under `optimizer/`, carried states under `state/`, and step, count of dropout's masks
 and the like
 as JSON in the file's metadata.  Nothing read here is ever unpickled or executed.  safetensors is imported where tensors
 are read or written: who keeps none does without.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpurnn.files import StrPath, clean, make_folders, parse_json, sync_folder, temporary_name, write_atomically
+from gpurnn.files import StrPath, clean, make_folders, sync_folder, temporary_name, write_atomically
+from gpurnn.saving.tensors import CHECKPOINT, FORMAT, Tensors, read_tensors, tensor_bytes
 
 fcntl: Any
 try:
@@ -30,15 +30,9 @@ except ImportError:  # Windows
     fcntl = None
 
 CONFIG, MODEL, METRICS = "config.toml", "model.safetensors", "metrics.jsonl"
+BEST = "best.safetensors"  # the checkpoint whose validation was best so far
 
-FORMAT = 1
 OPTIMIZER, STATE = "optimizer/", "state/"
-DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}  # fmt: skip
-
-Tensors = dict[str, np.ndarray]
 
 
 class Checkpoint(NamedTuple):
@@ -60,15 +54,16 @@ def save(path: StrPath, checkpoint: Checkpoint) -> None:
 
 def load(path: StrPath) -> Checkpoint:
     """Reads what `save` wrote, bit for bit.  ValueError says what is wrong with a broken, foreign or newer file."""
-    tensors, meta = _read_tensors(path)
-    if meta is None:
-        raise ValueError(f"{path}: expected a gpurnn checkpoint, got a safetensors file without 'gpurnn' metadata")
+    tensors, kind, meta = read_tensors(path)
+    if kind != CHECKPOINT:
+        came = "a model: gpurnn.load reads it" if kind else "a safetensors file without 'gpurnn' metadata"
+        raise ValueError(f"{path}: expected a gpurnn checkpoint, got {came}")
     return Checkpoint(_model_part(tensors), _under(OPTIMIZER, tensors), _under(STATE, tensors), meta)
 
 
 def save_weights(path: StrPath, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a model's tensors alone, atomically, as a plain safetensors file."""
-    write_atomically(path, _tensor_bytes(tensors, None))
+    write_atomically(path, tensor_bytes(tensors))
 
 
 def load_weights(path: StrPath) -> Tensors:
@@ -76,8 +71,8 @@ def load_weights(path: StrPath) -> Tensors:
 
     bfloat16, which NumPy lacks, becomes float32 without loss.  Raises ValueError as `load` does.
     """
-    tensors, meta = _read_tensors(path)
-    return tensors if meta is None else _model_part(tensors)
+    tensors, kind, _ = read_tensors(path)
+    return _model_part(tensors) if kind == CHECKPOINT else tensors
 
 
 def create_run(folder: StrPath, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -177,60 +172,7 @@ def _checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
         text = json.dumps({"format": FORMAT, **checkpoint.meta})
     except TypeError as error:
         raise TypeError(f"meta: expected JSON values: {error}") from None
-    return _tensor_bytes(tensors, text)
-
-
-def _digest(meta: str, arrays: Tensors) -> str:
-    """Of all that a checkpoint holds: safetensors sees to the file's form, not to a bit that flipped in its values."""
-    found = hashlib.sha256(meta.encode())
-    for name, array in sorted(arrays.items()):
-        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        found.update(f"\n{name} {little.dtype.str} {little.shape}\n".encode())
-        found.update(little.tobytes())
-    return found.hexdigest()
-
-
-def _tensor_bytes(tensors: Mapping[str, np.ndarray], meta: str | None) -> bytes:
-    """A safetensors file; meta: a checkpoint's, as JSON."""
-    arrays = {}
-    for name, tensor in tensors.items():
-        # safetensors writes the memory behind an array and ignores its strides; asarray, unlike
-        # ascontiguousarray, leaves 0-d arrays 0-d.
-        arrays[name] = array = np.asarray(tensor, order="C")
-        if array.dtype.newbyteorder("<") not in DTYPES.values() or name == "__metadata__":
-            raise ValueError(f"{name}: expected a tensor of type {', '.join(DTYPES)}, got {array.dtype}")
-    from safetensors.numpy import save as saved
-
-    return saved(arrays, None if meta is None else {"gpurnn": meta, "sha256": _digest(meta, arrays)})
-
-
-def _read_tensors(path: StrPath) -> tuple[Tensors, dict[str, Any] | None]:
-    """The tensors and our part of the metadata, None where there is none.  One read: the file may be replaced."""
-    import safetensors
-
-    data = Path(path).read_bytes()
-    try:
-        tensors = {name: _array(name, **entry) for name, entry in safetensors.deserialize(data)}
-        # The package keeps the last of several entries of one name; a file that has them is not to be trusted.
-        metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-        meta = parse_json(metadata["gpurnn"]) if "gpurnn" in metadata else None
-        if meta is not None and (version := meta.pop("format", None)) != FORMAT:
-            raise ValueError(
-                f"expected checkpoint format {FORMAT}, got {version!r}: a newer gpurnn may have written it"
-            )
-        if meta is not None and metadata.get("sha256") != _digest(metadata["gpurnn"], tensors):
-            raise ValueError("its digest is not that of its contents: the file is damaged")
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: not a file that can be loaded: {error}") from None
-    return tensors, meta
-
-
-def _array(name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
-    if dtype not in DTYPES:
-        raise ValueError(f"{name}: expected a tensor of type BF16, {', '.join(DTYPES)}, got {dtype}")
-    return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+    return tensor_bytes(tensors, CHECKPOINT, text)
 
 
 def _model_part(tensors: Tensors) -> Tensors:

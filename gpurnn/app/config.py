@@ -1,6 +1,7 @@
 """The options of a training run: one table for the command line, the TOML file and the run folder."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Self, get_args
@@ -20,7 +21,9 @@ def _option(group: str, default: Any, text: str, choices: tuple[str, ...] | None
 class TrainConfig:
     """Options by name; `None` means `not asked for`.  Raises ValueError naming the option, what came and what may come."""
 
-    data: str | None = _option("text", None, "file or folder to learn; none: Python's own standard library")
+    data: str | None = _option(
+        "text", None, "file or folder to learn, - for standard input; none: Python's own standard library"
+    )
     unit: str = _option("text", "chars", "what a symbol is", ("chars", "bytes"))
     encoding: str | None = _option("text", None, "encoding of the text; none: by its byte-order mark, else UTF-8")
     pattern: str = _option("text", "*", "in a folder, only files of such names")
@@ -29,6 +32,8 @@ class TrainConfig:
 
     cell: str = _option("model", "lstm", "recurrent cell", CELL_NAMES)
     nonlinearity: str = _option("model", "tanh", "of the cell rnn", ("tanh", "relu", "sigmoid", "identity"))
+    forget_bias: float | None = _option("model", None, "of the cell lstm: the forget gate's bias at the start; none: 1")
+    update_bias: float | None = _option("model", None, "of the cell gru: the update gate's bias at the start; none: 0")
     hidden_size: int = _option("model", 256, "units in a layer")
     num_layers: int = _option("model", 1, "recurrent layers")
     embedding_size: int = _option("model", 64, "values that stand for a symbol")
@@ -69,6 +74,11 @@ class TrainConfig:
             raise ValueError(f"k2: expected at least k1 = {self.k1}, got {self.k2}")
         if self.nonlinearity != "tanh" and self.cell != "rnn":
             raise ValueError(f"nonlinearity: only the cell rnn has a choice, got {self.nonlinearity} for {self.cell}")
+        for name, cell in (("forget_bias", "lstm"), ("update_bias", "gru")):
+            if getattr(self, name) is not None and self.cell != cell:
+                raise ValueError(
+                    f"{name}: only the cell {cell} has such a gate, got {getattr(self, name)} for {self.cell}"
+                )
         if self.precision != "float32" and self.dtype != "float32":
             raise ValueError(f"precision: expected float32 for dtype {self.dtype}, got {self.precision}")
         if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
@@ -130,3 +140,5 @@ def _check(option: Field, value: Any) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
     if name in FROM_0 and not 0 <= number < float("inf"):
         raise ValueError(f"{name}: expected a number from 0, got {value!r}")
+    if kind is float and not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from gpurnn.backend import one_line
 
     folder = Path(options.folder)
-    model, alphabet, config = character_model.load(folder)
+    model, alphabet, config = character_model.load_run(folder)
     step = checkpoint.entry(checkpoint.load(folder / checkpoint.MODEL).meta, "step", int)
     metrics = read_metrics(folder / checkpoint.METRICS) if (folder / checkpoint.METRICS).is_file() else []
     reach = config.k2 or config.k1

@@ -9,6 +9,7 @@ import datetime
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -63,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"{flag(name)}: expected a name, got an empty one")
     if options.resume is None:
         config, folder = _new_config(options)
+        if config.data == "-":
+            config = replace(config, data=str(_from_standard_input(folder)))
         training = _prepared(config)
         checkpoint.create_run(folder, config.to_mapping(), training.checkpoint())
         with checkpoint.locked(folder):
@@ -82,6 +85,19 @@ def run(options: argparse.Namespace) -> int:
             return 0
         files.write_atomically(folder / checkpoint.CONFIG, checkpoint.config_bytes(config.to_mapping()))
         return _trained(training, folder)
+
+
+def _from_standard_input(folder: Path) -> Path:
+    """A file beside the run's folder with all of standard input, from which the run can be resumed."""
+    path = folder.absolute().with_name(folder.name + ".txt")
+    if path.exists():
+        raise FileExistsError(f"{path}: the text on standard input would be kept there, but it exists already")
+    if sys.stdin is None:
+        raise ValueError("--data -: expected a text on standard input, but it is closed")
+    files.make_folders(path.parent)
+    with files.replacing(path) as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return path
 
 
 def _prepared(config: TrainConfig) -> Any:
@@ -167,7 +183,7 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _anywhere(config: TrainConfig) -> TrainConfig:
     """With the text's absolute name, so that the run resumes from any folder."""
-    return config if config.data is None else replace(config, data=str(Path(config.data).absolute()))
+    return config if config.data in (None, "-") else replace(config, data=str(Path(config.data).absolute()))
 
 
 def _restore(training: Any, folder: Path) -> None:

@@ -34,7 +34,7 @@ from gpurnn.diagnose.non_finite import raise_where_it_began
 from gpurnn.diagnose.subject import layer_names
 from gpurnn.losses import softmax_cross_entropy
 from gpurnn.optim import clipping, schedules
-from gpurnn.parameters import all_finite
+from gpurnn.parameters.values import all_finite
 from gpurnn.types import Array
 
 VALIDATION_SYMBOLS = 50_000  # looked at on the way; the end result is measured on all of them
@@ -62,6 +62,7 @@ class Training:
         self.bptt = TruncatedBPTT(self.model, loss, config.k1, config.k2)
         self.steps_done = 0
         self.seconds = 0.0
+        self.best: float | None = None  # the least validation so far
         self.alarm = Alarm()
         self.flow = backend.xp.zeros((config.num_layers, self.model.recurrent.cell.states, config.k1))
         self._source = Prefetch(self.windows) if backend.ops.GRAPHS else self.windows
@@ -188,6 +189,13 @@ class Training:
         """Bits per symbol on (the first `limit` symbols of) the validation text; None where there is none."""
         return bits_per_symbol(self.model, self.validation, limit) if len(self.validation) else None
 
+    def is_best(self, validation: float | None) -> bool:
+        """Whether it is less than every validation before; None is not."""
+        if validation is None or not validation < (math.inf if self.best is None else self.best):
+            return False
+        self.best = validation
+        return True
+
     def checkpoint(self) -> Checkpoint:
         meta = {
             "step": self.steps_done,
@@ -195,6 +203,7 @@ class Training:
             "dropout": {name: masks.calls for name, masks in self._masks.items()},
             "data": {"window": self.steps_done, "sha256": self.corpus.sha256},
             "alphabet": self.corpus.alphabet.to_json(),
+            "best": self.best,
             "environment": environment.describe(),
         }
         return Checkpoint(self.model.state_dict(), self.optimizer.state_dict(), self.bptt.state_dict(), meta)
@@ -221,13 +230,16 @@ class Training:
             raise ValueError(
                 f"dropout: expected the calls of {', '.join(self._masks)}, numbers from 0, got {calls!r:.60}"
             )
+        best = meta.get("best")  # none before a first validation
+        if best is not None and not entry(meta, "best", float) >= 0:
+            raise ValueError(f"best: expected a number from 0, got {best}")
         self._check_position(saved, step)
         self.model.load_state_dict(saved.tensors)
         self.optimizer.load_state_dict(saved.optimizer)
         self.bptt.load_state_dict(saved.state)
         for name, masks in self._masks.items():
             masks.calls = calls[name]
-        self.steps_done, self.seconds = step, float(seconds)
+        self.steps_done, self.seconds, self.best = step, float(seconds), best
         backend.ops.restart(step)
         return environment.differences(recorded)
 
@@ -282,6 +294,8 @@ def train(training: Training, run: Path, *, stop: Callable[[], bool], report: Ca
                 if len(line) > 1:
                     log.write(**line)
                 report(line)
+                if training.is_best(line.get("validation")):
+                    checkpoint.save(run / checkpoint.BEST, training.checkpoint())
                 if training.steps_done % training.config.save_every == 0:
                     save()
             if saved < training.steps_done:

@@ -12,7 +12,7 @@ from gpurnn.cpu.instructions import instruction
 from gpurnn.cpu.records import Record
 from gpurnn.cpu.simd import I32, I64, Emitter, address, host
 from gpurnn.cpu.threads import shares
-from gpurnn.parameters import ALIGNMENT
+from gpurnn.parameters.buffers import ALIGNMENT
 
 LINES = Record("", "begin end")
 

@@ -15,7 +15,7 @@ import numpy as np
 from gpurnn import locks
 from gpurnn.cpu import costs
 from gpurnn.cpu.simd import address
-from gpurnn.parameters import ALIGNMENT
+from gpurnn.parameters.buffers import ALIGNMENT
 
 KEPT = 1 << 28  # bytes
 FITS = 2  # times as large as what is asked for a block may be

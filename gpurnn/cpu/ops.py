@@ -22,7 +22,9 @@ from gpurnn.cpu.sums import column_sums, segment_sums
 from gpurnn.cpu.updates import Updates as Updates
 from gpurnn.environment import compiles
 from gpurnn.executors import random
-from gpurnn.parameters import ALIGNMENT, Parameters, all_finite, raise_where_not_finite
+from gpurnn.parameters import Parameters
+from gpurnn.parameters.buffers import ALIGNMENT
+from gpurnn.parameters.values import all_finite, raise_where_not_finite
 
 LOOKING_WAITS = False  # whether the host, to look at a value, waits for work that was given away
 GRAPHS = False  # whether a step can be recorded and given again as a whole

@@ -15,20 +15,29 @@ import numpy as np
 from gpurnn.arguments import wrong_update
 from gpurnn.cpu import costs
 from gpurnn.parameters import Parameters
+from gpurnn.parameters.buffers import Portion
 
 
 class Updates:
     """The updates of one optimiser: how many there were, the learning rate, and memory for a block of the next.
 
-    steps: the updates done.  lr: a float.
+    steps: the updates done.  lr: a float.  rate, decay, clock: of the portion under way its learning rate, weight decay and
+    number of updates.
     """
+
+    rate, decay, clock = 0.0, 0.0, 0
 
     def __init__(self, params: Parameters):
         self.steps, self.lr = 0, 0.0
         self.most = float(np.finfo(params.dtype).max)  # of settings beyond it, 0 times one is 0 and not NaN
         self.limit = math.sqrt(self.most) / 2  # of a gradient whose square is to be finite
         self._work = np.empty((2, min(params.flat.size, costs.UPDATE_VALUES)), params.dtype)
+        self._portions: list[Portion] = []
         self._flagged = False  # whether an operation ever overflowed: from then on updates look closely
+
+    def take(self, portions: list[Portion], params: Parameters) -> None:
+        """From now on an update is one of these parts of the buffer."""
+        self._portions = portions
 
     def run(self, rule: str, settings: Any, model: Any, moments: dict[str, Parameters], loss: Any) -> None:
         """One update of model.params from model.grads by `rule`, whose numbers are attributes of `settings`.
@@ -43,13 +52,16 @@ class Updates:
         block = max(self._work.shape[1], 1)
         lost = None  # the first place whose update is not finite
         with np.errstate(under="ignore", over="call", invalid="call", divide="call", call=self._flag):
-            for start in range(0, params.flat.size, block):
-                cut = slice(start, start + block)
-                param, parts = params.flat[cut], {name: moment.flat[cut] for name, moment in moments.items()}
-                work, spare = self._work[:, : param.size]
-                change(self, settings, param, grads.flat[cut], work, spare, parts)
-                at = self._move(param, work)
-                lost = start + at if lost is None and at is not None else lost
+            for portion in self._portions:
+                self.rate, self.decay = self.lr * portion.rate, portion.decay
+                self.clock = self.steps - portion.skipped
+                for start in range(portion.start, portion.stop, block):
+                    cut = slice(start, min(start + block, portion.stop))
+                    param, parts = params.flat[cut], {name: moment.flat[cut] for name, moment in moments.items()}
+                    work, spare = self._work[:, : param.size]
+                    change(self, settings, param, grads.flat[cut], work, spare, parts)
+                    at = self._move(param, work)
+                    lost = start + at if lost is None and at is not None else lost
         if lost is not None:
             raise wrong_update(params.places, lost)
 
@@ -97,7 +109,7 @@ class Updates:
 def sgd(
     own: Updates, s: Any, param: np.ndarray, grad: np.ndarray, work: np.ndarray, spare: np.ndarray, moments: dict
 ) -> None:
-    direction = own.decayed(param, grad, s.weight_decay, spare)
+    direction = own.decayed(param, grad, own.decay, spare)
     for buffer in moments.values():  # one, or none without momentum
         buffer *= s.momentum
         buffer += direction
@@ -107,14 +119,14 @@ def sgd(
             direction = work
         else:
             direction = buffer
-    np.multiply(direction, min(own.lr, own.most), out=work)
+    np.multiply(direction, min(own.rate, own.most), out=work)
 
 
 def rmsprop(
     own: Updates, s: Any, param: np.ndarray, grad: np.ndarray, work: np.ndarray, spare: np.ndarray, moments: dict
 ) -> None:
     square_avg = moments["square_avg"]
-    grad = own.average_square(square_avg, own.decayed(param, grad, s.weight_decay, spare), s.alpha, work, spare)
+    grad = own.average_square(square_avg, own.decayed(param, grad, own.decay, spare), s.alpha, work, spare)
     if s.centered:
         grad_avg = moments["grad_avg"]
         _average(grad_avg, grad, s.alpha, work)
@@ -130,9 +142,9 @@ def rmsprop(
         buffer = moments["momentum_buffer"]
         buffer *= s.momentum
         buffer += work
-        np.multiply(buffer, min(own.lr, own.most), out=work)
+        np.multiply(buffer, min(own.rate, own.most), out=work)
     else:
-        work *= min(own.lr, own.most)
+        work *= min(own.rate, own.most)
 
 
 def adam(
@@ -140,19 +152,19 @@ def adam(
 ) -> None:
     exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
     beta1, beta2 = s.betas
-    lost = own.lr * s.weight_decay if s.decoupled else 0.0
+    lost = own.rate * own.decay if s.decoupled else 0.0
     if s.decoupled and lost <= 2:
         param *= 1 - lost
     elif not s.decoupled:
-        grad = own.decayed(param, grad, s.weight_decay, spare)
+        grad = own.decayed(param, grad, own.decay, spare)
     grad = own.average_square(exp_avg_sq, grad, beta2, work, spare)
     _average(exp_avg, grad, beta1, work)
     # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the division by sqrt(c) goes into the step size.
-    root = math.sqrt(1 - beta2**own.steps)
+    root = math.sqrt(1 - beta2**own.clock)
     np.sqrt(exp_avg_sq, out=work)
     work += s.eps * root
     np.divide(exp_avg, work, out=work)
-    work *= min(own.lr * root / (1 - beta1**own.steps), own.most)
+    work *= min(own.rate * root / (1 - beta1**own.clock), own.most)
     if lost > 2:  # it may overflow
         np.multiply(param, min(lost, own.most), out=spare)
         work += spare

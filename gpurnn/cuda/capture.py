@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from gpurnn import arguments, backend
 from gpurnn.cuda import cublas, faults
+from gpurnn.parameters.buffers import Revision
 from gpurnn.types import Array
 
 WARM_UPS = 2  # calls that run as they are: they compile, load and allocate what cannot be while a stream is captured
@@ -43,11 +44,14 @@ class Captured:
         self.reason: str | None = None if backend.ops.GRAPHS else "NumPy has no graphs"
         self._warm: dict[tuple, tuple[int, Any]] = {}  # calls so far, and the pool that they have filled
         self._recorded: dict[tuple, _Recorded] = {}
+        self._revision = Revision.number
 
     def __call__(self, *arrays: Array) -> Any:
         if self.reason is not None:
             return self._function(*arrays)
         given = [backend.asarray(array, None, f"argument {k + 1}") for k, array in enumerate(arrays)]
+        if self._revision != Revision.number:  # what was recorded would go on with the parameters as they were
+            self._warm, self._recorded, self._revision = {}, {}, Revision.number
         if self._when is not None and not self._when():
             return self._at_once(given)
         kind = tuple((array.shape, array.dtype) for array in given)
@@ -152,6 +156,7 @@ def captured(function: Callable[..., Any], *, when: Callable[[], bool] | None = 
                 random numbers on the host (dropout does not), nor keep what it computes anywhere but in arrays that
                 stay (parameters, gradients, an optimiser's moments, TruncatedBPTT's states do).
     when        says before each call whether it would do the same work as the last one; if not, it runs as it is.
+    Where parameters are joined, tied, frozen or given other settings it is recorded anew.
     Arrays of the device are returned that the next call overwrites.  An optimiser's `lr` may be set between calls.
     Where the work cannot be captured it runs as it is, with a RuntimeWarning that says why, as `reason` does.
     On NumPy the function is simply called.

@@ -8,7 +8,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import at_least_0, generator, switch, whole
 from gpurnn.cells import Cell
-from gpurnn.parameters import check_memory
+from gpurnn.parameters.buffers import check_memory
 from gpurnn.recurrent import Recurrent
 
 EPSILON = 1e-5  # central differences err by about eps^2 and 1e-16/eps: both near 1e-10 here

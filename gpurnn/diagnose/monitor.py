@@ -14,7 +14,7 @@ from gpurnn.diagnose.flow import Flow
 from gpurnn.diagnose.non_finite import raise_where_it_began
 from gpurnn.diagnose.subject import layer_names, recurrent_part
 from gpurnn.diagnose.verdict import judge
-from gpurnn.parameters import all_finite
+from gpurnn.parameters.values import all_finite
 from gpurnn.types import Array
 
 FEWEST = 4  # lags from which a rate can be told

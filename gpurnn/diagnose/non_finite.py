@@ -8,7 +8,7 @@ from gpurnn import backend
 from gpurnn.diagnose.flow import Flow, raise_where_flow_is_not_finite
 from gpurnn.diagnose.subject import layer_names, recurrent_part, run_steps, undisturbed
 from gpurnn.diagnose.subject import raise_where_not_finite as raise_at_step
-from gpurnn.parameters import raise_where_not_finite
+from gpurnn.parameters.values import raise_where_not_finite
 from gpurnn.sequence import prepare_lengths
 from gpurnn.types import Array
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend, losses
-from gpurnn.arguments import loss_function, one_of
+from gpurnn.arguments import loss_function, one_of, time_first
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import numpy_loop
 from gpurnn.executors.contract import Job
@@ -31,7 +31,7 @@ def recurrent_part(model: Any) -> Recurrent:
     layer = model.recurrent if isinstance(model, SequenceModel) else model
     if not isinstance(layer, Recurrent):
         raise TypeError(f"model: expected a SequenceModel or a recurrent layer, got {type(model).__name__}")
-    return layer
+    return time_first(layer)
 
 
 def layer_names(layer: Recurrent) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def test_train_leaves_a_whole_run(text, tmp_path, capsys):
     output = capsys.readouterr().out
     folder = tmp_path / "runs" / "a"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.toml", "gradient_flow.png", "loss.png", "metrics.jsonl", "model.safetensors",
+        "best.safetensors", "config.toml", "gradient_flow.png", "loss.png", "metrics.jsonl", "model.safetensors",
     ]  # fmt: skip
     for expected in (
         "backend ",

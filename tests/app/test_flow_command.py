@@ -80,7 +80,7 @@ def test_the_first_eigenvalues_are_those_of_the_runs_beginning(text, monkeypatch
     monkeypatch.setattr(plot, "eigenvalues", lambda spectra, *_, **__: drawn.update(spectra))
     folder = trained(text, "--seed", "7")
     assert main(["flow", str(folder)]) == 0
-    model, alphabet, config = character_model.load(folder)
+    model, alphabet, config = character_model.load_run(folder)
     begun = character_model.build(config, len(alphabet), np.random.default_rng(7))
     for moment, each in (("before training", begun), ("now", model)):
         for layer in ("l0", "l1"):

@@ -185,9 +185,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
 def test_the_log_is_on_the_disk_before_the_checkpoint_is(text, tmp_path, monkeypatch):
     done, sync, save = [], MetricsLog.sync, checkpoint.save
     monkeypatch.setattr(MetricsLog, "sync", lambda log: (done.append("log"), sync(log)))
-    monkeypatch.setattr(checkpoint, "save", lambda *all: (done.append("checkpoint"), save(*all)))
+    monkeypatch.setattr(checkpoint, "save", lambda path, saved: (done.append(path.name), save(path, saved)))
     go(SMALL, load_corpus(text), tmp_path / "run", 8)
-    assert done == ["log", "checkpoint"] * 3, "at steps 3, 6 and 8"
+    last = ["log", checkpoint.MODEL]
+    assert done == [checkpoint.BEST, *last, checkpoint.BEST, *last, checkpoint.BEST, *last], "at steps 1, 3, 4, 6, 8, 8"
 
 
 def test_what_differs_is_told_or_refused(text, tmp_path):
@@ -247,7 +248,7 @@ def test_kill_9_while_the_folder_is_made_and_while_a_step_is_saved(text, tmp_pat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     begin = ["train", "--data", str(text), *OPTIONS, "--steps", "60"]
     assert cli.main([*begin, "--run", str(whole)]) == 0
-    for calls, expected in ((2, "creating the run folder"), (63, "saving")):
+    for calls, expected in ((2, "creating the run folder"), (66, "saving")):
         process = start([sys.executable, "-c", STRUCK, str(calls), *begin, "--run", str(killed)], tmp_path)
         output, _ = process.communicate(timeout=60)
         assert moment_of(killed, output, process.returncode) == expected, output

@@ -8,7 +8,7 @@ import pytest
 
 from gpurnn import backend
 from gpurnn.cpu import costs, memory
-from gpurnn.parameters import ALIGNMENT
+from gpurnn.parameters.buffers import ALIGNMENT
 from gpurnn.recurrent import LSTM
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="the compiled executor runs on the CPU backend only")

@@ -14,8 +14,8 @@ CURVES, STYLE, PLOTS = "gpurnn/plot/curves", "gpurnn/plot/style", "gpurnn/plot/t
 MUTANTS = {
     "ignored: --seed of sample": (CLI, "np.random.default_rng(options.seed)", "np.random.default_rng(0)", SAMPLE,
         "cli::sample"),
-    "ignored: --temperature of sample": (CLI, "options.length, options.temperature, rng)",
-        "options.length, 0.8, rng)", SAMPLE),
+    "ignored: --temperature of sample": (CLI, "options.length, options.temperature, rng,",
+        "options.length, 0.8, rng,", SAMPLE),
     "ignored: --seed of lab": ("gpurnn/app/lab_command", 'seed=whole("--seed", options.seed, 0)', "seed=0",
         "options_built::the_options_of_lab_reach_its_experiments"),
     "ignored: --quick of lab": ("gpurnn/app/lab_command", "quick=options.quick", "quick=True",

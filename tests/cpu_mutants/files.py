@@ -1,22 +1,31 @@
 """Checkpoints, run folders, configurations, logs, texts, and the cache of compiled code."""
 
-CHECKPOINT, METRICS, CONFIG = "gpurnn/app/checkpoint", "gpurnn/app/metrics", "gpurnn/app/config"
+CHECKPOINT, TENSORS, METRICS, CONFIG = (
+    "gpurnn/app/checkpoint",
+    "gpurnn/saving/tensors",
+    "gpurnn/app/metrics",
+    "gpurnn/app/config",
+)
 ENTRIES, FOLDERS, CACHE = "kernels/entries", "gpurnn/files", "gpurnn/cpu/cache"
-DATA, TEXT = "gpurnn/app/data", "gpurnn/app/text"
+DATA, TEXT, MODELS = "gpurnn/app/data", "gpurnn/app/text", "gpurnn/saving/models"
 
 # fmt: off
 MUTANTS = {
-    "passed: a digest is not compared": (CHECKPOINT,
-        'if meta is not None and metadata.get("sha256") != _digest(metadata["gpurnn"], tensors):', "if False:",
+    "passed: a digest is not compared": (TENSORS,
+        'if metadata.get("sha256") != _digest(metadata[kind], tensors):', "if False:",
         "restore::a_flipped_bit_anywhere_is_seen"),
-    "passed: a digest that is missing": (CHECKPOINT, 'if meta is not None and metadata.get("sha256") !=',
+    "passed: a digest that is missing": (TENSORS, 'if metadata.get("sha256") !=',
         'if "sha256" in metadata and metadata["sha256"] !=', "checkpoint::foreign_files_are_refused",
         "restore::a_checkpoint_without_a_digest_is_refused"),
-    "passed: a digest of the values alone": (CHECKPOINT,
+    "passed: a digest of the values alone": (TENSORS,
         'found.update(f"\\n{name} {little.dtype.str} {little.shape}\\n".encode())', "pass",
         "restore::a_flipped_bit_anywhere_is_seen"),
-    "passed: a newer format": (CHECKPOINT, '(version := meta.pop("format", None)) != FORMAT',
+    "passed: a newer format": (TENSORS, '(version := meta.pop("format", None)) != FORMAT',
         '(version := meta.pop("format", None)) is None', "checkpoint::foreign_files_are_refused"),
+    "model: what is frozen is forgotten": (MODELS, "    if meta[\"frozen\"]:", "    if False:", "saving::there_and_back"),
+    "model: dropout begins anew": (MODELS, "layer.masks.seed, layer.masks.calls = (", "_ = (", "saving::there_and_back"),
+    "model: other equations under the same name": (MODELS, "if described[\"sha256\"] != _equations(cell):", "if False:",
+        "saving::cells_of_one_s_own"),
     "order: data reaches the disk behind its name": (FOLDERS, "            os.fsync(file.fileno())  # before",
         "            pass  # before",
         "checkpoint::data_reaches_the_disk_before_the_name_and_the_name_before_the_return"),
@@ -35,9 +44,9 @@ MUTANTS = {
     "passed: a run that another process trains": (CHECKPOINT,
         '            raise BlockingIOError(f"{folder}: another process is training this run") from None\n',
         "            pass\n", "processes::a_signal_finishes_the_step_and_saves"),
-    "kind: bfloat16 in the lower half": (CHECKPOINT, '.astype("<u4") << 16)', '.astype("<u4") << 0)',
+    "kind: bfloat16 in the lower half": (TENSORS, '.astype("<u4") << 16)', '.astype("<u4") << 0)',
         "checkpoint::bfloat16_becomes_float32"),
-    "strides: a transposed tensor as it lies": (CHECKPOINT, 'np.asarray(tensor, order="C")', "np.asarray(tensor)",
+    "strides: a transposed tensor as it lies": (TENSORS, 'np.asarray(tensor, order="C")', "np.asarray(tensor)",
         "checkpoint::every_bit_survives"),
     "escape: DEL in a configuration": (CHECKPOINT, '.replace("\\x7f", "\\\\u007f")', "",
         "checkpoint::a_config_is_toml_whatever_it_holds"),

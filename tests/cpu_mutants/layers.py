@@ -1,7 +1,7 @@
 """Cells and their trace, layers, parameters, initialisers, lengths, dropout, `check_gradients`."""
 
 RECURRENT, LAYERS, SEQUENCE = "gpurnn/recurrent", "gpurnn/layers", "gpurnn/sequence"
-PARAMETERS, CHECK, RANDOM = "gpurnn/parameters", "gpurnn/diagnose/check", "gpurnn/executors/random"
+VALUES, CHECK, RANDOM = "gpurnn/parameters/values", "gpurnn/diagnose/check", "gpurnn/executors/random"
 OPS, CELL, DERIVE = "gpurnn/cpu/ops", "gpurnn/cells/cell", "gpurnn/cells/derive"
 BATCH = "sequence::a_batch_is_its_rows_each_at_its_own_length"
 
@@ -124,10 +124,10 @@ MUTANTS = {
         "random::copies_go_on_alike_and_apart", "layers::dropout"),
     "random: masks depend on who drew before": (RANDOM, "rng.spawn(1)[0].integers(1 << 63)", "rng.integers(1 << 63)",
         "random::layers_have_masks_of_their_own_and_leave_what_else_is_drawn_as_it_was"),
-    "load: half is written before a wrong shape is met": (PARAMETERS, "        arrays[name] = array\n",
-        "        arrays[name] = array\n        parameters[name][...] = array\n",
+    "load: half is written before a wrong shape is met": (VALUES, "        if first != name and",
+        "        parameters[name][...] = array\n        if first != name and",
         "parameters::load_is_all_or_nothing"),
-    "passed: NaN is loaded": (PARAMETERS, "if not bool(backend.xp.isfinite(array).all()):",
+    "passed: NaN is loaded": (VALUES, "if not bool(backend.xp.isfinite(array).all()):",
         "if bool(backend.xp.isinf(array).any()):", "parameters::load_is_all_or_nothing"),
     "formula: Glorot's limit for its deviation": ("gpurnn/initializers", "math.sqrt(6 / max(1, rows + columns))",
         "math.sqrt(2 / max(1, rows + columns))", "initializers::glorot_uniform"),

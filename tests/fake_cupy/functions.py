@@ -60,7 +60,7 @@ UFUNCS = {
     for name in (
         "absolute", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "cos", "divide", "equal", "exp", "expm1",
         "floor", "floor_divide", "greater", "greater_equal", "invert", "isfinite", "isinf", "isnan", "less",
-        "less_equal", "log", "log1p", "log2", "logical_and", "logical_not", "logical_or", "maximum", "minimum",
+        "hypot", "less_equal", "log", "log1p", "log2", "logical_and", "logical_not", "logical_or", "maximum", "minimum",
         "multiply", "negative", "not_equal", "positive", "power", "remainder", "rint", "sign", "sin", "sqrt",
         "square", "subtract", "tan", "tanh", "true_divide",
     )

@@ -54,12 +54,12 @@ def whole_run(name: str) -> Callable[[training.Training], Any]:
     """Trains, and gives the steps that were logged, validated or saved, or the reach that was looked at."""
 
     def go(run: training.Training) -> Any:
-        seen: dict[str, Any] = {"saved": [], "reach": set()}
+        seen: dict[str, Any] = {checkpoint.MODEL: [], checkpoint.BEST: [], "reach": set()}
         folder = Path(run.config.data).parent / "trained"
         folder.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             look_at = training.look_at
-            patch.setattr(checkpoint, "save", lambda path, saved: seen["saved"].append(saved.meta["step"]))
+            patch.setattr(checkpoint, "save", lambda path, saved: seen[path.name].append(saved.meta["step"]))
             patch.setattr(training, "look_at", lambda *all: (seen["reach"].add(all[2]), look_at(*all))[1])
             REAL_TRAIN(run, folder, stop=lambda: False, report=lambda line: None)
         lines = read_metrics(folder / checkpoint.METRICS)
@@ -83,6 +83,10 @@ TABLE = {
     "nonlinearity": [
         Row(f"--cell rnn --nonlinearity {name}", lambda run: run.model.recurrent.cell.name, f"rnn_{name}")
         for name in ("relu", "sigmoid", "identity")
+    ],
+    "forget_bias": [Row("--forget-bias 3.5", lambda run: float(run.model.params["recurrent.bias_ih_l0"].max()), 3.5)],
+    "update_bias": [
+        Row("--cell gru --update-bias 3.5", lambda run: float(run.model.params["recurrent.bias_ih_l0"].max()), 3.5)
     ],
     "hidden_size": [Row("--hidden-size 9", lambda run: (run.model.recurrent.hidden_size, run.model.head.in_features), (9, 9))],
     "num_layers": [Row("--num-layers 3", lambda run: run.model.recurrent.num_layers, 3)],
@@ -129,7 +133,7 @@ TABLE = {
     "seed": [Row("--seed 3", begun, begun_with(3))],
     "log_every": [Row("--log-every 3", whole_run("logged"), [1, 3, 6, 8])],
     "validate_every": [Row("--validate-every 3", whole_run("validated"), [1, 3, 6, 8])],
-    "save_every": [Row("--save-every 3", whole_run("saved"), [3, 6, 8])],
+    "save_every": [Row("--save-every 3", whole_run(checkpoint.MODEL), [3, 6, 8])],
     "reach": [Row("--reach 4", whole_run("reach"), {4})],
 }  # fmt: skip
 
@@ -210,7 +214,7 @@ def run(trained, monkeypatch, capsys) -> Path:
 def test_an_option_of_sample_is_used(option, value, look, run, monkeypatch):
     seen = []
 
-    def sample(model, alphabet, prompt, length, temperature, rng):
+    def sample(model, alphabet, prompt, length, temperature, rng, **_):
         seen.append((prompt, length, temperature, rng.bit_generator.state))
         return iter(())
 

@@ -58,12 +58,12 @@ RECIPES = {
     "drop, anywhere": (dropout.drop, {"dtype": "float32", "aligned": False}),
     "rounded": (rounding.rounded, {"kind": "bfloat16"}),
     "rounded, float16": (rounding.rounded, {"kind": "float16"}),
-    "sgd": (optim.sgd, {"dtype": "float32", "momentum": False, "nesterov": False}),
-    "sgd, all": (optim.sgd, {"dtype": "float32", "momentum": True, "nesterov": True}),
-    "rmsprop, all": (optim.rmsprop, {"dtype": "float32", "centered": True, "momentum": True}),
-    "adam": (optim.adam, {"dtype": "float32", "decoupled": False}),
-    "adamw": (optim.adam, {"dtype": "float32", "decoupled": True}),
-    "adamw, float64": (optim.adam, {"dtype": "float64", "decoupled": True}),
+    "sgd": (optim.sgd, {"dtype": "float32", "grouped": False, "momentum": False, "nesterov": False}),
+    "sgd, all": (optim.sgd, {"dtype": "float32", "grouped": True, "momentum": True, "nesterov": True}),
+    "rmsprop, all": (optim.rmsprop, {"dtype": "float32", "grouped": True, "centered": True, "momentum": True}),
+    "adam": (optim.adam, {"dtype": "float32", "grouped": False, "decoupled": False}),
+    "adamw": (optim.adam, {"dtype": "float32", "grouped": False, "decoupled": True}),
+    "adamw, float64": (optim.adam, {"dtype": "float64", "grouped": True, "decoupled": True}),
 }
 SIXTEEN_BYTES = ("norm", "scale", "drop", "rounded", "sgd", "rmsprop", "adam")
 SINGLE = (

@@ -114,6 +114,19 @@ def updates(kind, dtype="float32", **options):
     return (*model.params.values(), *(moment.flat for moment in optimizer.moments.values()))
 
 
+def groups():
+    """A part that is frozen for an update, one with settings of its own."""
+    model = Model("float32")
+    optimizer = gpurnn.AdamW(model, lr=0.1, weight_decay=0.5, groups={"bias": {"lr": 0.02, "weight_decay": 0.0}})
+    for step in range(3):
+        model.params.freeze("wide")
+        if step != 1:
+            model.params.unfreeze()
+        model.fill(model.grads)
+        optimizer.step()
+    return (*model.params.values(), *(moment.flat for moment in optimizer.moments.values()))
+
+
 def wrong_tokens():
     tokens = np.zeros(400, int)
     tokens[[301, 360]] = 5, -1
@@ -174,7 +187,7 @@ CASES = {
     "rmsprop": lambda: updates(gpurnn.RMSprop, momentum=0.5, centered=True, weight_decay=0.1),
     "adam": lambda: updates(gpurnn.Adam, weight_decay=0.1, betas=(0.8, 0.7)),
     "adamw": lambda: updates(gpurnn.AdamW, weight_decay=0.5),
-    "dropped": dropped, "wrong tokens": wrong_tokens, "columns": column_sums, "moves": small_moves,
+    "groups": groups, "dropped": dropped, "wrong tokens": wrong_tokens, "columns": column_sums, "moves": small_moves,
     "sixteen bits": sixteen_bits,
 }  # fmt: skip
 
@@ -258,8 +271,11 @@ MUTANTS = {
     "update: moments are not kept": ("adam", "optim", Wrong, ("        if count > 1:\n            store(m1, k, x1)\n", "")),
     "sgd: plain momentum for Nesterov's": ("sgd", "optim", Wrong, ("moments[0] * a + grad if nesterov else", "moments[0] if nesterov else")),
     "rmsprop: not centered": ("rmsprop", "optim", Wrong, ("spread - moments[1] * moments[1]", "spread")),
-    "adam: decayed as AdamW": ("adam", "optim", Wrong, ("            grad += decay * param\n        grad =", "            param *= scalars[2]\n        grad =")),
-    "begin_update: no correction": ("adam", "optim", Wrong, ("lr[0] * root / (1 - power1)", "lr[0] * root")),
+    "adam: decayed as AdamW": ("adam", "optim", Wrong, ("            grad += now[3] * param\n        grad =", "            param *= now[2]\n        grad =")),
+    "begin_update: no correction": ("adam", "optim", Wrong, ("rate * root / (1 - power1)", "rate * root")),
+    "update: all lines are of the first group": ("groups", "optim", Wrong, ("marks[k >> LINE]", "marks[0]")),
+    "update: a line's mark is the next one's": ("groups", "optim", (Wrong, OutOfBounds), ("marks[k >> LINE]", "marks[(k >> LINE) + 1]")),
+    "begin_update: missed updates count": ("groups", "optim", Wrong, ("- i64(groups[3 * group + 2])", "- 0")),
     "end_update: steps are not counted": ("adam", "optim", Wrong, ("        steps[0] += 1\n", "        pass\n")),
     "settle: forgets to clear": ("wrong targets", "faults", Wrong, ("        record[FIRST] = NOWHERE\n", "        record[FIRST] = NOWHERE - 1\n        record[POSITION] += 1\n")),
     "rows: no barrier in the sum": ("few classes", "losses", Race, ("                    sums[tid] += sums[tid + half]\n                cuda.syncthreads()\n", "                    sums[tid] += sums[tid + half]\n")),
@@ -318,10 +334,12 @@ MORE_MUTANTS = {
     "wide: the target's gradient of every thread": ("many classes", "losses", Wrong, ("store(dlogits, start + c, x - (one if c == target else real(0)))", "store(dlogits, start + c, x - (one if c % THREADS == target % THREADS else real(0)))")),
     "add_rows: hits of the first warp alone": ("table", "embedding", Wrong, ("found |= hits[w]", "found = hits[0] * hits[7] * 0")),
     "rmsprop: momentum over the mean": ("rmsprop", "optim", Wrong, ("moments[LAST] = moments[LAST] * b + step", "moments[LAST] = moments[LAST - 1] * b + step")),
+    "update: what is frozen moves": ("groups", "optim", (Wrong, OutOfBounds), ("            if group < 0:\n                return\n", "")),
+    "begin_update: every group's lr is the first's": ("groups", "optim", Wrong, ("lr[0] * groups[3 * group]", "lr[0] * groups[0]")),
     "adam: betas swapped": ("adam", "optim", Wrong, ("rest_b * (grad * grad)", "rest_a * (grad * grad)")),
-    "adamw: no decay": ("adamw", "optim", Wrong, ("param *= scalars[2]", "pass")),
-    "begin_update: the second power of the first": ("adam", "optim", Wrong, ("power2 *= beta2", "power2 *= beta1")),
-    "begin_update: lr of the update before": ("sgd", "optim", Wrong, ("scalars[0] = real(lr[0] * root", "scalars[0] = real(0.1 * root")),
+    "adamw: no decay": ("adamw", "optim", Wrong, ("param *= now[2]", "pass")),
+    "begin_update: the second power of the first": ("adam", "optim", Wrong, ("power2 *= square2", "power2 *= square1")),
+    "begin_update: lr of the update before": ("sgd", "optim", Wrong, ("real(rate * root", "real(0.1 * root")),
 }
 # fmt: on
 

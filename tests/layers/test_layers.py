@@ -287,10 +287,13 @@ def test_dropout_of_a_model_is_a_layer():
 
 
 def test_a_part_belongs_to_one_model():
+    """Or to several of the same memory; not to one whose other parts lie elsewhere."""
     part = GRU(I, H)
-    SequenceModel(None, part, None)
+    one, other = SequenceModel(None, part, None), SequenceModel(None, part, None)
+    one.params.flat[...] = 3
+    assert (other.params["recurrent.bias_hh_l0"] == 3).all()
     with pytest.raises(ValueError, match="recurrent: belongs to another model already"):
-        SequenceModel(None, part, None)
+        SequenceModel(None, part, Linear(H, 2))
 
 
 def test_a_copied_model_is_whole():

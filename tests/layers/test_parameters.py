@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from gpurnn.backend import to_numpy
-from gpurnn.parameters import ALIGNMENT, Parameters, load
+from gpurnn.parameters import Parameters
+from gpurnn.parameters.buffers import ALIGNMENT
+from gpurnn.parameters.values import load
 
 SHAPES = {"weight": (3, 5), "bias": (7,), "one": (1, 1)}
 
@@ -82,13 +84,15 @@ def test_join_of_a_join_reaches_the_innermost_parts(parameters):
 
 
 def test_join_refuses(parameters):
-    with pytest.raises(ValueError, match="expected parts that differ, got the same one twice among a, b"):
+    with pytest.raises(ValueError, match="expected parts that differ, got the same values twice, in a and in b"):
         Parameters.join({"a": parameters, "b": parameters})
     with pytest.raises(ValueError, match="expected parts of one dtype, got a: float64, b: float32"):
         Parameters.join({"a": Parameters(SHAPES, "float64"), "b": Parameters(SHAPES, "float32")})
-    Parameters.join({"a": parameters})
-    with pytest.raises(ValueError, match="c: belongs to another model already"):
-        Parameters.join({"c": parameters})
+    whole, other = Parameters.join({"a": parameters}), Parameters({"one": (1,)}, parameters.dtype)
+    with pytest.raises(ValueError, match="c: belongs to another model already, and not all of c, d lie side by side"):
+        Parameters.join({"c": parameters, "d": other})
+    with pytest.raises(ValueError, match="the same values twice, in p and in w"):
+        Parameters.join({"w": whole, "p": parameters})
 
 
 @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])

@@ -418,8 +418,8 @@ def test_options_of_one_kind():
         RNN(3, 4, nonlinearity=None)
     with pytest.raises(ValueError, match="forget_bias: expected a finite number, got None"):
         LSTM(3, 4, forget_bias=None)
-    with pytest.raises(TypeError, match="batch_first"):
-        GRU(3, 4, batch_first=True)
+    with pytest.raises(TypeError, match="proj_size"):
+        GRU(3, 4, proj_size=2)
     with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell or one of rnn_tanh, .*, got type"):
         Recurrent(GRU, 3, 4)
 

@@ -134,7 +134,7 @@ def test_state_resumes_bit_for_bit(kind, options):
         opt.step()
     state = opt.state_dict()
     assert state["step"].dtype == np.int64 and state["step"].shape == () and state["step"] == 3
-    assert set(state) == {"step"} | {f"{m}.{name}" for m in opt.moments for name in SHAPES}
+    assert set(state) == {"step", "lr", *opt.settings} | {f"{m}.{name}" for m in opt.moments for name in SHAPES}
 
     resumed = Model("float32")
     resumed.params.flat[...] = model.params.flat
@@ -158,6 +158,13 @@ def test_state_resumes_bit_for_bit(kind, options):
         ({"step": np.array(-1)}, ValueError, "step: expected one integer >= 0, got -1"),
         ({"step": np.array([1])}, ValueError, r"step: expected one integer >= 0, got \[1\]"),
         ({"step": np.array(1.5)}, TypeError, "step: expected whole numbers"),
+        ({"lr": np.array(-1.0)}, ValueError, "lr: expected a finite number from 0, got -1"),
+        ({"betas": np.array([0.9, 1.0])}, ValueError, r"betas\[1\]: expected a finite number in"),
+        ({"eps": np.zeros(2)}, ValueError, "eps: expected a finite number above 0"),
+        ({"eps": None}, KeyError, r"missing \['eps'\]"),
+        ({"step.bias": np.array(2)}, ValueError, "step.bias: expected one integer >= 0 and at most 1, got 2"),
+        ({"rate.bias": np.array(-1.0)}, ValueError, "rate.bias: expected a finite number from 0"),
+        ({"rate.other": np.array(1.0)}, KeyError, r"unknown \['rate.other'\]"),
     ],
 )
 def test_bad_state_changes_nothing(change, error, message):
@@ -166,7 +173,8 @@ def test_bad_state_changes_nothing(change, error, message):
     model.fill(model.grads)
     opt.step()
     before = opt.state_dict()
-    bad = {name: np.ones_like(value) for name, value in before.items()} | change
+    moments = {name: np.ones_like(value) for name, value in before.items() if "." in name}
+    bad = before | moments | change
     with pytest.raises(error, match=message):
         opt.load_state_dict({name: value for name, value in bad.items() if value is not None})
     after = opt.state_dict()

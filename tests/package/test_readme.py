@@ -41,6 +41,18 @@ def test_truncated_bptt():
     assert 0 < float(names["loss"]) < 4
 
 
+def test_parts_groups_frozen_and_tied(capsys):
+    names = run("words.tie(")
+    assert capsys.readouterr().out.strip() == "6928 head.bias"
+    assert names["words"].num_params == 32000 + 1000 + names["words"].recurrent.num_params
+
+
+def test_save_and_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("gpurnn.save(")
+    assert (names["again"].params.flat == names["model"].params.flat).all()
+
+
 def test_own_cell():
     names = run("minimal_gated_unit")
     assert max(names["gpurnn"].check_gradients(names["cell"]).values()) < 1e-6
@@ -69,7 +81,7 @@ def test_captured(capsys):
 
 
 def test_every_example_is_covered():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 10
 
 
 @pytest.mark.parametrize("command", ["gpurnn train", "pip install -e '.[test]' && .venv/bin/python -m pytest"])

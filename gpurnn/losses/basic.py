@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpurnn import backend
-from gpurnn.arguments import one_of, returned
+from gpurnn.arguments import checked, one_of, probability, returned
 from gpurnn.sequence import checked_lengths
 from gpurnn.types import Array
 
@@ -35,7 +35,7 @@ def softmax(logits: Array, axis: int = -1) -> Array:
     logits: float, any shape.  Returns the same shape and dtype.  A row whose largest logit is inf, -inf or NaN has no
     softmax and comes out as NaN.  Raises TypeError for integers, ValueError where `axis` is missing or empty.
     """
-    logits = _floats(logits, "logits")
+    logits = floats(logits, "logits")
     if not isinstance(axis, int | np.integer) or isinstance(axis, bool | np.timedelta64):
         raise ValueError(f"axis: expected a whole number, got {axis!r:.80}")
     if not -logits.ndim <= axis < logits.ndim or logits.shape[axis] < 1:
@@ -51,6 +51,8 @@ def softmax_cross_entropy(
     *,
     reduction: str = "mean",
     ignore_index: int | None = None,
+    weight: Any = None,
+    label_smoothing: float = 0.0,
     lengths: Any = None,
 ) -> tuple[Array, Array]:
     """Cross-entropy of softmax(logits) against class numbers, E_t = -log softmax(logits)[target], in nats.
@@ -58,6 +60,10 @@ def softmax_cross_entropy(
     logits: (..., C) float, usually (T, N, C).  targets: (...) integers in [0, C), or `ignore_index`.
     Positions whose target is `ignore_index` have loss 0 and gradient exactly 0 even where their logits are NaN, and
     "mean" does not count them; where nothing is left to count, loss and gradient are 0.
+    weight: (C,) numbers from 0, what a position of each class counts; "mean" divides by the sum of what they count.  In a
+    captured step it has to lie on the device.
+    label_smoothing: the part of each target, in [0, 1), that is spread over all C classes (Szegedy et al. 2016), as PyTorch
+    does it, weights included.
     lengths: None, or of each row of (T, N, C) and (T, N) how many steps are valid; see above.
     Returns loss, a float64 scalar, for "none" (...) float64; and dlogits, of the shape and dtype of logits.
     A target of logit -inf has loss inf.  A row whose largest logit is inf, -inf or NaN has loss and gradient NaN.
@@ -66,9 +72,10 @@ def softmax_cross_entropy(
     """
     one_of("reduction", reduction, REDUCTIONS)
     if lengths is not None:
-        own = functools.partial(softmax_cross_entropy, reduction=reduction, ignore_index=ignore_index)
+        options = {"ignore_index": ignore_index, "weight": weight, "label_smoothing": label_smoothing}
+        own = functools.partial(softmax_cross_entropy, reduction=reduction, **options)
         return over_valid_steps(own, logits, targets, lengths)
-    logits, targets = _floats(logits, "logits"), backend.asarray(targets, None, "targets")
+    logits, targets = floats(logits, "logits"), backend.asarray(targets, None, "targets")
     if targets.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integers, got {targets.dtype}")
     if logits.ndim < 1 or logits.shape[:-1] != targets.shape:
@@ -77,7 +84,48 @@ def softmax_cross_entropy(
     if logits.shape[-1] < 1:
         raise ValueError(f"logits: expected at least 1 class along the last axis, got the shape {logits.shape}")
     ignore = None if ignore_index is None else _whole(ignore_index)
-    return backend.ops.cross_entropy(logits, targets, ignore, reduction)
+    smoothing = probability("label_smoothing", label_smoothing)
+    if weight is None and smoothing == 0:
+        return backend.ops.cross_entropy(logits, targets, ignore, reduction)
+    return _weighted(logits, targets, ignore, reduction, weight, smoothing)
+
+
+def _weighted(
+    logits: Array, targets: Array, ignore: int | None, reduction: str, weight: Any, smoothing: float
+) -> tuple[Array, Array]:
+    """With E = -log p[y] and d = p - onehot(y), as they are without, and W the sum of the weights w, the loss is
+
+    (1 - s) w[y] E + s/C (W (E + z[y]) - w.z), for -log p[c] = E + z[y] - z[c], and its gradient
+    (1 - s) w[y] d + s/C (W d + W onehot(y) - w).
+    """
+    xp, C = backend.xp, logits.shape[-1]
+    E, d = backend.ops.cross_entropy(logits, targets, ignore, "none")
+    w = xp.ones(C) if weight is None else checked(weight, np.dtype("float64"), "weight", (C,), "(C,)")
+    if not backend.ops.LOOKING_WAITS and not (w.min() >= 0 and xp.isfinite(w).all()):
+        raise ValueError(f"weight: expected finite numbers from 0, got {w.min()} to {w.max()}")
+    hot = xp.arange(C) == targets[..., None]
+    counts = xp.where(hot, w, 0.0).sum(axis=-1)  # of an ignored target, which may be any number, see below
+    if ignore is not None:
+        counts = xp.where(targets == ignore, 0.0, counts)
+    each = (1 - smoothing) * xp.where(counts == 0, 0.0, counts * E)  # a loss may be inf
+    gradient = (1 - smoothing) * counts[..., None] * d
+    if smoothing:
+        z, total, part = logits.astype("float64"), w.sum(), smoothing / C
+        if ignore is not None:
+            z = xp.where((targets == ignore)[..., None], 0.0, z)
+        spread = total * (E + xp.where(hot, z, 0.0).sum(axis=-1)) - xp.where(w == 0, 0.0, w * z).sum(axis=-1)
+        slope = total * (d + hot) - w
+        if ignore is not None:
+            spread = xp.where(targets == ignore, 0.0, spread)
+            slope = xp.where((targets == ignore)[..., None], 0.0, slope)
+        each, gradient = each + part * spread, gradient + part * slope
+    if reduction == "none":
+        return each, gradient.astype(logits.dtype)
+    if reduction == "sum":
+        return each.sum(), gradient.astype(logits.dtype)
+    count = counts.sum()
+    share = xp.where(count > 0, 1 / xp.where(count > 0, count, 1.0), 0.0)
+    return each.sum() * share, (gradient * share).astype(logits.dtype)
 
 
 def mean_squared_error(
@@ -100,7 +148,7 @@ def mean_squared_error(
         own = functools.partial(mean_squared_error, output=output, reduction=reduction)
         return over_valid_steps(own, pred, target, lengths)
     xp = backend.xp
-    pred = _floats(pred, "pred")
+    pred = floats(pred, "pred")
     target = backend.asarray(target, xp.promote_types(pred.dtype, xp.float32), "target")
     if pred.shape != target.shape:
         raise ValueError(f"expected pred and target of one shape, got {pred.shape} and {target.shape}")
@@ -184,7 +232,7 @@ def _takes_lengths(loss: Loss) -> bool:
         return False
 
 
-def _floats(array: Any, name: str) -> Array:
+def floats(array: Any, name: str) -> Array:
     array = backend.asarray(array, None, name)
     if array.dtype.kind != "f":
         raise TypeError(f"{name}: expected floating point, got {array.dtype}")
