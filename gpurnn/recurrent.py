@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
@@ -23,7 +23,7 @@ from gpurnn.arguments import (
     switch,
     whole,
 )
-from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell, noisy
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
@@ -40,6 +40,9 @@ class Options(TypedDict, total=False):
     bias: bool
     bidirectional: bool
     dropout: float
+    zoneout: float | Sequence[float] | Mapping[str, float]
+    recurrent_dropout: float
+    noise: float
     trainable_h0: bool
     clip_in_time: float | None
     init: Mapping[str, str | Initializer] | None
@@ -57,6 +60,13 @@ class Recurrent(Layer):
     bias            False: no bias_ih and bias_hh.
     bidirectional   D = 2 directions, each starting at a row's own end; outputs stand side by side.
     dropout         between layers, not behind the last; see `Dropout`.  With one layer it means nothing, and warns.
+    zoneout         the probability in [0, 1) with which a unit's state stays as it was (Krueger et al. 2017); for a cell of
+                    several states one for each, (0.05, 0.5) or {"c": 0.5}.
+    recurrent_dropout   of what a cell adds to its memory, at each step anew (Semeniuta et al. 2016): lstm, gru, mingru,
+                    minlstm, and cells that mark it by `cells.candidate`.
+    noise           the standard deviation of a normal number added to each gate before its nonlinearity, at each step.
+                    These three are functions of a number's place, as `cells.bernoulli` says, and their means without
+                    training; see `cells.noisy`.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
     clip_in_time    the largest magnitude of the gradient that a step passes back to the step before (as Graves 2013
                     clips within LSTM; here elementwise, for every state); None: no limit.
@@ -85,6 +95,9 @@ class Recurrent(Layer):
         bias: bool = True,
         bidirectional: bool = False,
         dropout: float = 0.0,
+        zoneout: float | Sequence[float] | Mapping[str, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        noise: float = 0.0,
         trainable_h0: bool = False,
         clip_in_time: float | None = None,
         init: Mapping[str, str | Initializer] | None = None,
@@ -100,6 +113,7 @@ class Recurrent(Layer):
             raise TypeError(f"cell: expected a gpurnn.Cell or one of {', '.join(CELLS)}, got {came}")
         if executor is not None:
             check(executor)
+        cell = noisy(cell, zoneout=zoneout, recurrent_dropout=recurrent_dropout, noise=noise)
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
         self.num_layers = whole("num_layers", num_layers)

@@ -100,23 +100,26 @@ def run(
     States are S arrays (L*D, N, H).
     """
     T, N, _ = x.shape
-    clip = layers.clip_in_time is not None
+    clip, cell = layers.clip_in_time is not None, layers.cell if training else layers.cell.mean
     engine = choose(
-        layers.executor, layers.cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip
+        layers.executor, cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip
     )
     rows, given = np.full(T, N) if lengths is None else lengths.rows, initial
     if lengths is not None:
         x = lengths.sorted(x, lengths.padding)
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
         initial = tuple(lengths.sorted(part, lengths.empty) for part in initial)
+    draws = layers.masks.draws(None if lengths is None else lengths.order) if cell.random else None
     levels: list[tuple[list[Any], Mask | None]] = []
     finals: list[States] = []
     for layer in range(layers.num_layers):
         x, outputs, tapes = backend.xp.ascontiguousarray(x), [], []
         for direction in range(layers.directions):
             weights, at = layers.weights(layers.params, layer, direction), len(finals)
-            state = tuple(part[at] for part in initial)
-            job = Job(layers.cell, x, weights, state, rows, direction == 1, training, layers.precision)
+            if not cell.recurrent:  # the mean may have none where the cell has one
+                weights = weights._replace(weight_hh=None, bias_hh=None)
+            state, own = tuple(part[at] for part in initial), draws and draws._replace(at=at)
+            job = Job(cell, x, weights, state, rows, direction == 1, training, layers.precision, own)
             states, tape = engine.forward(job)
             outputs.append(states.h[:T] if direction else states.h[1:])
             tapes.append(tape)

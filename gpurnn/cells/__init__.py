@@ -1,13 +1,28 @@
 """Recurrent cells: one file each.  A new cell that ships takes a row in CELLS; tests and benchmarks run over it."""
 
 from gpurnn.cells.cell import Cell
-from gpurnn.cells.functions import abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+from gpurnn.cells.functions import (
+    abs,
+    bernoulli,
+    candidate,
+    exp,
+    log,
+    maximum,
+    minimum,
+    normal,
+    relu,
+    sigmoid,
+    sqrt,
+    tanh,
+    where,
+)
 from gpurnn.cells.gru import GRU_CELL
 from gpurnn.cells.indrnn import INDRNN_CELL
 from gpurnn.cells.lru import LRU_CELL
 from gpurnn.cells.lstm import LSTM_CELL
 from gpurnn.cells.mingru import MINGRU_CELL
 from gpurnn.cells.minlstm import MINLSTM_CELL
+from gpurnn.cells.noisy import noisy
 from gpurnn.cells.para import PARAGRU_CELL, PARALSTM_CELL
 from gpurnn.cells.rglru import RGLRU_CELL
 from gpurnn.cells.rnn import RNN_CELLS
@@ -41,10 +56,14 @@ __all__ = [
     "UNITWISE_CELLS",
     "Cell",
     "abs",
+    "bernoulli",
+    "candidate",
     "exp",
     "log",
     "maximum",
     "minimum",
+    "noisy",
+    "normal",
     "relu",
     "sigmoid",
     "sqrt",

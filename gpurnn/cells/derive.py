@@ -38,7 +38,7 @@ RULES: dict[str, Callable] = {  # (gradient, the node's value, its arguments' va
 }
 
 # What computing a value again costs, and keeping it, in additions of a vector.
-PRICES = {"tanh": 8, "exp": 12, "log": 30, "div": 4, "sqrt": 4}
+PRICES = {"tanh": 8, "exp": 12, "log": 30, "div": 4, "sqrt": 4, "random": 60}
 SLOT = 10
 UNITWISE_SLOT = 30  # where no recurrent product stands between the steps, memory is what takes the time
 
@@ -84,6 +84,8 @@ def _copied(
             values[index] = source(node)
         elif node.op == "const":
             values[index] = into.constant(node.value)
+        elif node.op == "random":
+            values[index] = into.again(node.value)
         else:
             values[index] = getattr(ON_ARRAYS, node.op)(*(values[argument] for argument in node.args))
     return [values[index] for index in outputs]

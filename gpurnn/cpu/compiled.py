@@ -32,7 +32,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     rows = np.ascontiguousarray(job.rows, np.int64)
     if rows is not job.rows:
         job = job._replace(rows=rows)
-    cell, x, weights, state, rows, reverse, training, _ = job
+    cell, x, weights, state, rows, reverse, training, *_ = job
     T, N, I = x.shape
     H, dtype, ends = state[0].shape[1], x.dtype, Ends.of(job, np)
     allocate = memory.empty if ends.lengths is None else memory.zeros
@@ -50,12 +50,13 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     dots = [dot(dtype).address if used and lie else 0 for used, lie in zip((True, cell.recurrent), lies, strict=True)]
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, dtype))
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
+    draws = _draws(job)
     crew.run(
         forward_loop(dtype),
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _recurrent(cell, weights),
+            _recurrent(cell, weights), address(draws),
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part])
@@ -70,7 +71,7 @@ def backward(
     tape: Tape, dy: np.ndarray, dstate: tuple[np.ndarray, ...] | None, grads: Weights, options: Backward
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """See `contract.Executor.backward`."""
-    cell, x, weights, _, rows, reverse, _, _ = tape.job
+    cell, x, weights, _, rows, reverse, *_ = tape.job
     T, N, I = x.shape
     H, dtype = tape.h.shape[2], x.dtype
     if dy.strides[-1] != dtype.itemsize or not dy.flags.aligned:
@@ -92,7 +93,7 @@ def backward(
         not (cell.recurrent and packing_pays_backwards(T, N, H, dtype)),
     )
     apart = [n * dtype.itemsize if as_it_lies else 0 for n, as_it_lies in zip((I, H), lies, strict=True)]
-    combine_one = combine(dtype).address if T * N == 1 else 0
+    combine_one, draws = combine(dtype).address if T * N == 1 else 0, _draws(tape.job)
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, dtype))
     gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
     given = (
@@ -103,7 +104,7 @@ def backward(
         (
             T, N, I, H, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, _chunk(T, N),
             backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at, *tape.rest.strides[:2],
-            *dy.strides[:2], *map(address, given), _recurrent(cell, weights),
+            *dy.strides[:2], *map(address, given), _recurrent(cell, weights), address(draws),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
@@ -158,6 +159,12 @@ def _rest(count: int, T: int, N: int, H: int, dtype: np.dtype, allocate, trainin
         return allocate((count, T + 1, N, H), dtype)
     place = allocate((count, N, H), dtype)
     return np.ndarray((count, T + 1, N, H), dtype, place, strides=(place.strides[0], 0, *place.strides[1:]))
+
+
+def _draws(job: Job) -> np.ndarray:
+    if job.draws is None and job.cell.random:
+        raise TypeError(f"job: expected draws for {job.cell.name}, which asks for random numbers, got None")
+    return np.zeros(0, np.int64) if job.draws is None else job.draws.numbers(job.x.shape[1])
 
 
 def _recurrent(cell: Cell, weights: Weights) -> int:

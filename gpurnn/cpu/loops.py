@@ -21,12 +21,12 @@ from gpurnn.cpu.simd import host
 
 FORWARD = Record(
     "T N I H S gates split reverse window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh",
+    "rows orders x slots h rest bias params weight_ih weight_hh draws",
     "packs packers first last unit end_unit w_ih w_split w_joint",
 )
 BACKWARD = Record(
     "T N I H S gates split states reverse chunk cell_rows ldw_ih ldw_hh combine clamp squares rest_stride rest_step dy_step "
-    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh",
+    "dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh draws",
     "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
 )
 
@@ -59,6 +59,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     bias     (S, H)           what is added to each slot
     params   (P, H)
     weight_* (G*H, I), (G*H, H); weight_hh 0 where the cell has none: then no product stands between the steps, and nobody waits
+    draws    `Draws.numbers`; 0 where the cell asks for none
 
     A part's share: which part of how many it packs; the rows [first, last) of the batch, the units [unit, end_unit); where
     there is room for W_ih packed, for W_hh's split and for its joint gates.
@@ -69,7 +70,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
     def forward(values, part):
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, reverse, window, chunk, cell_rows, dot_ih, dot_hh,
-            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh,
+            rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh, draws,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint = read_share(values + shares + part * apart)
         stride, aside, units, joint = H * size, unit * size, end_unit - unit, gates - split if weight_hh else 0
@@ -118,6 +119,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                 call(
                     cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
                     rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
+                    draws, t, first, unit,
                 )  # fmt: skip
                 if weight_hh and units < H:
                     met += parties
@@ -154,7 +156,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
         (
             parties, ready, barrier, shares, T, N, I, H, S, gates, split, states, reverse, chunk, cell_rows, ldw_ih, ldw_hh,
             combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest, dy, dstate, dx,
-            params, limit, weight_ih, weight_hh,
+            params, limit, weight_ih, weight_hh, draws,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
             read_share(values + shares + part * apart)
@@ -186,7 +188,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                 call(
                     cell_rows, m, next_row, dy_row, units, at + aside, h + before * h_step + row, h + after * h_step + row,
                     rest + before * rest_step + row, rest + after * rest_step + row, dy_t, dstate + row, params + aside,
-                    dparams + unit * 8, stride, rest_stride, h_step,
+                    dparams + unit * 8, stride, rest_stride, h_step, draws, t, first, unit,
                 )  # fmt: skip
                 if weight_hh:
                     if units < H:

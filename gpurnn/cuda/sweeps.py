@@ -43,7 +43,7 @@ class Sweep(NamedTuple):
 def begin(job: Job) -> Sweep:
     """Buffers, with the initial states in their places."""
     xp = backend.xp
-    cell, x, weights, state, _, _, training, _ = job
+    cell, x, weights, state, _, _, training, *_ = job
     T, N, _ = x.shape
     H, S, trace, dtype, ends = state[0].shape[1], cell.states, cell.trace, x.dtype, Ends.of(job, xp)
     allocate = xp.empty if ends.lengths is None else xp.zeros
@@ -190,7 +190,7 @@ def with_unit_stride(dy: Array) -> Array:
 
 def weight_gradients(tape: Tape, slots: Array, grads: Weights) -> Array:
     """Adds dW_ih, dW_hh and the biases' gradients, from the gradients in the slots; returns dx (T, N, I)."""
-    cell, x, weights, _, _, reverse, _, precision = tape.job
+    cell, x, weights, _, _, reverse, _, precision, *_ = tape.job
     trace, T, H, dx = cell.trace, len(x), tape.h.shape[2], backend.xp.empty(x.shape, x.dtype)
     factor = _factors(precision, RETURNED)
     weight_x = factor(backend.xp.ascontiguousarray(ordered(weights.weight_ih, trace.x_order, H)))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpurnn.cells import Cell
+from gpurnn.executors.random import Draws
 from gpurnn.types import Array
 
 
@@ -30,6 +31,7 @@ class Job(NamedTuple):
     rows   (T,): at step t the batch rows 0..rows[t]-1 live; never increasing.
     training   whether backward will follow.
     precision  of the products on CUDA; on every CPU, and in `numpy_loop`, they are exact in the dtype of x.
+    draws  the random numbers of a cell that asks for them.
     """
 
     cell: Cell
@@ -40,6 +42,7 @@ class Job(NamedTuple):
     reverse: bool
     training: bool
     precision: str = "float32"
+    draws: Draws | None = None
 
 
 class Backward(NamedTuple):
