@@ -2,7 +2,8 @@
 
     counter   (unit + 2^28 block, row, step, call)      key   of the layer and direction
 
-A number for each step has its step there, one for the whole sequence SEQUENCE.  A block is four words, one for each of
+The call has 64 bits, of which the upper are added to the key's second word.  A number for each step has its step there, one
+for the whole sequence SEQUENCE.  A block is four words, one for each of
 four numbers that a cell asks for.  This file imports nothing: the same lines run on NumPy's arrays and emit code
 (`lanes`).  They multiply, add and shift and nothing else, each rounded by itself, so that all executors get the same bits.
 """
@@ -13,7 +14,7 @@ MOST_UNITS = 1 << 28
 
 
 def words(philox, key, call, row, step, unit, block):
-    """The four words of a block; key: a pair."""
+    """The four words of a block; key: a pair; call: the lower half."""
     return philox(unit + block * MOST_UNITS, row, step, call, *key)
 
 

@@ -9,6 +9,7 @@ from llvmlite import ir
 
 from . import deviates, philox
 
+LOW = 0xFFFFFFFF
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -73,13 +74,21 @@ class Lanes:
 
 
 def u32(value):
-    if isinstance(value, Lanes) and value.element == I64:
-        return value.like(value.builder.trunc(value.value, value.of(I32)))
+    """The low half of 64 bits.  Vectors stay as wide, whatever stands in the other half: to narrow and widen them again
+    between multiplications would cost as much as these do."""
+    if isinstance(value, Lanes) and value.element == I64 and not isinstance(value.value.type, ir.VectorType):
+        return value.like(value.builder.trunc(value.value, I32))
     return value
 
 
 def u64(value):
-    return value.like(value.builder.zext(value.value, value.of(I64))) if isinstance(value, Lanes) else value
+    if not isinstance(value, Lanes):
+        return value
+    return value & LOW if value.element == I64 else value.like(value.builder.zext(value.value, value.of(I64)))
+
+
+def narrow(value):
+    return value.like(value.builder.trunc(value.value, value.of(I32))) if value.element == I64 else value
 
 
 class Machine:
@@ -109,7 +118,9 @@ random_words = philox.generator(u32, u64)
 
 def words(key, call, row, step, unit, block):
     """`deviates.words` of Lanes; key: a pair of them; block: a number."""
-    return deviates.words(random_words, key, call, row, step, unit, block)
+    if isinstance(unit.value.type, ir.VectorType):
+        unit, row, step, call, *key = (u64(value) for value in (unit, row, step, call, *key))
+    return tuple(map(narrow, deviates.words(random_words, key, call, row, step, unit, block)))
 
 
 def deviate(random, word, one, zero):

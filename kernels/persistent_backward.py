@@ -84,7 +84,7 @@ def _going_back(trace, of):
             given[DNEXT] += ready[p * READ + DY]
             for k in range(P):
                 given[PARAM + k] = own[p * P + k]
-            cell(given, result)
+            cell(given, result, pointwise.NOWHERE)
             for k in range(WRITTEN):
                 written[p * WRITTEN + k] = result[k]
             if step < length[p]:

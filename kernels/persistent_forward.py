@@ -54,7 +54,7 @@ def _advancing(trace, of):
                 given[GIVEN + s] = values[p * S + s]
             for k in range(P):
                 given[GIVEN + S + k] = own[p * P + k]
-            cell(given, result)
+            cell(given, result, pointwise.NOWHERE)
             for k in range(OUTPUTS):
                 results[p * OUTPUTS + k] = result[k]
             if step < length[p]:

@@ -12,6 +12,7 @@ from .build import Source
 from .numba_cuda import cuda, types
 
 THREADS = 256
+DRAWS = types.CPointer(types.int64)  # of random numbers, see `pointwise.place_of`
 
 
 def forward(trace, *, dtype):
@@ -20,12 +21,12 @@ def forward(trace, *, dtype):
     rest_state, rest_step: how far apart, in elements, states and steps stand in `rest`.
     """
     real = getattr(types, dtype)
-    cell = pointwise.forward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.forward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     S, P, SLOTS = trace.cell.states, len(trace.cell.params), trace.slots
     GIVEN, KEPT = trace.cell.gates + trace.x_start, len(trace.kept)
     INPUTS, OUTPUTS = GIVEN + S + P, S + KEPT
 
-    def step_forward(slots, bias, h, rest, params, t, rows, N, H, reverse, rest_state, rest_step):
+    def step_forward(slots, bias, h, rest, params, draws, t, rows, N, H, reverse, rest_state, rest_step):
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= rows * H:
             return
@@ -42,7 +43,7 @@ def forward(trace, *, dtype):
             given[GIVEN + 1 + s] = rest[s * rest_state + before * rest_step + k]
         for p in range(P):
             given[GIVEN + S + p] = params[p * H + u]
-        cell(given, result)
+        cell(given, result, place(draws, n, t, u))
         h[after * N * H + k] = result[0]
         for s in range(S - 1):
             rest[s * rest_state + after * rest_step + k] = result[1 + s]
@@ -50,7 +51,7 @@ def forward(trace, *, dtype):
             slots[slot + s * H] = result[S + s]
 
     pointer = types.CPointer(real)
-    return Source(step_forward, (pointer,) * 5 + (types.int64,) * 7, THREADS)
+    return Source(step_forward, (pointer,) * 5 + (DRAWS,) + (types.int64,) * 7, THREADS)
 
 
 def backward(trace, *, dtype, clip):
@@ -61,14 +62,14 @@ def backward(trace, *, dtype, clip):
     clip: whether what one step passes to the one before is kept within [-limit, limit].
     """
     real = getattr(types, dtype)
-    cell = pointwise.backward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.backward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     G, S, P, SLOTS = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots
     WRITTEN, KEPT = G + trace.x_start, len(trace.kept)
     STATE, NEXT, DNEXT, PARAM = KEPT, KEPT + S, KEPT + 2 * S, KEPT + 3 * S
     INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
 
     def step_backward(
-        slots, h, rest, dy, dstate, params, dparams, t, rows, seen, N, H, reverse, rest_state, dy_step, dy_row, limit
+        slots, h, rest, dy, dstate, params, dparams, draws, t, rows, seen, N, H, reverse, rest_state, dy_step, dy_row, limit
     ):
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= rows * H:
@@ -94,7 +95,7 @@ def backward(trace, *, dtype, clip):
         given[DNEXT] += dy[t * dy_step + n * dy_row + u]
         for p in range(P):
             given[PARAM + p] = params[p * H + u]
-        cell(given, result)
+        cell(given, result, place(draws, n, t, u))
         for s in range(WRITTEN):
             slots[slot + s * H] = result[s]
         for s in range(S):
@@ -109,5 +110,5 @@ def backward(trace, *, dtype, clip):
         return -limit if value < -limit else value
 
     pointer = types.CPointer(real)
-    pointers = (pointer,) * 6 + (types.CPointer(types.float64),)
+    pointers = (pointer,) * 6 + (types.CPointer(types.float64), DRAWS)
     return Source(step_backward, pointers + (types.int64,) * 9 + (real,), THREADS)

@@ -12,6 +12,7 @@ each H wide.
 from . import pointwise
 from .build import Source
 from .numba_cuda import cuda, types
+from .pointwise import at_step
 
 THREADS = 128
 # Steps: at 500 threads on an SM as many loads of 4 bytes are in flight then as its share of the memory's speed needs.
@@ -27,12 +28,14 @@ def forward(trace, *, dtype):
     `rest`.
     """
     real = getattr(types, dtype)
-    cell = pointwise.forward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.forward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     S, P, SLOTS, KEPT = trace.cell.states, len(trace.cell.params), trace.slots, len(trace.kept)
     GIVEN = trace.cell.gates
     COMING, INPUTS, OUTPUTS = AHEAD * GIVEN, GIVEN + S + P, S + KEPT
 
-    def unitwise_forward(slots, bias, h, rest, params, lengths, steps, begin, N, H, reverse, rest_state, rest_step):
+    def unitwise_forward(
+        slots, bias, h, rest, params, lengths, draws, steps, begin, N, H, reverse, rest_state, rest_step
+    ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= N * H:
             return
@@ -43,6 +46,7 @@ def forward(trace, *, dtype):
             return
         way = 1 - 2 * reverse
         first = reverse * (count - 1)
+        unit = place(draws, n, begin, u)
         slot, slot_step = (first * N + n) * SLOTS * H + u, way * N * SLOTS * H
         state, state_step = (first + reverse) * N * H + k, way * N * H
         other, other_step = (first + reverse) * rest_step + k, way * rest_step
@@ -71,7 +75,7 @@ def forward(trace, *, dtype):
             if step + AHEAD < count:
                 for s in range(GIVEN):
                     coming[COMING - GIVEN + s] = slots[slot + AHEAD * slot_step + s * H]
-            cell(given, result)
+            cell(given, result, at_step(unit, begin + first + way * step))
             state += state_step
             other += other_step
             h[state] = result[0]
@@ -84,7 +88,7 @@ def forward(trace, *, dtype):
             slot += slot_step
 
     pointer = types.CPointer(real)
-    return Source(unitwise_forward, (pointer,) * 5 + (types.CPointer(types.int64),) + (types.int64,) * 7, THREADS)
+    return Source(unitwise_forward, (pointer,) * 5 + (types.CPointer(types.int64),) * 2 + (types.int64,) * 7, THREADS)
 
 
 def backward(trace, *, dtype, clip):
@@ -94,14 +98,14 @@ def backward(trace, *, dtype, clip):
     clip: whether what one step passes to the one before is kept within [-limit, limit].
     """
     real = getattr(types, dtype)
-    cell = pointwise.backward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.backward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     G, S, P, SLOTS, KEPT = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots, len(trace.kept)
     STATE, NEXT, DNEXT, PARAM = KEPT, KEPT + S, KEPT + 2 * S, KEPT + 3 * S
     EACH = KEPT + S + 1  # what a step loads: what was kept, the states before it, dy
     DY, COMING, INPUTS, OUTPUTS, SUMS = KEPT + S, AHEAD * EACH, PARAM + P, G + S + P, max(1, P)
 
     def unitwise_backward(
-        slots, h, rest, dy, dstate, params, dparams, lengths, N, H, reverse, rest_state, dy_step, dy_row, limit
+        slots, h, rest, dy, dstate, params, dparams, lengths, draws, N, H, reverse, rest_state, dy_step, dy_row, limit
     ):
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= N * H:
@@ -111,6 +115,7 @@ def backward(trace, *, dtype, clip):
         count = lengths[n]
         way = 2 * reverse - 1
         first = (1 - reverse) * (count - 1)
+        unit = place(draws, n, 0, u)
         slot, slot_step = (first * N + n) * SLOTS * H + u, way * N * SLOTS * H
         state, state_step = (first + reverse) * N * H + k, way * N * H
         above, above_step = first * dy_step + n * dy_row + u, way * dy_step
@@ -154,7 +159,7 @@ def backward(trace, *, dtype, clip):
                 for s in range(S - 1):
                     coming[COMING - EACH + STATE + 1 + s] = rest[s * rest_state + state + AHEAD * state_step]
                 coming[COMING - EACH + DY] = dy[above + AHEAD * above_step]
-            cell(given, result)
+            cell(given, result, at_step(unit, first + way * step))
             for s in range(G):
                 slots[slot + s * H] = result[s]
             for s in range(S):
@@ -176,5 +181,5 @@ def backward(trace, *, dtype, clip):
         return -limit if value < -limit else value
 
     pointer = types.CPointer(real)
-    pointers = (pointer,) * 6 + (types.CPointer(types.float64), types.CPointer(types.int64))
+    pointers = (pointer,) * 6 + (types.CPointer(types.float64), *[types.CPointer(types.int64)] * 2)
     return Source(unitwise_backward, pointers + (types.int64,) * 6 + (real,), THREADS)

@@ -38,7 +38,8 @@ RULES: dict[str, Callable] = {  # (gradient, the node's value, its arguments' va
 }
 
 # What computing a value again costs, and keeping it, in additions of a vector.
-PRICES = {"tanh": 8, "exp": 12, "log": 30, "div": 4, "sqrt": 4, "random": 60}
+PRICES = {"tanh": 8, "exp": 12, "log": 30, "div": 4, "sqrt": 4}
+RANDOM_PRICES = {"bernoulli": 5, "normal": 40}  # four of a unit share ten rounds of Philox
 SLOT = 10
 UNITWISE_SLOT = 30  # where no recurrent product stands between the steps, memory is what takes the time
 
@@ -223,7 +224,7 @@ def cheapest(nodes: Sequence[Node], needed: Iterable[int], free: Iterable[int], 
         edge("source", ("there", index), np.inf)
     while stack:
         index = stack.pop()
-        op, args, _ = nodes[index]
+        op, args, value = nodes[index]
         if index in seen or index in given or op == "const":
             continue
         seen.add(index)
@@ -231,7 +232,7 @@ def cheapest(nodes: Sequence[Node], needed: Iterable[int], free: Iterable[int], 
         edge(there, "sink", slot)
         if op == "input":  # x and r are gone
             continue
-        gain = slot - PRICES.get(op, 1)
+        gain = slot - (RANDOM_PRICES[value.kind] if op == "random" else PRICES.get(op, 1))
         edge("source", again, max(gain, 0))
         edge(again, "sink", max(-gain, 0))
         edge(again, there, np.inf)

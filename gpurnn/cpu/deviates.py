@@ -7,10 +7,9 @@ from llvmlite import ir
 from gpurnn.cells.trace import Random
 from gpurnn.cpu.instructions import pointer
 from gpurnn.cpu.simd import I32, I64, Emitter
+from gpurnn.executors.random import HEAD
 from gpurnn.kernels import deviates, lanes
 from gpurnn.kernels.lanes import Lanes
-
-HEAD = 3  # numbers of `Draws.numbers` before the rows
 
 
 def values(
@@ -22,10 +21,11 @@ def values(
     """
 
     def number(place: ir.Value) -> ir.Value:
-        return b.trunc(b.load(pointer(b, b.add(numbers, b.mul(place, I64(8))))), I32)
+        return b.load(pointer(b, b.add(numbers, b.mul(place, I64(8)))))
 
-    fixed = [number(I64(k)) for k in range(HEAD)]
-    fixed += [number(b.add(row, I64(HEAD))), b.trunc(t, I32)]
+    low, high, call = (number(I64(k)) for k in range(HEAD))
+    wide = low, b.add(high, b.lshr(call, I64(32))), call, number(b.add(row, I64(HEAD))), t
+    fixed = [b.trunc(value, I32) for value in wide]
 
     def of_vector(emit: Emitter, offset: ir.Value) -> Callable[[Random], ir.Value]:
         low, high, call, own_row, step = (Lanes(b, emit.splat(value)) for value in fixed)

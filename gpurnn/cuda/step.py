@@ -27,12 +27,13 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     tape, trace = sweep.tape, job.cell.trace
     N, H = tape.h.shape[1:]
     kernel = device.kernel(step.forward, trace, dtype=job.x.dtype.name)
+    draws = sweeps.draws(tape)
     rest_state, rest_step = tape.rest.strides[0] // job.x.itemsize, N * H if training else 0
     living_at = job.rows.tolist()
     for t0, t1, slots in sweeps.pieces(sweep):
         slots[:, :, : trace.x_start * H] = 0  # r of the split gates: the product is added to what is there
         h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if training else tape.rest
-        pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
+        pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)] + [sweeps.pointer(draws)]
         launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step))
         add = device.adding(sweep.weight_hh.T, h.strides[1], slots.strides[1], job.precision)
         before, states, r, step_of_slots = (
@@ -63,7 +64,8 @@ def backward(
     way = sweeps.begin_back(tape, dy, dstate, options)
     slots, dy, passed = way.slots, way.dy, way.passed
     kernel = device.kernel(step.backward, job.cell.trace, dtype=passed.dtype.name, clip=options.clip is not None)
-    pointers = [array.data.ptr for array in way.arrays]
+    draws = sweeps.draws(tape)
+    pointers = [array.data.ptr for array in way.arrays] + [sweeps.pointer(draws)]
     launch = kernel.series(pointers, (N, H, *way.numbers))
     add: Callable = _nothing
     if way.weight_hh is not None:

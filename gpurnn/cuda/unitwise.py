@@ -17,13 +17,13 @@ def forward(sweep: Sweep) -> tuple[States, Tape | None]:
     """What `contract.Executor.forward` returns."""
     tape, job = sweep.tape, sweep.tape.job
     N, H = tape.h.shape[1:]
-    kernel = device.kernel(unitwise.forward, job.cell.trace, dtype=job.x.dtype.name)
+    kernel, draws = device.kernel(unitwise.forward, job.cell.trace, dtype=job.x.dtype.name), sweeps.draws(tape)
     strides = (tape.rest.strides[0] // job.x.itemsize, N * H if job.training else 0)
     for t0, t1, slots in sweeps.pieces(sweep):
         if N:
             rest = tape.rest[:, t0:] if job.training else tape.rest
             arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, cast(Array, tape.lengths))
-            pointers = [array.data.ptr for array in arrays]
+            pointers = [*(array.data.ptr for array in arrays), sweeps.pointer(draws)]
             kernel(device.grid(N * H, unitwise.THREADS), *pointers, t1 - t0, t0, N, H, int(job.reverse), *strides)
     return sweeps.finish(sweep, sweeps.final(sweep))
 
@@ -38,6 +38,7 @@ def backward(
         kernel = device.kernel(
             unitwise.backward, job.cell.trace, dtype=tape.h.dtype.name, clip=options.clip is not None
         )
-        pointers = [array.data.ptr for array in way.arrays] + [cast(Array, tape.lengths).data.ptr]
+        draws = sweeps.draws(tape)
+        pointers = [array.data.ptr for array in (*way.arrays, cast(Array, tape.lengths))] + [sweeps.pointer(draws)]
         kernel(device.grid(N * H, unitwise.THREADS), *pointers, N, H, *way.numbers)
     return sweeps.finish_back(way, tape, grads)

@@ -17,7 +17,7 @@ from gpurnn.cells.trace import Random
 from gpurnn.kernels import deviates, philox
 from gpurnn.types import Array
 
-LOW = 0xFFFFFFFF
+HEAD = 3  # numbers of `Draws.numbers` before the rows
 KEYS = (1 << 64) - 1  # the call whose words are the keys of cells: dropout never comes so far
 _words = philox.generator(np.uint32, np.uint64)
 
@@ -92,15 +92,14 @@ class Draws(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """Philox's, low word first; the call's high word has yet to be added to the second."""
+        """Philox's, low word first."""
         low, high = words(self.seed, KEYS, 4 * self.at + 2)[-2:]
         return int(low), int(high)
 
     def numbers(self, N: int) -> np.ndarray:
-        """What compiled code reads, int64: the key, the call's low word, and the row of each of N batch rows."""
-        (low, high), call = self.key, int(self.call)
+        """What compiled code reads, int64: the key's words, the call, and where each of N batch rows stands."""
         rows = np.arange(N) if self.rows is None else backend.to_numpy(self.rows)
-        return np.array([low, (high + (call >> 32)) & LOW, call & LOW, *rows], np.int64)
+        return np.array([*self.key, int(self.call), *rows], np.int64)
 
 
 class Step:
@@ -112,13 +111,13 @@ class Step:
 
     def __getitem__(self, random: Random) -> Array:
         m, H = self.shape
-        low, high, call, *_ = self.numbers.astype(np.uint32)
-        rows, units = self.numbers[3 : 3 + m].astype(np.uint32)[:, None], np.arange(H, dtype=np.uint32)[None]
+        low, high, call = self.numbers[:HEAD].astype(np.uint32)
+        rows, units = self.numbers[HEAD : HEAD + m].astype(np.uint32)[:, None], np.arange(H, dtype=np.uint32)[None]
         t = np.uint32(deviates.SEQUENCE if random.per == "sequence" else self.t)
         block, which = divmod(random.number, deviates.EACH)
         with np.errstate(over="ignore"):
             place = np.broadcast_arrays(*np.atleast_1d(call, rows, t, units))
-            word = deviates.words(_words, (low, high), *place, np.uint32(block))[which]
+            word = deviates.words(_words, (low, high + np.uint32(self.numbers[2] >> 32)), *place, np.uint32(block))[which]
             if random.kind == "bernoulli":
                 value = word < np.uint32(deviates.threshold(random.p))
             else:
