@@ -64,7 +64,7 @@ def _loading(KEPT, READ, S, H):
     return load, load_states
 
 
-def _going_back(trace, of):
+def _going_back(trace, of, place):
     """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep dL/dstate."""
     S, P, WRITTEN, KEPT = trace.cell.states, len(trace.cell.params), trace.cell.gates + trace.x_start, len(trace.kept)
     DY = KEPT + 2 * S  # the place of dy among what is ready
@@ -73,7 +73,7 @@ def _going_back(trace, of):
     cell, PAIRS = pointwise.backward(trace, f32, of.accuracy), of.pairs
 
     @cuda.jit(device=True)
-    def go_back(step, length, ready, own, values, written, gradients):
+    def go_back(step, length, ready, own, values, written, gradients, drawn, state_at):
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
         for p in range(PAIRS):
@@ -84,7 +84,7 @@ def _going_back(trace, of):
             given[DNEXT] += ready[p * READ + DY]
             for k in range(P):
                 given[PARAM + k] = own[p * P + k]
-            cell(given, result, pointwise.NOWHERE)
+            cell(given, result, place(drawn, p, step, state_at))
             for k in range(WRITTEN):
                 written[p * WRITTEN + k] = result[k]
             if step < length[p]:
@@ -199,7 +199,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
 
     dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
-    packed, lengths, mail, fault, row: as in `forward`.
+    packed, lengths, draws, mail, fault, row: as in `forward`.
     """
     G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
     WRITTEN, KEPT, SLOT_STEP = G + trace.x_start, len(trace.kept), trace.slots * H
@@ -210,17 +210,18 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
     (placed, behind), (load, load_states) = _at_step(SLOT_STEP, H), _loading(KEPT, READ, S, H)
     begin_pairs = _beginning(trace, of, shape, tile, placed, (load, load_states))
-    go_back, send_all = _going_back(trace, of), _sending(of, G, WRITTEN)
+    begin_draws, place = pointwise.drawing(trace.randoms, of.pairs, H)
+    go_back, send_all = _going_back(trace, of, place), _sending(of, G, WRITTEN)
     hand_on, take, add_product = _between_steps(trace, of, clip)
     BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
     WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
     AT, BUFFERS, BUFFER, FLAGS_AT, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.flags, of.ahead, of.walks
     OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
-    OWN_COMING = OWN_READ if AHEAD else 1
+    OWN_COMING, DRAWN = OWN_READ if AHEAD else 1, pointwise.drawn_words(trace.randoms, PAIRS)
 
     def persistent_backward(
-        packed, slots, h, rest, dy, dstate, params, dparams, lengths, mail, fault, row, N, reverse, rest_state, dy_step,
-        dy_row, limit,
+        packed, slots, h, rest, dy, dstate, params, dparams, lengths, draws, mail, fault, row, N, reverse, rest_state,
+        dy_step, dy_row, limit,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
@@ -241,6 +242,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         sums = cuda.local.array(PAIRS, f32)
         written = cuda.local.array(OWN_WRITTEN, f32)
         outgoing = cuda.local.array(PAIRS, f32)
+        drawn = cuda.local.array(DRAWN, u32)
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
         fetch(advance(packed, member * SHARE), weights)
         for k in range(4 * tid, BUFFERS * BUFFER, 4 * THREADS):
@@ -252,6 +254,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
             tid, (first, base), (steps, last), vector, (spot, slot_at, state_at, dy_at), dy_row,
             (dstate, params, lengths), (arrays, strides), walked, (length, own, gradients), (values, ready, coming),
         )  # fmt: skip
+        begin_draws(draws, state_at, drawn)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -259,7 +262,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
         for i in range(steps):
             t = i if reverse else steps - 1 - i
             step = i32(t)
-            go_back(step, length, ready, own, values, written, gradients)
+            go_back(step, length, ready, own, values, written, gradients, drawn, state_at)
             if owner:
                 send_all(mail, vector, spot, i, length, written, outgoing)
             release(mail, vector, i)
@@ -295,6 +298,6 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True):
                     dparams[k * N * H + state_at[p]] = gradients[p * P + k]
         close()
 
-    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 6, types.CPointer(f64), types.CPointer(i64))
+    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 6, types.CPointer(f64), *[types.CPointer(i64)] * 2)
     pointers += (types.CPointer(u32),) * 2
     return Source(persistent_backward, pointers + (i64,) * 6 + (f32,), THREADS, of.shared, *of.launched)

@@ -31,7 +31,7 @@ def _initial(shape, tile, word):
     return initial
 
 
-def _advancing(trace, of):
+def _advancing(trace, of, place):
     """A device function: one step of a thread's pairs, from their sums; rows that have ended keep their states."""
     G, S, P, START = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.x_start
     GIVEN, OUTPUTS, PAIRS = G + START, S + len(trace.kept), of.pairs
@@ -39,7 +39,7 @@ def _advancing(trace, of):
     cell = pointwise.forward(trace, f32, of.accuracy)
 
     @cuda.jit(device=True)
-    def advance_pairs(step, length, sums, x, fixed, values, results, outgoing):
+    def advance_pairs(step, length, sums, x, fixed, values, results, outgoing, drawn, start, state_at):
         biases, own = fixed
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
@@ -54,7 +54,7 @@ def _advancing(trace, of):
                 given[GIVEN + s] = values[p * S + s]
             for k in range(P):
                 given[GIVEN + S + k] = own[p * P + k]
-            cell(given, result, pointwise.NOWHERE)
+            cell(given, result, place(drawn, p, start + step, state_at))
             for k in range(OUTPUTS):
                 results[p * OUTPUTS + k] = result[k]
             if step < length[p]:
@@ -148,7 +148,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
     """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
 
     packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows
-    that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  mail: `exchange.mail_words`
+    that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  draws: of random numbers, see
+    `pointwise.place_of`.  mail: `exchange.mail_words`
     for each group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.
     row: the first batch row of this launch.  Without training only h and final are written.
     """
@@ -159,13 +160,14 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
     fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
     initial, begin_pairs = _initial(shape, tile, of.make.word), _beginning(trace, of, shape, tile)
-    advance_pairs, (load_x, send_all, store) = _advancing(trace, of), _moving(trace, of, H, training)
+    begin_draws, place = pointwise.drawing(trace.randoms, of.pairs, H)
+    advance_pairs, (load_x, send_all, store) = _advancing(trace, of, place), _moving(trace, of, H, training)
     BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
     WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
     AT, BUFFERS, BUFFER, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.ahead, of.walks
     OWN_BIAS, OWN_STATE, OWN_PARAM = PAIRS * (G + trace.x_start), PAIRS * S, max(1, PAIRS * P)
     OWN_SUMS, OWN_OUTPUTS = PAIRS * G, PAIRS * (S + len(trace.kept))
-    OWN_COMING = OWN_SUMS if AHEAD else 1
+    OWN_COMING, DRAWN = OWN_SUMS if AHEAD else 1, pointwise.drawn_words(trace.randoms, PAIRS)
 
     @written_out
     def take(b, x, coming):
@@ -173,8 +175,9 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
             x[k] = coming[k]
 
     def persistent_forward(
-        packed, slots, bias, h, rest, params, state, final, lengths, mail, fault, T, start, row, N, reverse, rest_state
-    ):
+        packed, slots, bias, h, rest, params, state, final, lengths, draws, mail, fault, T, start, row, N, reverse,
+        rest_state,
+    ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
         first, base = row + group * ROWS, member * UNITS
@@ -192,6 +195,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
         sums = cuda.local.array(OWN_SUMS, f32)
         results = cuda.local.array(OWN_OUTPUTS, f32)
         outgoing = cuda.local.array(PAIRS, f32)
+        drawn = cuda.local.array(DRAWN, u32)
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
         fetch(advance(packed, member * SHARE), weights)
         initial(vector, state, first, N, tid)
@@ -207,6 +211,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
             tid, (first, base), (N, T, start), vector, (spot, slot_at, state_at), (bias, params, state, lengths, now),
             (length, biases, own), (values, x, coming),
         )  # fmt: skip
+        begin_draws(draws, state_at, drawn)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -219,7 +224,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
             if AHEAD and i + 1 < steps:
                 load_x(coming, following, length, slot_at)
             multiply(weights, u32(vector + (i & BUFFERS - 1) * BUFFER), sums)
-            advance_pairs(step, length, sums, x, (biases, own), values, results, outgoing)
+            advance_pairs(step, length, sums, x, (biases, own), values, results, outgoing, drawn, start, state_at)
             if i + 1 < steps and owner:
                 send_all(mail, vector, spot, i, outgoing)
             if i + 1 < steps:
@@ -244,5 +249,5 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
                     final[s * N * H + state_at[p]] = values[p * S + s]
         close()
 
-    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 7, types.CPointer(i64), *[types.CPointer(u32)] * 2)
+    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 7, *[types.CPointer(i64)] * 2, *[types.CPointer(u32)] * 2)
     return Source(persistent_forward, pointers + (i64,) * 6, THREADS, of.shared, *of.launched)

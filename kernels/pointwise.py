@@ -162,6 +162,33 @@ def place_of(random):
     return place
 
 
+def drawing(random, pairs, H):
+    """Device functions for a thread of several pairs: what is at hand of their places, and a pair's place at a step.
+
+    begin(draws, state_at, drawn): assigns drawn, of `drawn_words`.  of_pair(drawn, p, t, state_at).
+    """
+    random = bool(random)
+
+    @cuda.jit(device=True)
+    def begin(draws, state_at, drawn):
+        if random:
+            drawn[0], drawn[1], drawn[2] = u32(draws[0]), u32(draws[1] + (draws[2] >> 32)), u32(draws[2])
+            for p in range(pairs):
+                drawn[3 + p] = u32(draws[3 + u32(state_at[p]) // u32(H)])
+
+    @cuda.jit(device=True)
+    def of_pair(drawn, p, t, state_at):
+        if random:
+            return drawn[0], drawn[1], drawn[2], drawn[3 + p], u32(t), u32(state_at[p]) % u32(H)
+        return NOWHERE
+
+    return begin, of_pair
+
+
+def drawn_words(random, pairs):
+    return 3 + pairs if random else 1
+
+
 @cuda.jit(device=True)
 def at_step(place, t):
     """The same unit at another step."""

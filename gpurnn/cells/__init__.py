@@ -24,6 +24,7 @@ from gpurnn.cells.mingru import MINGRU_CELL
 from gpurnn.cells.minlstm import MINLSTM_CELL
 from gpurnn.cells.noisy import noisy
 from gpurnn.cells.para import PARAGRU_CELL, PARALSTM_CELL
+from gpurnn.cells.rate import RATE_CELLS, rate
 from gpurnn.cells.rglru import RGLRU_CELL
 from gpurnn.cells.rnn import RNN_CELLS
 from gpurnn.cells.sru import SRU_CELL
@@ -38,7 +39,7 @@ UNITWISE_CELLS = (  # without a recurrent matrix
     PARAGRU_CELL,
     PARALSTM_CELL,
 )
-CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), LSTM_CELL, GRU_CELL, *UNITWISE_CELLS)}
+CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), LSTM_CELL, GRU_CELL, *RATE_CELLS.values(), *UNITWISE_CELLS)}
 
 __all__ = [
     "CELLS",
@@ -51,6 +52,7 @@ __all__ = [
     "PARAGRU_CELL",
     "PARALSTM_CELL",
     "RGLRU_CELL",
+    "RATE_CELLS",
     "RNN_CELLS",
     "SRU_CELL",
     "UNITWISE_CELLS",
@@ -64,6 +66,7 @@ __all__ = [
     "minimum",
     "noisy",
     "normal",
+    "rate",
     "relu",
     "sigmoid",
     "sqrt",

@@ -52,12 +52,12 @@ class OnChip(NamedTuple):
         sweep, training = sweeps.begin(job), job.training
         tape, carried = sweep.tape, sweep.initial
         run = self._pass(FORWARD, tape, sweep.weight_hh, training=training)
-        rest_state = tape.rest.strides[0] // job.x.itemsize
+        rest_state, draws = tape.rest.strides[0] // job.x.itemsize, sweeps.draws(tape)
         for t0, t1, slots in sweeps.pieces(sweep):
             rest = tape.rest[:, t0:] if training else tape.rest
             whole = training and sweep.ends.lengths is None  # else rows that have ended keep their states
             final = backend.xp.empty_like(carried) if whole else carried.copy()
-            arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths)
+            arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths, draws)
             run(arrays, (t1 - t0, t0), (tape.h.shape[1], int(job.reverse), rest_state))
             carried = final  # blocks may still read the initial states when others have come to their end
         return sweeps.finish(sweep, tuple(carried))
@@ -70,7 +70,7 @@ class OnChip(NamedTuple):
             return step.backward(tape, dy, dstate, grads, options)
         way = sweeps.begin_back(tape, dy, dstate, options)
         run = self._pass(BACKWARD, tape, way.weight_hh, clip=options.clip is not None)
-        run((*way.arrays, tape.lengths), (), (tape.h.shape[1], *way.numbers))
+        run((*way.arrays, tape.lengths, sweeps.draws(tape)), (), (tape.h.shape[1], *way.numbers))
         return sweeps.finish_back(way, tape, grads)
 
     def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool) -> bool:

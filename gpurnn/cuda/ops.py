@@ -115,7 +115,7 @@ def check_finite(grads: Parameters, allow_inf: bool = False) -> None:
 
 
 def fastest(cell: Cell, H: int, N: int, dtype: np.dtype, precision: str, training: bool | None, clip: bool) -> Any:
-    if not cell.recurrent or cell.random:
+    if not cell.recurrent:
         return executors.executor("step")
     while True:
         name = on_chip.fastest(cell, H, N, dtype, precision)

@@ -38,12 +38,12 @@ class Pass(NamedTuple):
         pack(device.grid(words, packing.THREADS), weight_hh.data.ptr, packed.data.ptr)
         return cls(kernel, packed, choice, N, exchange.mail_words(choice.exchange, shape, choice.tile))
 
-    def __call__(self, arrays: tuple[Array, ...], before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    def __call__(self, arrays: tuple[Array | None, ...], before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
         """Launches: arrays, then `before`, the first row, `after`.  As many groups at a time as can wait for each other."""
         rows, blocks = self.choice.tile.rows, self.choice.blocks
         groups = device.grid(self.N, rows)
         running = self.kernel.resident_blocks // blocks if self.kernel.kernel.cooperative else max(1, groups)
-        pointers = [array.data.ptr for array in (self.packed, *arrays)]
+        pointers = [0 if array is None else array.data.ptr for array in (self.packed, *arrays)]
         for group in range(0, groups, running):
             count = min(running, groups - group)
             given_up = faults.record().data.ptr

@@ -126,12 +126,15 @@ def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]
     T, N, _ = x.shape
     initial = layer.unpacked(state, N, "state", layer.trainable_h0)
     tapes: list[Tape] = []
+    with layer.masks.held():  # the next call, by itself, has the same random numbers
+        draws = layer.masks.draws() if layer.cell.random else None
     for level in range(layer.num_layers):
         outputs = []
         for direction in range(layer.directions):
             begin = tuple(part[len(tapes)] for part in initial)
             weights = layer.weights(layer.params, level, direction)
             job = Job(layer.cell, x, weights, begin, np.full(T, N), direction == 1, True)
+            job = job._replace(draws=draws and draws._replace(at=len(tapes)))
             with one_blas_thread, np.errstate(all="ignore"):  # a state that is not finite is told by name
                 states, tape = numpy_loop.forward(job)
             outputs.append(states.h[:T] if direction else states.h[1:])

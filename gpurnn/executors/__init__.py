@@ -56,8 +56,6 @@ def choose(
         raise ValueError("executor: compiled needs Numba's compiler, which NUMBA_DISABLE_JIT turns off here")
     if name in ON_CHIP and not cell.recurrent:
         raise ValueError(f"executor: {name} keeps weight_hh on chip, and {cell.name} has none; expected step or numpy")
-    if name in ON_CHIP and cell.random:
-        raise ValueError(f"executor: {name} has no random numbers, which {cell.name} asks for; expected step or numpy")
     if name is not None:
         return executor(name)
     return backend.ops.fastest(cell, H, N, dtype, precision, training, clip)

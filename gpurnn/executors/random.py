@@ -99,7 +99,8 @@ class Draws(NamedTuple):
     def numbers(self, N: int) -> np.ndarray:
         """What compiled code reads, int64: the key's words, the call, and where each of N batch rows stands."""
         rows = np.arange(N) if self.rows is None else backend.to_numpy(self.rows)
-        return np.array([*self.key, int(self.call), *rows], np.int64)
+        call = self.call if isinstance(self.call, int) else int(self.call[0])
+        return np.array([*self.key, call, *rows], np.int64)
 
 
 class Step:
