@@ -127,7 +127,7 @@ def with_sigmoids(nodes):
 
 
 def deviates_of(builder, place, constant):
-    """What gives a unit's random numbers.  place: u32 key (2), call, row, step, unit; constant: of the numbers' type."""
+    """What gives a unit's random numbers.  place: six u32, key (2), call, row, step, unit; constant: of their type."""
 
     def product(builder, a, b):
         """No sum takes it into one operation: all executors have the same bits."""
@@ -149,7 +149,7 @@ def deviates_of(builder, place, constant):
 
 
 def place_of(random):
-    """A device function: a unit's place from `Draws.numbers`, its batch row n, step and unit; all 0 without `random`."""
+    """A device function: a unit's place from `Draws.numbers`, its row n, step and unit; all 0 without `random`."""
     random = bool(random)
 
     @cuda.jit(device=True)
@@ -224,7 +224,7 @@ def function(graph, inputs, outputs, real, accuracy):
                 context.make_array(kind)(context, builder, value=a).data
                 for kind, a in zip(sig.args[:2], args[:2], strict=True)
             ]
-            emit(builder, *arrays, cgutils.unpack_tuple(builder, args[2]))
+            emit(builder, arrays[0], arrays[1], cgutils.unpack_tuple(builder, args[2]))
             return context.get_dummy_value()
 
         return types.none(given, result, types.UniTuple(types.uint32, 6)), codegen

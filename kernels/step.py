@@ -69,7 +69,24 @@ def backward(trace, *, dtype, clip):
     INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
 
     def step_backward(
-        slots, h, rest, dy, dstate, params, dparams, draws, t, rows, seen, N, H, reverse, rest_state, dy_step, dy_row, limit
+        slots,
+        h,
+        rest,
+        dy,
+        dstate,
+        params,
+        dparams,
+        draws,
+        t,
+        rows,
+        seen,
+        N,
+        H,
+        reverse,
+        rest_state,
+        dy_step,
+        dy_row,
+        limit,
     ):
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= rows * H:

@@ -5,7 +5,22 @@ import os
 import pytest
 
 from gpurnn import backend
-from gpurnn.cells import CELLS, RATE_CELLS, UNITWISE_CELLS, Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+from gpurnn.cells import (
+    CELLS,
+    RATE_CELLS,
+    UNITWISE_CELLS,
+    Cell,
+    abs,
+    exp,
+    log,
+    maximum,
+    minimum,
+    relu,
+    sigmoid,
+    sqrt,
+    tanh,
+    where,
+)
 
 ON_A_GPU = 4  # processes: each keeps a context and a memory pool of its own
 

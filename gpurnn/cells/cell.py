@@ -254,9 +254,7 @@ class Trace:
     def __hash__(self) -> int:
         return hash(self.text)
 
-    def run_forward(
-        self, x: tuple, r: tuple, state: tuple, params: tuple, random: Any = None
-    ) -> tuple[tuple, tuple]:
+    def run_forward(self, x: tuple, r: tuple, state: tuple, params: tuple, random: Any = None) -> tuple[tuple, tuple]:
         """What the cell's forward was when it was traced, on arrays."""
         given = {"x": x, "r": r, "state": state, "param": params, "random": random}
         values = self.forward.run([s.index for s in (*self.next_state, *self.saved)], given)
@@ -280,7 +278,14 @@ class Trace:
     ) -> tuple:
         """What the cell's backward was when it was traced, on arrays."""
         seen = {symbol.index: value for symbol, value in zip(self.saved, saved, strict=True)}
-        given = {"dnext": dnext, "saved": seen, "state": state, "next_state": next_state, "param": params, "random": random}
+        given = {
+            "dnext": dnext,
+            "saved": seen,
+            "state": state,
+            "next_state": next_state,
+            "param": params,
+            "random": random,
+        }
         with np.errstate(all="ignore"):  # of values that a `where` does not take
             values = iter(self.backward.run([s.index for s in self._gradients], given))
         return tuple(tuple(itertools.islice(values, len(p))) for p in (self.dx, self.dr, self.dstate, self.dparams))

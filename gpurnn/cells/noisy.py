@@ -11,7 +11,7 @@ nothing added.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from gpurnn.arguments import at_least_0, probability
 from gpurnn.cells.cell import Cell
@@ -98,7 +98,7 @@ class Noisy:
         trace, forward = self.cell.trace, self.cell.trace.forward
         noises = [self.noise * normal() if self.noise else 0.0 for _ in inputs["x"]]
         sums = {frozenset((x.index, r.index)): g for g, (x, r) in enumerate(zip(trace.x, trace.r, strict=True))}
-        graph, values = inputs["x"][0].graph, {}
+        graph, values = inputs["x"][0].graph, cast(dict[int, Any], {})
         for index in sorted(forward.reachable(wanted)):
             op, args, own = forward.nodes[index]
             if op == "input":

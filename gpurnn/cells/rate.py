@@ -11,12 +11,13 @@ training.  The cells that ship, rate_tanh and rate_relu, have alpha 0.2 and no n
 
 import functools
 import math
+from collections.abc import Callable
 
 from gpurnn.arguments import at_least_0, number, one_of
 from gpurnn.cells.cell import Cell
 from gpurnn.cells.functions import normal, relu, tanh
 
-ACTIVATIONS = {"tanh": tanh, "relu": relu}
+ACTIVATIONS: dict[str, Callable] = {"tanh": tanh, "relu": relu}
 
 
 def rate(alpha: float = 0.2, noise: float = 0.0, nonlinearity: str = "relu") -> Cell:

@@ -128,7 +128,16 @@ def microseconds(question: Question, choice: Choice) -> float:
     if transposed:
         run = Pass.prepare(choice, persistent.backward, tape, sweep.weight_hh, True, clip=False)
         dy = xp.zeros((T, N, H), np.float32)
-        arrays = (tape.slots, tape.h, tape.rest, dy, carried, *sweeps.parameters(tape), tape.lengths, sweeps.draws(tape))
+        arrays = (
+            tape.slots,
+            tape.h,
+            tape.rest,
+            dy,
+            carried,
+            *sweeps.parameters(tape),
+            tape.lengths,
+            sweeps.draws(tape),
+        )
         given: Any = arrays, (), (N, 0, rest_state, N * H, H, np.float32(0))
     else:
         run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=True)

@@ -54,7 +54,7 @@ def step_number(step: Any, T: int) -> int:
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Without dropout and with gradients of 0 inside; everything as it was afterwards.
+    """Without dropout, random numbers as their means, and with gradients of 0 inside; everything as it was afterwards.
 
     NumPy's warnings are off meanwhile: what is not finite is told by name.
     """
@@ -62,7 +62,8 @@ def undisturbed(model: Any) -> Iterator[None]:
     between, behind = layer.dropout, getattr(model, "dropout", None) if model is not layer else None
     probability = behind.p if behind is not None else 0.0
     kept = model.grads.flat.copy()
-    layer.dropout = 0.0
+    cell = layer.cell
+    layer.dropout, layer.cell = 0.0, cell.mean
     if behind is not None:
         behind.p = 0.0
     model.zero_grad()
@@ -70,7 +71,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         with np.errstate(all="ignore"):
             yield
     finally:
-        layer.dropout = between
+        layer.dropout, layer.cell = between, cell
         if behind is not None:
             behind.p = probability
         model.grads.flat[...] = kept
@@ -126,15 +127,12 @@ def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]
     T, N, _ = x.shape
     initial = layer.unpacked(state, N, "state", layer.trainable_h0)
     tapes: list[Tape] = []
-    with layer.masks.held():  # the next call, by itself, has the same random numbers
-        draws = layer.masks.draws() if layer.cell.random else None
     for level in range(layer.num_layers):
         outputs = []
         for direction in range(layer.directions):
             begin = tuple(part[len(tapes)] for part in initial)
             weights = layer.weights(layer.params, level, direction)
-            job = Job(layer.cell, x, weights, begin, np.full(T, N), direction == 1, True)
-            job = job._replace(draws=draws and draws._replace(at=len(tapes)))
+            job = Job(layer.cell.mean, x, weights, begin, np.full(T, N), direction == 1, True)
             with one_blas_thread, np.errstate(all="ignore"):  # a state that is not finite is told by name
                 states, tape = numpy_loop.forward(job)
             outputs.append(states.h[:T] if direction else states.h[1:])

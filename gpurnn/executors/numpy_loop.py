@@ -114,7 +114,7 @@ def step_backward(
     _, _, saved, before, after = step
     shape = dnext[0].shape
     H = shape[-1]
-    derivative = _with_random(tape.derivative, tape.job, *step[:2], H)
+    derivative = _with_random(tape.derivative, tape.job, step[0], step[1], H)
     dx, dr, direct, dparams = derivative(dnext, saved, before, after, tape.job.weights.params)
     dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), dtype) for _ in range(2))
     for g in range(cell.gates):

@@ -117,8 +117,9 @@ class Step:
         t = np.uint32(deviates.SEQUENCE if random.per == "sequence" else self.t)
         block, which = divmod(random.number, deviates.EACH)
         with np.errstate(over="ignore"):
-            place = np.broadcast_arrays(*np.atleast_1d(call, rows, t, units))
-            word = deviates.words(_words, (low, high + np.uint32(self.numbers[2] >> 32)), *place, np.uint32(block))[which]
+            call, rows, t, units = np.broadcast_arrays(*np.atleast_1d(call, rows, t, units))
+            key = low, high + np.uint32(self.numbers[2] >> 32)
+            word = deviates.words(_words, key, call, rows, t, units, np.uint32(block))[which]
             if random.kind == "bernoulli":
                 value = word < np.uint32(deviates.threshold(random.p))
             else:

@@ -19,7 +19,7 @@ MUTANTS = {
         "np.stack(norms[::-1], axis=-1) if rows", "diagnose_flow::rows_of_a_flow_add_up"),
     "passed: a flow that is not finite": (FLOW, "    raise_where_flow_is_not_finite(flow)\n    return flow",
         "    return flow", "diagnose_flow::what_is_not_finite_is_named"),
-    "kept: a look leaves dropout off": (SUBJECT, "        layer.dropout = between\n", "        pass\n",
+    "kept: a look leaves dropout off": (SUBJECT, "        layer.dropout, layer.cell = between, cell\n", "        pass\n",
         "diagnose_flow::a_model_is_left_as_it_was"),
     "kept: a look leaves its gradients": (SUBJECT, "        model.grads.flat[...] = kept\n", "        pass\n",
         "diagnose_flow::a_model_is_left_as_it_was"),
