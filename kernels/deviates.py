@@ -2,12 +2,11 @@
 
     counter   (unit + 2^28 block, row, step, call)      key   of the layer and direction
 
-The call has 64 bits, of which the upper are added to the key's second word.  A number for each step has its step
-there, one for the whole sequence SEQUENCE.  A block is four words, one for each of four numbers that a
-cell asks for.
+The call has 64 bits, of which the upper are added to the key's second word.  A number for each step has its step there,
+one for the whole sequence SEQUENCE.  A block is four words, one for each of four numbers that a cell asks for.
 
-This file imports nothing: the same lines run on NumPy's arrays and emit code (`lanes`).  They multiply, add and shift and
-nothing else, each rounded by itself, so that all executors get the same bits.
+This file imports nothing: the same lines run on NumPy's arrays and emit code (`lanes`).  They multiply, add and shift
+and nothing else, each rounded by itself, so that all executors get the same bits.
 """
 
 SEQUENCE = 0xFFFFFFFF  # in the place of the step
@@ -65,9 +64,9 @@ TAIL = (
 def normal(word, machine):
     """The normal deviate of a word, float32: the inverse of the distribution function at (word + 0.5) / 2^32.
 
-    It is within 2e-6 of it up to 5, and within 3e-3 beyond, where one word in 1.7 million is; the largest is 6.34.  machine
-    has `f32` (a number, or a whole number converted), `bits` and `real`, which take a float's bits for a whole number and
-    back, and `where`.
+    It is within 2e-6 of it up to 5, and within 3e-3 beyond, where one word in 1.7 million is; the largest is 6.34.
+    machine has `f32` (a number, or a whole number converted), `bits` and `real`, which take a float's bits for a whole
+    number and back, and `where`.
     """
     f32, bits, real, where = machine.f32, machine.bits, machine.real, machine.where
 

@@ -147,10 +147,11 @@ def _moving(trace, of, H, training):
 def forward(trace, *, H, tile, blocks, exchange, training, newer=True):
     """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
 
-    packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows
-    that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  draws: see
-    `pointwise.place_of`.  mail: `exchange.mail_words` for each group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.
-    row: the first batch row of this launch.  Without training only h and final are written.
+    packed: by `packing.pack`.  state (S, N, H): the initial states. final (S, N, H): assigned the final ones of rows
+    that have any step here. lengths (N,): each row's steps, of which `start` lie before. draws: see
+    `pointwise.place_of`. mail: `exchange.mail_words` for each group, all as its kind of exchange begins
+    (`exchange.beginning`). fault: 1 where a wait was given up. row: the first batch row of this launch.  Without
+    training only h and final are written.
     """
     G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
     SLOTS, SLOT_STEP = trace.slots, trace.slots * H

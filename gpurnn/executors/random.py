@@ -112,12 +112,12 @@ class Step:
 
     def __getitem__(self, random: Random) -> Array:
         m, H = self.shape
-        low, high, call = self.numbers[:HEAD].astype(np.uint32)
+        low, high, own_call = self.numbers[:HEAD].astype(np.uint32)
         rows, units = self.numbers[HEAD : HEAD + m].astype(np.uint32)[:, None], np.arange(H, dtype=np.uint32)[None]
-        t = np.uint32(deviates.SEQUENCE if random.per == "sequence" else self.t)
+        own_t = np.uint32(deviates.SEQUENCE if random.per == "sequence" else self.t)
         block, which = divmod(random.number, deviates.EACH)
         with np.errstate(over="ignore"):
-            call, rows, t, units = np.broadcast_arrays(*np.atleast_1d(call, rows, t, units))
+            call, rows, t, units = np.broadcast_arrays(*np.atleast_1d(own_call, rows, own_t, units))
             key = low, high + np.uint32(self.numbers[2] >> 32)
             word = deviates.words(_words, key, call, rows, t, units, np.uint32(block))[which]
             if random.kind == "bernoulli":
