@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
@@ -21,7 +21,7 @@ from gpurnn.arguments import (
     switch,
     whole,
 )
-from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
+from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell, noisy
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
@@ -43,6 +43,9 @@ class Options(TypedDict, total=False):
     dropout: float
     weight_dropout: float
     residual: bool
+    zoneout: float | Sequence[float] | Mapping[str, float]
+    recurrent_dropout: float
+    noise: float
     trainable_h0: bool
     heads: int
     clip_in_time: float | None
@@ -66,6 +69,13 @@ class Recurrent(Layer):
                     call, the same at all its steps (DropConnect, as Merity et al. 2018 have it).
     residual        each layer but the first adds its input to its output, as it was before dropout; with `all_states` to
                     the first of them.
+    zoneout         the probability in [0, 1) with which a unit's state stays as it was (Krueger et al. 2017); for a cell of
+                    several states one for each, (0.05, 0.5) or {"c": 0.5}.
+    recurrent_dropout   of what a cell adds to its memory, at each step anew (Semeniuta et al. 2016): lstm, gru, mingru,
+                    minlstm, and cells that mark it by `cells.candidate`.
+    noise           the standard deviation of a normal number added to each gate before its nonlinearity, at each step.
+                    These three are functions of a number's place, as `cells.bernoulli` says, and their means without
+                    training; see `cells.noisy`.
     trainable_h0    initial states are parameters (L*D, H): h_0, c_0, used where no state is given.
     heads           K: each unit meets the H/K units of its own head alone, of which K stand side by side.  weight_hh is
                     (G*H, H/K) then, block-diagonal: row g*H + u is unit u's of gate g, as with one head, and its columns
@@ -100,6 +110,9 @@ class Recurrent(Layer):
         dropout: float = 0.0,
         weight_dropout: float = 0.0,
         residual: bool = False,
+        zoneout: float | Sequence[float] | Mapping[str, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        noise: float = 0.0,
         trainable_h0: bool = False,
         heads: int = 1,
         clip_in_time: float | None = None,
@@ -116,6 +129,7 @@ class Recurrent(Layer):
             raise TypeError(f"cell: expected a gpurnn.Cell or one of {', '.join(CELLS)}, got {came}")
         if executor is not None:
             check(executor)
+        cell = noisy(cell, zoneout=zoneout, recurrent_dropout=recurrent_dropout, noise=noise)
         self.cell = cell
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
         self.num_layers, self.heads = whole("num_layers", num_layers), checked_heads(heads, self.hidden_size, cell)

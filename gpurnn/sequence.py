@@ -119,9 +119,9 @@ def run(
     resets: (T, N) of bool, see `gpurnn.resets`.
     """
     T, N, _ = x.shape
-    clip = layers.clip_in_time is not None
+    clip, cell = layers.clip_in_time is not None, layers.cell if training else layers.cell.mean
     engine = choose(
-        layers.executor, layers.cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip,
+        layers.executor, cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip,
         heads=layers.heads,
     )  # fmt: skip
     rows, given = np.full(T, N) if lengths is None else lengths.rows, initial
@@ -131,6 +131,7 @@ def run(
         initial = tuple(lengths.sorted(part, lengths.empty) for part in initial)
     restarts = Restarts.of(resets, layers.fresh, lengths)
     levels: list[Level] = []
+    draws = layers.masks.draws(None if lengths is None else lengths.order) if cell.random else None
     finals: list[States] = []
     through: Array | None = None  # what the layer below gave, before dropout
     rest: States = ()
@@ -139,6 +140,8 @@ def run(
         wanted, others = all_states and layer == layers.num_layers - 1, []
         for direction in range(layers.directions):
             weights, at = layers.weights(layers.params, layer, direction), len(finals)
+            if not cell.recurrent:  # the mean may have none where the cell has one
+                weights = weights._replace(weight_hh=None, bias_hh=None)
             if training and layers.weight_dropout:
                 weight_hh, weight_mask = layers.masks(weights.weight_hh, layers.weight_dropout)
                 weights = weights._replace(weight_hh=weight_hh)
@@ -146,7 +149,8 @@ def run(
             state, again = tuple(part[at] for part in initial), None
             if restarts is not None:
                 state, again = restarts.begun(state, at, direction == 1), restarts.job(at, direction == 1)
-            job = Job(layers.cell, x, weights, state, rows, direction == 1, training, layers.precision, again, wanted)
+            own = draws and draws._replace(at=at)
+            job = Job(cell, x, weights, state, rows, direction == 1, training, layers.precision, again, wanted, own)
             states, tape = engine.forward(job)
             if wanted:
                 others.append(states.rest[:, :T] if direction else states.rest[:, 1:])

@@ -64,7 +64,7 @@ def _loading(KEPT, READ, S, H):
     return load, load_states
 
 
-def _going_back(trace, of, H, RESETS):
+def _going_back(trace, of, place, H, RESETS):
     """A device function: one step of a thread's pairs by the cell alone; rows that have not begun keep dL/dstate.
 
     reset: which pairs began this step anew, their units, and what they were set back to.
@@ -76,7 +76,7 @@ def _going_back(trace, of, H, RESETS):
     cell, PAIRS = pointwise.backward(trace, f32, of.accuracy), of.pairs
 
     @cuda.jit(device=True)
-    def go_back(step, length, ready, own, values, written, gradients, reset):
+    def go_back(step, length, ready, own, values, written, gradients, drawn, state_at, reset):
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
         for p in range(PAIRS):
@@ -92,7 +92,7 @@ def _going_back(trace, of, H, RESETS):
             given[DNEXT] += ready[p * READ + DY]
             for k in range(P):
                 given[PARAM + k] = own[p * P + k]
-            cell(given, result)
+            cell(given, result, place(drawn, p, step, state_at))
             for k in range(WRITTEN):
                 written[p * WRITTEN + k] = result[k]
             if step < length[p]:
@@ -218,7 +218,8 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
     """slots, h, rest, dy, params, clip: as in `step.backward`.  Assigns slots, dstate (S, N, H) and dparams (P, N, H).
 
     dstate: dL/d(final state) -> dL/d(initial state).  dparams: in float64, not written where a row has length 0.
-    packed, lengths, mail, fault, begun, heads: as in `forward`.  resets, again, fresh, dfresh: as in `step.backward`.
+    packed, lengths, draws, mail, fault, begun, heads: as in `forward`.  resets, again, fresh, dfresh: as in
+    `step.backward`.
     """
     G, S, P = trace.cell.gates, trace.cell.states, len(trace.cell.params)
     WRITTEN, KEPT, SLOT_STEP = G + trace.x_start, len(trace.kept), trace.slots * H
@@ -230,18 +231,19 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
     (placed, behind), (load, load_states) = _at_step(SLOT_STEP, H), _loading(KEPT, READ, S, H)
     begin_pairs = _beginning(trace, of, shape, tile, heads, placed, (load, load_states))
-    go_back, send_all = _going_back(trace, of, H, resets), _sending(of, G, WRITTEN)
+    begin_draws, place = pointwise.drawing(trace.randoms, of.pairs, H)
+    go_back, send_all = _going_back(trace, of, place, H, resets), _sending(of, G, WRITTEN)
     hand_on, take, add_product, give_back = _between_steps(trace, of, clip)
     load_flags = loading_flags(of)
     BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
     WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
     AT, BUFFERS, BUFFER, FLAGS_AT, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.flags, of.ahead, of.walks
     OWN_READ, OWN_STATE, OWN_PARAM, OWN_WRITTEN = PAIRS * READ, PAIRS * S, max(1, PAIRS * P), PAIRS * WRITTEN
-    OWN_COMING = OWN_READ if AHEAD else 1
+    OWN_COMING, DRAWN = OWN_READ if AHEAD else 1, pointwise.drawn_words(trace.randoms, PAIRS)
 
     def persistent_backward(
-        packed, slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, mail, fault, begun, N,
-        reverse, rest_state, dy_step, dy_row, limit,
+        packed, slots, h, rest, dy, dstate, params, dparams, lengths, draws, again, fresh, dfresh, mail, fault, begun,
+        N, reverse, rest_state, dy_step, dy_row, limit,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
@@ -267,6 +269,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
         row_at = cuda.local.array(PAIRS, i32)
         flags = cuda.local.array(PAIRS, i32)  # whether a pair began the step anew
         next_flags = cuda.local.array(PAIRS, i32)
+        drawn = cuda.local.array(DRAWN, u32)
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
         fetch(advance(packed, (head * BLOCKS + member) * SHARE), weights)
         for k in range(4 * tid, BUFFERS * BUFFER, 4 * THREADS):
@@ -281,6 +284,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
         )  # fmt: skip
         if resets:
             load_flags(flags, advance(again, i64(0 if reverse else steps - 1) * N), length, row_at, steps > 0)
+        begin_draws(draws, state_at, drawn)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -288,7 +292,7 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
         for i in range(steps):
             t = i if reverse else steps - 1 - i
             step = i32(t)
-            go_back(step, length, ready, own, values, written, gradients, (flags, unit_of, fresh))
+            go_back(step, length, ready, own, values, written, gradients, drawn, state_at, (flags, unit_of, fresh))
             if owner:
                 send_all(mail, vector, spot, i, length, written, outgoing)
             release(mail, vector, i)
@@ -330,6 +334,6 @@ def backward(trace, *, H, tile, blocks, exchange, clip, newer=True, resets=False
                     dparams[k * N * H + state_at[p]] = gradients[p * P + k]
         close()
 
-    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 6, types.CPointer(f64), types.CPointer(i64))
+    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 6, types.CPointer(f64), *[types.CPointer(i64)] * 2)
     pointers += (types.CPointer(types.uint8), types.CPointer(f32), types.CPointer(f64), *[types.CPointer(u32)] * 2)
     return Source(persistent_backward, pointers + (i64,) * 6 + (f32,), THREADS, of.shared, *of.launched)

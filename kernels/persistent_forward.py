@@ -34,7 +34,7 @@ def _initial(shape, tile, word, heads):
     return initial
 
 
-def _advancing(trace, of, H, RESETS):
+def _advancing(trace, of, place, H, RESETS):
     """A device function: one step of a thread's pairs, from their sums; rows that have ended keep their states.
 
     reset: which pairs are set back then, their units, and what they are set back to.
@@ -45,7 +45,7 @@ def _advancing(trace, of, H, RESETS):
     cell = pointwise.forward(trace, f32, of.accuracy)
 
     @cuda.jit(device=True)
-    def advance_pairs(step, length, sums, x, fixed, values, results, outgoing, reset):
+    def advance_pairs(step, length, sums, x, fixed, values, results, outgoing, drawn, start, state_at, reset):
         biases, own = fixed
         given = cuda.local.array(INPUTS, f32)
         result = cuda.local.array(OUTPUTS, f32)
@@ -60,7 +60,7 @@ def _advancing(trace, of, H, RESETS):
                 given[GIVEN + s] = values[p * S + s]
             for k in range(P):
                 given[GIVEN + S + k] = own[p * P + k]
-            cell(given, result)
+            cell(given, result, place(drawn, p, start + step, state_at))
             for k in range(OUTPUTS):
                 results[p * OUTPUTS + k] = result[k]
             if step < length[p]:
@@ -160,8 +160,9 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
     """slots, bias, h, rest, params: as in `step.forward`, at the first of T steps; slots are overwritten in training.
 
     packed: by `packing.pack`.  state (S, N, H): the initial states.  final (S, N, H): assigned the final ones of rows
-    that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  mail: `exchange.mail_words`
-    for each group, all as its kind of exchange begins (`exchange.beginning`).  fault: 1 where a wait was given up.
+    that have any step here.  lengths (N,): each row's steps, of which `start` lie before.  draws: see
+    `pointwise.place_of`.  mail: `exchange.mail_words` for each group, all as its kind of exchange begins
+    (`exchange.beginning`).  fault: 1 where a wait was given up.
     begun: groups that earlier launches had.  Without training only h and final are written.
     heads: that the H units stand in; `packed` has one after the other, and a group's number says which one it has.
     resets, again, fresh: as in `step.forward`; `state` is what the first step begins with.
@@ -173,14 +174,15 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
     fetch, multiply, post = of.make.fetch, of.make.multiply, of.post
     open, release, left, wait, close = post.open, post.release, post.left, post.wait, post.close
     initial, begin_pairs = _initial(shape, tile, of.make.word, heads), _beginning(trace, of, shape, tile, heads)
-    advance_pairs, (load_x, send_all, store) = _advancing(trace, of, H, resets), _moving(trace, of, H, training)
+    begin_draws, place = pointwise.drawing(trace.randoms, of.pairs, H)
+    advance_pairs, (load_x, send_all, store) = _advancing(trace, of, place, H, resets), _moving(trace, of, H, training)
     load_flags = loading_flags(of)
     BLOCKS, ROWS, UNITS, THREADS, PAIRS, SENT = of.blocks, of.rows, of.units, of.threads, of.pairs, of.sent
     WORDS, PACKED, SHARE, MAIL = of.weights, of.make.packed, of.share, of.mail
     AT, BUFFERS, BUFFER, AHEAD, WALKS = of.vector, of.buffers, of.buffer, of.ahead, of.walks
     OWN_BIAS, OWN_STATE, OWN_PARAM = PAIRS * (G + trace.x_start), PAIRS * S, max(1, PAIRS * P)
     OWN_SUMS, OWN_OUTPUTS = PAIRS * G, PAIRS * (S + len(trace.kept))
-    OWN_COMING = OWN_SUMS if AHEAD else 1
+    OWN_COMING, DRAWN = OWN_SUMS if AHEAD else 1, pointwise.drawn_words(trace.randoms, PAIRS)
 
     @written_out
     def take(b, x, coming):
@@ -188,8 +190,8 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
             x[k] = coming[k]
 
     def persistent_forward(
-        packed, slots, bias, h, rest, params, state, final, lengths, again, fresh, mail, fault, T, start, begun, N,
-        reverse, rest_state,
+        packed, slots, bias, h, rest, params, state, final, lengths, draws, again, fresh, mail, fault, T, start, begun,
+        N, reverse, rest_state,
     ):  # fmt: skip
         tid = i64(cuda.threadIdx.x)
         group, member = i64(cuda.blockIdx.x) // BLOCKS, i64(cuda.blockIdx.x) % BLOCKS
@@ -212,6 +214,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
         unit_of = cuda.local.array(PAIRS, i32)
         row_at = cuda.local.array(PAIRS, i32)
         flags = cuda.local.array(PAIRS, i32)  # whether a pair is set back behind a step
+        drawn = cuda.local.array(DRAWN, u32)
         vector = shared_address(cuda.shared.array(0, u32), AT // 4)
         fetch(advance(packed, (head * BLOCKS + member) * SHARE), weights)
         initial(vector, state, first, before, N, tid)
@@ -227,6 +230,7 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
             tid, (first, base, before), (N, T, start), vector, (spot, slot_at, state_at),
             (bias, params, state, lengths, now), (length, biases, own, unit_of, row_at), (values, x, coming),
         )  # fmt: skip
+        begin_draws(draws, state_at, drawn)
         open(vector, fault)
         cuda.syncthreads()
         if left(vector, 0):
@@ -241,7 +245,10 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
             if resets:
                 load_flags(flags, advance(again, (t + 1 - 2 * reverse) * N), length, row_at, i + 1 < steps)
             multiply(weights, u32(vector + (i & BUFFERS - 1) * BUFFER), sums)
-            advance_pairs(step, length, sums, x, (biases, own), values, results, outgoing, (flags, unit_of, fresh))
+            advance_pairs(
+                step, length, sums, x, (biases, own), values, results, outgoing, drawn, start, state_at,
+                (flags, unit_of, fresh),
+            )  # fmt: skip
             if i + 1 < steps and owner:
                 send_all(mail, vector, spot, i, outgoing)
             if i + 1 < steps:
@@ -266,6 +273,6 @@ def forward(trace, *, H, tile, blocks, exchange, training, newer=True, resets=Fa
                     final[s * N * H + state_at[p]] = values[p * S + s]
         close()
 
-    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 7, types.CPointer(i64))
+    pointers = (types.CPointer(PACKED), *[types.CPointer(f32)] * 7, *[types.CPointer(i64)] * 2)
     pointers += (types.CPointer(types.uint8), types.CPointer(f32), *[types.CPointer(u32)] * 2)
     return Source(persistent_forward, pointers + (i64,) * 6, THREADS, of.shared, *of.launched)

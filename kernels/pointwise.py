@@ -10,7 +10,11 @@ import math
 import numpy as np
 from llvmlite import ir
 
-from .numba_cuda import cgutils, intrinsic, types
+from . import deviates, lanes
+from .numba_cuda import cgutils, cuda, intrinsic, types
+
+u32 = types.uint32
+NOWHERE = (np.uint32(0),) * 6
 
 APPROXIMATE = "approximate"  # float32 by the special function unit: tanh good to 2^-11, for products in bfloat16
 # NVIDIA's libdevice, within a few units in the last place; the logistic function within 3 and |x| of them.
@@ -122,36 +126,108 @@ def with_sigmoids(nodes):
     return found
 
 
-def function(graph, inputs, outputs, real, accuracy):
-    """An intrinsic `f(given, result)` on two local arrays of `real`: result[k] = the value of node outputs[k].
+def deviates_of(builder, place, constant):
+    """What gives a unit's random numbers.  place: six u32, key (2), call, row, step, unit; constant: of their type."""
 
-    inputs[k]: the nodes, none or one or several, whose value is given[k].
+    def product(builder, a, b):
+        """No sum takes it into one operation: all executors have the same bits."""
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
+        text = ir.InlineAsm(kind, "mul.rn.f32 $0, $1, $2;", "=f,f,f", side_effect=False)
+        return builder.call(text, [a, b])
+
+    low, high, call, row, step, unit = (lanes.Lanes(builder, value, mul=product) for value in place)
+    known = {}
+
+    def value(random):
+        block, which = divmod(random.number, deviates.EACH)
+        if (random.per, block) not in known:
+            at = step.like(ir.IntType(32)(deviates.SEQUENCE)) if random.per == "sequence" else step
+            known[random.per, block] = lanes.words((low, high), call, row, at, unit, block)
+        return lanes.deviate(random, known[random.per, block][which], constant(1.0), constant(0.0))
+
+    return value
+
+
+def place_of(random):
+    """A device function: a unit's place from `Draws.numbers`, its row n, step and unit; all 0 without `random`."""
+    random = bool(random)
+
+    @cuda.jit(device=True)
+    def place(draws, n, t, u):
+        if random:
+            call, high = draws[2], u32(draws[1] + (draws[2] >> 32))
+            return u32(draws[0]), high, u32(call), u32(draws[3 + n]), u32(t), u32(u)
+        return NOWHERE
+
+    return place
+
+
+def drawing(random, pairs, H):
+    """Device functions for a thread of several pairs: what is at hand of their places, and a pair's place at a step.
+
+    begin(draws, state_at, drawn): assigns drawn, of `drawn_words`.  of_pair(drawn, p, t, state_at).
+    """
+    random = bool(random)
+
+    @cuda.jit(device=True)
+    def begin(draws, state_at, drawn):
+        if random:
+            drawn[0], drawn[1], drawn[2] = u32(draws[0]), u32(draws[1] + (draws[2] >> 32)), u32(draws[2])
+            for p in range(pairs):
+                drawn[3 + p] = u32(draws[3 + u32(state_at[p]) // u32(H)])
+
+    @cuda.jit(device=True)
+    def of_pair(drawn, p, t, state_at):
+        if random:
+            return drawn[0], drawn[1], drawn[2], drawn[3 + p], u32(t), u32(state_at[p]) % u32(H)
+        return NOWHERE
+
+    return begin, of_pair
+
+
+def drawn_words(random, pairs):
+    return 3 + pairs if random else 1
+
+
+@cuda.jit(device=True)
+def at_step(place, t):
+    """The same unit at another step."""
+    return place[0], place[1], place[2], place[3], u32(t), place[5]
+
+
+def function(graph, inputs, outputs, real, accuracy):
+    """An intrinsic `f(given, result, place)` on two local arrays of `real`: result[k] = the value of node outputs[k].
+
+    inputs[k]: the nodes, none or one or several, whose value is given[k].  place: six u32, see `deviates_of`.
     """
     position = {node: k for k, nodes in enumerate(inputs) for node in nodes}
     if real == types.float32 and accuracy == EXACT:
         graph = type(graph)(with_sigmoids(graph.nodes))
 
-    def emit(builder, given, result):
+    def emit(builder, given, result, place):
+        scalar = Scalar(builder, real, accuracy)
+        random = deviates_of(builder, place, scalar.constant)
+
         def value(node):
             k = position.get(node)
+            if graph.nodes[node].op == "random":
+                return random(graph.nodes[node].value)
             return None if k is None else builder.load(builder.gep(given, [ir.IntType(64)(k)]))
 
-        for k, found in enumerate(graph.evaluate(Scalar(builder, real, accuracy), outputs, value)):
+        for k, found in enumerate(graph.evaluate(scalar, outputs, value)):
             builder.store(found, builder.gep(result, [ir.IntType(64)(k)]))
 
     @intrinsic
-    def pointwise(context, given, result):
+    def pointwise(context, given, result, place):
         def codegen(context, builder, sig, args):
-            emit(
-                builder,
-                *(
-                    context.make_array(kind)(context, builder, value=a).data
-                    for kind, a in zip(sig.args, args, strict=True)
-                ),
-            )
+            arrays = [
+                context.make_array(kind)(context, builder, value=a).data
+                for kind, a in zip(sig.args[:2], args[:2], strict=True)
+            ]
+            emit(builder, arrays[0], arrays[1], cgutils.unpack_tuple(builder, args[2]))
             return context.get_dummy_value()
 
-        return types.none(given, result), codegen
+        return types.none(given, result, types.UniTuple(types.uint32, 6)), codegen
 
     return pointwise
 

@@ -12,6 +12,7 @@ from .build import Source
 from .numba_cuda import cuda, types
 
 THREADS = 256
+DRAWS = types.CPointer(types.int64)  # of random numbers, see `pointwise.place_of`
 
 
 def forward(trace, *, dtype, resets=False):
@@ -23,14 +24,14 @@ def forward(trace, *, dtype, resets=False):
     that the step behind t begins with, unless t is the last.
     """
     real = getattr(types, dtype)
-    cell = pointwise.forward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.forward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     S, P, SLOTS = trace.cell.states, len(trace.cell.params), trace.slots
     GIVEN, KEPT = trace.cell.gates + trace.x_start, len(trace.kept)
     INPUTS, OUTPUTS = GIVEN + S + P, S + KEPT
 
     def step_forward(
-        slots, bias, h, rest, params, again, fresh, begun, t, rows, N, H, reverse, rest_state, rest_step, last
-    ):
+        slots, bias, h, rest, params, draws, again, fresh, begun, t, rows, N, H, reverse, rest_state, rest_step, last
+    ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= rows * H:
             return
@@ -50,7 +51,7 @@ def forward(trace, *, dtype, resets=False):
                 given[GIVEN + s] = fresh[s * H + u]
         for p in range(P):
             given[GIVEN + S + p] = params[p * H + u]
-        cell(given, result)
+        cell(given, result, place(draws, n, t, u))
         h[after * N * H + k] = result[0]
         if resets and t != last:
             begun[k] = fresh[u] if again[(t + 1 - 2 * reverse) * N + n] else result[0]
@@ -60,7 +61,7 @@ def forward(trace, *, dtype, resets=False):
             slots[slot + s * H] = result[S + s]
 
     pointer = types.CPointer(real)
-    pointers = (pointer,) * 5 + (types.CPointer(types.uint8),) + (pointer,) * 2
+    pointers = (pointer,) * 5 + (DRAWS, types.CPointer(types.uint8)) + (pointer,) * 2
     return Source(step_forward, pointers + (types.int64,) * 8, THREADS)
 
 
@@ -75,14 +76,14 @@ def backward(trace, *, dtype, clip, resets=False, above=False):
     above: whether drest is to be added, dL/d(the states beyond h behind each step) (S-1, T, N, H), `drest_state` apart.
     """
     real = getattr(types, dtype)
-    cell = pointwise.backward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.backward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     G, S, P, SLOTS = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots
     WRITTEN, KEPT = G + trace.x_start, len(trace.kept)
     STATE, NEXT, DNEXT, PARAM = KEPT, KEPT + S, KEPT + 2 * S, KEPT + 3 * S
     INPUTS, OUTPUTS = PARAM + P, WRITTEN + S + P
 
     def step_backward(
-        slots, h, rest, dy, dstate, params, dparams, again, fresh, dfresh, drest, t, rows, seen, N, H, reverse,
+        slots, h, rest, dy, dstate, params, dparams, draws, again, fresh, dfresh, drest, t, rows, seen, N, H, reverse,
         rest_state, dy_step, dy_row, limit, drest_state,
     ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
@@ -118,7 +119,7 @@ def backward(trace, *, dtype, clip, resets=False, above=False):
                 given[DNEXT + 1 + s] += drest[s * drest_state + t * N * H + k]
         for p in range(P):
             given[PARAM + p] = params[p * H + u]
-        cell(given, result)
+        cell(given, result, place(draws, n, t, u))
         for s in range(WRITTEN):
             slots[slot + s * H] = result[s]
         for s in range(S):
@@ -134,5 +135,5 @@ def backward(trace, *, dtype, clip, resets=False, above=False):
 
     pointer = types.CPointer(real)
     double = types.CPointer(types.float64)
-    pointers = ((pointer,) * 6, (double, types.CPointer(types.uint8), pointer, double, pointer))
+    pointers = ((pointer,) * 6, (double, DRAWS, types.CPointer(types.uint8), pointer, double, pointer))
     return Source(step_backward, sum(pointers, ()) + (types.int64,) * 9 + (real, types.int64), THREADS)

@@ -12,6 +12,7 @@ each H wide.
 from . import pointwise
 from .build import Source
 from .numba_cuda import cuda, types
+from .pointwise import at_step
 
 THREADS = 128
 # Steps: at 500 threads on an SM as many loads of 4 bytes are in flight then as its share of the memory's speed needs.
@@ -27,14 +28,14 @@ def forward(trace, *, dtype, resets=False):
     `rest`.  resets, again, fresh: as in `step.forward`.
     """
     real = getattr(types, dtype)
-    cell = pointwise.forward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.forward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     S, P, SLOTS, KEPT = trace.cell.states, len(trace.cell.params), trace.slots, len(trace.kept)
     GIVEN = trace.cell.gates
     COMING, INPUTS, OUTPUTS = AHEAD * GIVEN, GIVEN + S + P, S + KEPT
 
     def unitwise_forward(
-        slots, bias, h, rest, params, lengths, again, fresh, steps, begin, N, H, reverse, rest_state, rest_step
-    ):
+        slots, bias, h, rest, params, lengths, draws, again, fresh, steps, begin, N, H, reverse, rest_state, rest_step
+    ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= N * H:
             return
@@ -45,6 +46,7 @@ def forward(trace, *, dtype, resets=False):
             return
         way = 1 - 2 * reverse
         first = reverse * (count - 1)
+        unit = place(draws, n, begin, u)
         slot, slot_step = (first * N + n) * SLOTS * H + u, way * N * SLOTS * H
         state, state_step = (first + reverse) * N * H + k, way * N * H
         other, other_step = (first + reverse) * rest_step + k, way * rest_step
@@ -87,7 +89,7 @@ def forward(trace, *, dtype, resets=False):
             if step + AHEAD < count:
                 for s in range(GIVEN):
                     coming[COMING - GIVEN + s] = slots[slot + AHEAD * slot_step + s * H]
-            cell(given, result)
+            cell(given, result, at_step(unit, begin + first + way * step))
             state += state_step
             other += other_step
             h[state] = result[0]
@@ -100,7 +102,7 @@ def forward(trace, *, dtype, resets=False):
             slot += slot_step
 
     pointer = types.CPointer(real)
-    pointers = (pointer,) * 5 + (types.CPointer(types.int64), types.CPointer(types.uint8), pointer)
+    pointers = (pointer,) * 5 + (types.CPointer(types.int64),) * 2 + (types.CPointer(types.uint8), pointer)
     return Source(unitwise_forward, pointers + (types.int64,) * 7, THREADS)
 
 
@@ -112,15 +114,15 @@ def backward(trace, *, dtype, clip, resets=False):
     resets, again, fresh, dfresh: as in `step.backward`.
     """
     real = getattr(types, dtype)
-    cell = pointwise.backward(trace, real, pointwise.EXACT)
+    cell, place = pointwise.backward(trace, real, pointwise.EXACT), pointwise.place_of(trace.randoms)
     G, S, P, SLOTS, KEPT = trace.cell.gates, trace.cell.states, len(trace.cell.params), trace.slots, len(trace.kept)
     STATE, NEXT, DNEXT, PARAM = KEPT, KEPT + S, KEPT + 2 * S, KEPT + 3 * S
     EACH = KEPT + S + 1  # what a step loads: what was kept, the states before it, dy
     DY, COMING, INPUTS, OUTPUTS, SUMS = KEPT + S, AHEAD * EACH, PARAM + P, G + S + P, max(1, P)
 
     def unitwise_backward(
-        slots, h, rest, dy, dstate, params, dparams, lengths, again, fresh, dfresh, N, H, reverse, rest_state, dy_step,
-        dy_row, limit,
+        slots, h, rest, dy, dstate, params, dparams, lengths, draws, again, fresh, dfresh, N, H, reverse, rest_state,
+        dy_step, dy_row, limit,
     ):  # fmt: skip
         k = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if k >= N * H:
@@ -130,6 +132,7 @@ def backward(trace, *, dtype, clip, resets=False):
         count = lengths[n]
         way = 2 * reverse - 1
         first = (1 - reverse) * (count - 1)
+        unit = place(draws, n, 0, u)
         slot, slot_step = (first * N + n) * SLOTS * H + u, way * N * SLOTS * H
         state, state_step = (first + reverse) * N * H + k, way * N * H
         above, above_step = first * dy_step + n * dy_row + u, way * dy_step
@@ -188,7 +191,7 @@ def backward(trace, *, dtype, clip, resets=False):
                 for s in range(S - 1):
                     coming[COMING - EACH + STATE + 1 + s] = rest[s * rest_state + state + AHEAD * state_step]
                 coming[COMING - EACH + DY] = dy[above + AHEAD * above_step]
-            cell(given, result)
+            cell(given, result, at_step(unit, first + way * step))
             for s in range(G):
                 slots[slot + s * H] = result[s]
             for s in range(S):
@@ -220,6 +223,6 @@ def backward(trace, *, dtype, clip, resets=False):
         return -limit if value < -limit else value
 
     pointer = types.CPointer(real)
-    double = types.CPointer(types.float64)
-    pointers = (pointer,) * 6 + (double, types.CPointer(types.int64), types.CPointer(types.uint8), pointer, double)
+    double, whole = types.CPointer(types.float64), types.CPointer(types.int64)
+    pointers = (pointer,) * 6 + (double, whole, whole, types.CPointer(types.uint8), pointer, double)
     return Source(unitwise_backward, pointers + (types.int64,) * 6 + (real,), THREADS)

@@ -7,7 +7,22 @@ from pathlib import Path
 import pytest
 
 from gpurnn import backend
-from gpurnn.cells import CELLS, UNITWISE_CELLS, Cell, abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+from gpurnn.cells import (
+    CELLS,
+    RATE_CELLS,
+    UNITWISE_CELLS,
+    Cell,
+    abs,
+    exp,
+    log,
+    maximum,
+    minimum,
+    relu,
+    sigmoid,
+    sqrt,
+    tanh,
+    where,
+)
 
 ON_A_GPU = 4  # processes: each keeps a context and a memory pool of its own
 
@@ -65,10 +80,11 @@ def pytest_generate_tests(metafunc):
     """`any_cell` is each shipped cell and each of the cells below in turn, `user_cell` each of those below.
 
     `some_cell` is any of them, but all save SOME are marked slow; so are, in `any_cell`, most of those without a recurrent
-    matrix, all of which `test_unitwise` runs.
+    matrix, all of which `test_unitwise` runs, and rate networks, which `test_noisy` does.
     """
     every = CELLS | USER_CELLS
-    alike = {cell.name for cell in UNITWISE_CELLS} - {"mingru", "lru"} | {"peephole", "cifg", "mgu"}
+    alike = {cell.name for cell in (*UNITWISE_CELLS, *RATE_CELLS.values())} - {"mingru", "lru"}
+    alike |= {"peephole", "cifg", "mgu"}
     most = [pytest.param(cell, marks=pytest.mark.slow if name in alike else ()) for name, cell in every.items()]
     some = [pytest.param(cell, marks=() if name in SOME else pytest.mark.slow) for name, cell in every.items()]
     for fixture, cells, names in (

@@ -2,7 +2,21 @@
 
 from gpurnn.cells.cell import Cell
 from gpurnn.cells.cifg import CIFG_CELL
-from gpurnn.cells.functions import abs, exp, log, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+from gpurnn.cells.functions import (
+    abs,
+    bernoulli,
+    candidate,
+    exp,
+    log,
+    maximum,
+    minimum,
+    normal,
+    relu,
+    sigmoid,
+    sqrt,
+    tanh,
+    where,
+)
 from gpurnn.cells.gru import GRU_CELL
 from gpurnn.cells.indrnn import INDRNN_CELL
 from gpurnn.cells.lru import LRU_CELL
@@ -10,8 +24,10 @@ from gpurnn.cells.lstm import LSTM_CELL
 from gpurnn.cells.mgu import MGU_CELL
 from gpurnn.cells.mingru import MINGRU_CELL
 from gpurnn.cells.minlstm import MINLSTM_CELL
+from gpurnn.cells.noisy import noisy
 from gpurnn.cells.para import PARAGRU_CELL, PARALSTM_CELL
 from gpurnn.cells.peephole import PEEPHOLE_CELL
+from gpurnn.cells.rate import RATE_CELLS, rate
 from gpurnn.cells.rglru import RGLRU_CELL
 from gpurnn.cells.rnn import RNN_CELLS
 from gpurnn.cells.slstm import SLSTM_CELL
@@ -28,7 +44,7 @@ UNITWISE_CELLS = (  # without a recurrent matrix
     PARALSTM_CELL,
 )
 GATED_CELLS = (LSTM_CELL, GRU_CELL, PEEPHOLE_CELL, CIFG_CELL, MGU_CELL, SLSTM_CELL)
-CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), *GATED_CELLS, *UNITWISE_CELLS)}
+CELLS = {cell.name: cell for cell in (*RNN_CELLS.values(), *GATED_CELLS, *RATE_CELLS.values(), *UNITWISE_CELLS)}
 
 __all__ = [
     "CELLS",
@@ -43,6 +59,7 @@ __all__ = [
     "PARAGRU_CELL",
     "PARALSTM_CELL",
     "PEEPHOLE_CELL",
+    "RATE_CELLS",
     "RGLRU_CELL",
     "RNN_CELLS",
     "SLSTM_CELL",
@@ -50,10 +67,15 @@ __all__ = [
     "UNITWISE_CELLS",
     "Cell",
     "abs",
+    "bernoulli",
+    "candidate",
     "exp",
     "log",
     "maximum",
     "minimum",
+    "noisy",
+    "normal",
+    "rate",
     "relu",
     "sigmoid",
     "sqrt",

@@ -1,16 +1,18 @@
 """The cell contract: a recurrent cell is a few elementwise lines, forward and backward, for one unit at one time step."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from gpurnn.arguments import function, word
 from gpurnn.cells.derive import SLOT, UNITWISE_SLOT, derive
-from gpurnn.cells.trace import Graph, Node, Symbol
+from gpurnn.cells.trace import ON_ARRAYS, Graph, Node, Symbol, recording
 
 STATE_NAMES = ("h", "c")
 MATRICES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -39,7 +41,8 @@ class Cell:
               without one.
 
     Both functions are elementwise: tuples in and out, numbers, + - * /, comparisons, and `tanh sigmoid exp log sqrt abs
-    maximum minimum where relu` of gpurnn (NumPy's own do as well).  They run on NumPy or CuPy arrays as they stand; the
+    maximum minimum where relu` of gpurnn (NumPy's own do as well).  forward may ask for random numbers, `bernoulli` and
+    `normal` of gpurnn.cells; backward by hand has them where they are in `saved`.  They run on NumPy or CuPy arrays as they stand; the
     compiled executors trace them once.  The cell is traced when it is made, so a mistake in its shape shows at once:
     TypeError where it does something that is not elementwise, ValueError where it returns the wrong number of values.
     What the functions read at that moment, globals and closures, is part of the cell for good: a later change does not
@@ -106,11 +109,12 @@ class Cell:
         return hash(self.trace)
 
     def functions(self) -> tuple[Callable, Callable]:
-        """forward, as (next_state, saved), and backward for arrays.
+        """forward, as (next_state, saved), and backward for arrays; of a `random` cell both take `random` as well, which
+        gives the array of a `trace.Random`.
 
         They are the cell's own, or its trace where backward is derived or where what they read has changed since.
         """
-        if self.backward is None:
+        if self.backward is None or self.random:
             return self.trace.run_forward, self.trace.run_backward
         if all(getattr(f, "__module__", "").startswith(__package__ + ".") for f in (self.forward, self.backward)):
             return self.forward, self.backward  # a shipped cell's read nothing that changes
@@ -124,6 +128,18 @@ class Cell:
     def recurrent(self) -> bool:
         """Whether forward reads r.  Where it does not, units are independent, and layers have no weight_hh and no bias_hh."""
         return self.trace.recurrent
+
+    @property
+    def random(self) -> bool:
+        """Whether it asks for random numbers."""
+        return bool(self.trace.randoms)
+
+    @functools.cached_property
+    def mean(self) -> "Cell":
+        """The cell with each random number's mean in its place: what runs without training."""
+        if not self.random:
+            return self
+        return Cell(self.name, self.gates, self.states, self.trace.run_mean, params=self.params, init=self.init)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -168,7 +184,7 @@ class Trace:
         self.r = [graph.input("r", g) for g in range(cell.gates)]
         self.state = [graph.input("state", s) for s in range(cell.states)]
         self.params = [graph.input("param", p) for p in range(len(cell.params))]
-        with _naming(cell, "forward"):
+        with _naming(cell, "forward"), recording(graph):
             result = cell.forward(tuple(self.x), tuple(self.r), tuple(self.state), tuple(self.params))
         saved: Any = ()
         if cell.backward is None:
@@ -202,6 +218,7 @@ class Trace:
         known |= {symbol.index: next_state[s] for s, symbol in enumerate(self.next_state)}
         known |= {s.index: graph.constant(s.node.value) for s in self.saved if s.node.op == "const"}
         known |= {p.index: graph.input("param", i) for i, p in enumerate(self.params)}
+        known |= {s.index: graph.again(s.node.value) for s in self.saved if s.node.op == "random"}
         saved = [known[s.index] if s.index in known else graph.input("saved", s.index) for s in self.saved]
         dnext = tuple(graph.input("dnext", s) for s in range(cell.states))
         params = tuple(graph.input("param", p) for p in range(len(cell.params)))
@@ -219,6 +236,7 @@ class Trace:
         self.kept = tuple(name[1] for name in reads if name[0] == "saved")
         gates = range(self.cell.gates)
         reached = self.forward.reachable(self.outputs)
+        self.randoms = {*self.forward.randoms(self.outputs), *self.backward.randoms(needed)}
         self.recurrent = any(r.index in reached for r in self.r) or any(
             dr.node != Node("const", (), 0.0) for dr in self.dr
         )
@@ -236,16 +254,38 @@ class Trace:
     def __hash__(self) -> int:
         return hash(self.text)
 
-    def run_forward(self, x: tuple, r: tuple, state: tuple, params: tuple) -> tuple[tuple, tuple]:
+    def run_forward(self, x: tuple, r: tuple, state: tuple, params: tuple, random: Any = None) -> tuple[tuple, tuple]:
         """What the cell's forward was when it was traced, on arrays."""
-        given = {"x": x, "r": r, "state": state, "param": params}
+        given = {"x": x, "r": r, "state": state, "param": params, "random": random}
         values = self.forward.run([s.index for s in (*self.next_state, *self.saved)], given)
         return tuple(values[: self.cell.states]), tuple(values[self.cell.states :])
 
-    def run_backward(self, dnext: tuple, saved: tuple, state: tuple, next_state: tuple, params: tuple) -> tuple:
+    def run_mean(self, x: tuple, r: tuple, state: tuple, params: tuple) -> tuple:
+        """The next states of symbols, each random number replaced by its mean."""
+        given = {"x": x, "r": r, "state": state, "param": params}
+
+        def value(index: int) -> Any:
+            op, _, name = self.forward.nodes[index]
+            if op == "random":
+                return x[0].graph.constant(name.mean)
+            return given[name[0]][name[1]] if op == "input" else None
+
+        operations = SimpleNamespace(**vars(ON_ARRAYS) | {"constant": x[0].graph.constant})
+        return tuple(self.forward.evaluate(operations, [s.index for s in self.next_state], value))
+
+    def run_backward(
+        self, dnext: tuple, saved: tuple, state: tuple, next_state: tuple, params: tuple, random: Any = None
+    ) -> tuple:
         """What the cell's backward was when it was traced, on arrays."""
         seen = {symbol.index: value for symbol, value in zip(self.saved, saved, strict=True)}
-        given = {"dnext": dnext, "saved": seen, "state": state, "next_state": next_state, "param": params}
+        given = {
+            "dnext": dnext,
+            "saved": seen,
+            "state": state,
+            "next_state": next_state,
+            "param": params,
+            "random": random,
+        }
         with np.errstate(all="ignore"):  # of values that a `where` does not take
             values = iter(self.backward.run([s.index for s in self._gradients], given))
         return tuple(tuple(itertools.islice(values, len(p))) for p in (self.dx, self.dr, self.dstate, self.dparams))

@@ -39,6 +39,7 @@ RULES: dict[str, Callable] = {  # (gradient, the node's value, its arguments' va
 
 # What computing a value again costs, and keeping it, in additions of a vector.
 PRICES = {"tanh": 8, "exp": 12, "log": 30, "div": 4, "sqrt": 4}
+RANDOM_PRICES = {"bernoulli": 5, "normal": 40}  # four of a unit share ten rounds of Philox
 SLOT = 10
 UNITWISE_SLOT = 30  # where no recurrent product stands between the steps, memory is what takes the time
 
@@ -84,6 +85,8 @@ def _copied(
             values[index] = source(node)
         elif node.op == "const":
             values[index] = into.constant(node.value)
+        elif node.op == "random":
+            values[index] = into.again(node.value)
         else:
             values[index] = getattr(ON_ARRAYS, node.op)(*(values[argument] for argument in node.args))
     return [values[index] for index in outputs]
@@ -221,7 +224,7 @@ def cheapest(nodes: Sequence[Node], needed: Iterable[int], free: Iterable[int], 
         edge("source", ("there", index), np.inf)
     while stack:
         index = stack.pop()
-        op, args, _ = nodes[index]
+        op, args, value = nodes[index]
         if index in seen or index in given or op == "const":
             continue
         seen.add(index)
@@ -229,7 +232,7 @@ def cheapest(nodes: Sequence[Node], needed: Iterable[int], free: Iterable[int], 
         edge(there, "sink", slot)
         if op == "input":  # x and r are gone
             continue
-        gain = slot - PRICES.get(op, 1)
+        gain = slot - (RANDOM_PRICES[value.kind] if op == "random" else PRICES.get(op, 1))
         edge("source", again, max(gain, 0))
         edge(again, "sink", max(-gain, 0))
         edge(again, there, np.inf)

@@ -5,12 +5,12 @@ product, n = tanh(x_n + reset * (W_hn h + b_hn)); gates r, z, n.
 """
 
 from gpurnn.cells.cell import Cell
-from gpurnn.cells.functions import sigmoid, tanh
+from gpurnn.cells.functions import candidate, sigmoid, tanh
 
 
 def forward(x, r, state, params):
     reset, z = sigmoid(x[0] + r[0]), sigmoid(x[1] + r[1])
-    n = tanh(x[2] + reset * r[2])
+    n = candidate(tanh(x[2] + reset * r[2]))
     return (n + z * (state[0] - n),)
 
 

@@ -6,12 +6,12 @@ The cell state is the constant error carousel: dc_t/dc_{t-1} = f, with no matrix
 """
 
 from gpurnn.cells.cell import Cell
-from gpurnn.cells.functions import sigmoid, tanh
+from gpurnn.cells.functions import candidate, sigmoid, tanh
 
 
 def forward(x, r, state, params):
     i, f = sigmoid(x[0] + r[0]), sigmoid(x[1] + r[1])
-    g, o = tanh(x[2] + r[2]), sigmoid(x[3] + r[3])
+    g, o = candidate(tanh(x[2] + r[2])), sigmoid(x[3] + r[3])
     c = f * state[1] + i * g
     return o * tanh(c), c
 

@@ -6,7 +6,7 @@ g keeps the candidate positive, as in their implementation in log space: n + 1/2
 """
 
 from gpurnn.cells.cell import Cell
-from gpurnn.cells.functions import sigmoid, where
+from gpurnn.cells.functions import candidate, sigmoid, where
 
 
 def positive(n):
@@ -14,7 +14,7 @@ def positive(n):
 
 
 def forward(x, r, state, params):
-    return (state[0] + sigmoid(x[0]) * (positive(x[1]) - state[0]),)
+    return (state[0] + sigmoid(x[0]) * (candidate(positive(x[1])) - state[0]),)
 
 
 MINGRU_CELL = Cell("mingru", gates=2, states=1, forward=forward)

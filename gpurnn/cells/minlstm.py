@@ -7,13 +7,13 @@ is no 0/0.  Below -80 they count as -80, whose exponential float32 still holds.
 """
 
 from gpurnn.cells.cell import Cell
-from gpurnn.cells.functions import exp, maximum
+from gpurnn.cells.functions import candidate, exp, maximum
 from gpurnn.cells.mingru import positive
 
 
 def forward(x, r, state, params):
     f, i = (1 + exp(-maximum(gate, -80)) for gate in x[:2])
-    n = positive(x[2])
+    n = candidate(positive(x[2]))
     return (n + i / (f + i) * (state[0] - n),)
 
 

@@ -7,7 +7,9 @@ expressions become one node, which is how the engine sees that two gradients are
 graph's text is also the exact key of a compile cache: it changes if, and only if, the cell's mathematics does.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -32,12 +34,29 @@ UNARY = {
 OP_OF_UFUNC = {ufunc: op for op, ufunc in (BINARY | UNARY).items()}
 COMMUTATIVE = ("add", "mul")  # exactly so in floating point: a*b and b*a are one node
 COMPARISONS = {"less": np.less, "less_equal": np.less_equal}
+GIVEN = ("input", "random")  # no number of the graph's own
 ON_ARRAYS = SimpleNamespace(**BINARY, **UNARY, **COMPARISONS, where=np.where, constant=float)  # see `Graph.evaluate`
 ALLOWED = "+ - * / ** 2, comparisons, tanh sigmoid exp log sqrt abs maximum minimum where relu"
 
 
+class Random(NamedTuple):
+    """A random number of a unit: which it is among the cell's of that kind of `per`, "step" or "sequence".
+
+    p: of a "bernoulli", the probability of 1; 0 of a "normal".
+    """
+
+    kind: str
+    per: str
+    number: int
+    p: float
+
+    @property
+    def mean(self) -> float:
+        return self.p
+
+
 class Node(NamedTuple):
-    """`op` on earlier nodes; `value` is the constant of a `const`, and the name of an `input`."""
+    """`op` on earlier nodes; `value` is the constant of a `const`, the name of an `input`, the Random of a `random`."""
 
     op: str
     args: tuple[int, ...] = ()
@@ -51,6 +70,7 @@ class Graph:
         self.nodes: list[Node] = list(nodes)
         self._index: dict[Node, int] = {node: index for index, node in enumerate(self.nodes)}
         self._plans: dict[tuple[int, ...], tuple] = {}
+        self.candidates: set[int] = set()  # see `functions.candidate`
 
     def add(self, op: str, *args: int, value: Any = None) -> int:
         node = Node(op, args, value)
@@ -64,6 +84,18 @@ class Graph:
 
     def constant(self, value: float) -> "Symbol":
         return Symbol(self, self.add("const", value=float(value)))
+
+    def random(self, kind: str, per: str, p: float = 0.0) -> "Symbol":
+        """One more random number: no two calls give the same."""
+        number = sum(node.op == "random" and node.value.per == per for node in self.nodes)
+        return self.again(Random(kind, per, number, p))
+
+    def again(self, random: Random) -> "Symbol":
+        return Symbol(self, self.add("random", value=random))
+
+    def randoms(self, outputs: Iterable[int]) -> list[Random]:
+        """Those that `outputs` need."""
+        return [self.nodes[i].value for i in sorted(self.reachable(outputs)) if self.nodes[i].op == "random"]
 
     def lift(self, value: Any) -> "Symbol":
         """`value` as a number of this graph; TypeError for anything that is none."""
@@ -121,14 +153,15 @@ class Graph:
             value = given(index)
             if value is None and op == "const":
                 value = operations.constant(number)
-            elif value is None and op != "input" and all(a in values for a in args):
+            elif value is None and op not in GIVEN and all(a in values for a in args):
                 value = getattr(operations, op)(*(values[a] for a in args))
             if value is not None:
                 values[index] = value
         return [values[output] for output in outputs]
 
     def run(self, outputs: Sequence[int], inputs: Mapping[str, Any]) -> list[Any]:
-        """`evaluate` for arrays, again and again: an input (kind, number) is inputs[kind][number]."""
+        """`evaluate` for arrays, again and again: an input (kind, number) is inputs[kind][number], a random number
+        inputs["random"][its Random]."""
         if tuple(outputs) not in self._plans:
             self._plans[tuple(outputs)] = self._plan(outputs)
         constants, reads, operations = self._plans[tuple(outputs)]
@@ -143,8 +176,26 @@ class Graph:
         needed = [(index, self.nodes[index]) for index in sorted(self.reachable(outputs))]
         constants = {index: node.value for index, node in needed if node.op == "const"}
         reads = [(index, node.value) for index, node in needed if node.op == "input"]
+        reads += [(index, ("random", node.value)) for index, node in needed if node.op == "random"]
         operations = [(index, getattr(ON_ARRAYS, node.op), node.args) for index, node in needed if node.args]
         return constants, reads, operations
+
+
+_being_traced: ContextVar[Graph | None] = ContextVar("graph", default=None)
+
+
+@contextmanager
+def recording(graph: Graph) -> Iterator[None]:
+    """What a cell's function asks for inside, without a value at hand, is this graph's."""
+    token = _being_traced.set(graph)
+    try:
+        yield
+    finally:
+        _being_traced.reset(token)
+
+
+def recorded() -> Graph | None:
+    return _being_traced.get()
 
 
 class Symbol:

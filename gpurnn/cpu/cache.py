@@ -103,7 +103,11 @@ def _name_apart(function: Callable, key: tuple) -> None:
 
 @functools.cache
 def _environment_key() -> str:
-    parts = (("gpurnn.cpu", ()), ("gpurnn.cells", ("cell", "trace")), ("gpurnn.kernels", ("philox",)))
+    parts = (
+        ("gpurnn.cpu", ()),
+        ("gpurnn.cells", ("cell", "trace")),
+        ("gpurnn.kernels", ("philox", "deviates", "lanes")),
+    )
     sources = [entries.sources(package, __version__, modules) for package, modules in parts]
     features = binding.get_host_cpu_features().flatten()
     versions = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:3])

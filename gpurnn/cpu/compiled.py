@@ -53,12 +53,14 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, head, dtype))
     again = Again.forward(job.resets, len(plan.shares) if plan.by_units else 1)
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
+    draws = _draws(job)
     crew.run(
         forward_loop(dtype),
         (
             T, N, I, H, head, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, plan.meets, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
             _recurrent(cell, weights), _behind(rest) if again.some else 0, again.begin, again.runs, *again[3:6],
+            address(draws),
         ),
         [
             (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows))
@@ -97,7 +99,7 @@ def backward(
         not (cell.recurrent and packing_pays_backwards(T, N, head, dtype)),
     )
     apart = I * dtype.itemsize if lies[0] else 0, lies[1]
-    combine_one = combine(dtype).address if T * N == 1 else 0
+    combine_one, draws = combine(dtype).address if T * N == 1 else 0, _draws(job)
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, head, dtype))
     gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
     again = Again.backward(tape.job.resets)
@@ -113,7 +115,7 @@ def backward(
             _chunk(T, N), backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at,
             *tape.rest.strides[:2], *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above,
             _behind(tape.rest) if again.some else 0, *again[1:6],
-            0 if options.dfresh is None else address(options.dfresh),
+            0 if options.dfresh is None else address(options.dfresh), address(draws),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
@@ -187,6 +189,12 @@ def _rest(
 def _behind(rest: np.ndarray) -> int:
     """Where the memory of the first state's steps ends: see `_rest`."""
     return address(rest) + max(rest.shape[1] * rest.strides[1], rest.shape[2] * rest.strides[2])
+
+
+def _draws(job: Job) -> np.ndarray:
+    if job.draws is None and job.cell.random:
+        raise TypeError(f"job: expected draws for {job.cell.name}, which asks for random numbers, got None")
+    return np.zeros(0, np.int64) if job.draws is None else job.draws.numbers(job.x.shape[1])
 
 
 def _recurrent(cell: Cell, weights: Weights) -> int:

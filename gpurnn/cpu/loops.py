@@ -22,13 +22,13 @@ from gpurnn.cpu.simd import host
 
 FORWARD = Record(
     "T N I H head S gates split reverse meets window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin runs some resets fresh",
+    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin runs some resets fresh draws",
     "packs packers first last unit end_unit w_ih w_split w_joint copies",
 )
 BACKWARD = Record(
     "T N I H head S gates split states reverse meets chunk cell_rows ldw_ih lies_hh combine clamp squares rest_stride "
     "rest_step dy_step dy_row rows orders slots h rest dy dstate dx params limit weight_ih weight_hh add drest fresh_rest "
-    "runs end_again some resets fresh dfresh",
+    "runs end_again some resets fresh dfresh draws",
     "packs packers first last unit end_unit column end_column packed_ih packed_hh dparams flow",
 )
 
@@ -66,6 +66,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
 
     Of resets: fresh_rest, the address of fresh states beyond h, as far apart as those in `rest`; and what `restart.Again` has,
     `some` 0 where there are none.
+    draws    `Draws.numbers`; 0 where the cell asks for none
 
     A part's share: which part of how many it packs; the rows [first, last) of the batch, the units [unit, end_unit); where
     there is room for W_ih packed, for W_hh's split and for its joint gates; for a copy of the share's rows of h.
@@ -78,7 +79,7 @@ def forward_loop(dtype: np.dtype) -> Compiled:
         (
             parties, ready, barrier, shares, T, N, I, H, head, S, gates, split, reverse, meets, window, chunk, cell_rows,
             dot_ih, dot_hh, rest_stride, rest_step, rows, orders, x, slots, h, rest, bias, params, weight_ih, weight_hh,
-            fresh_rest, begin_again, runs, some, resets, fresh,
+            fresh_rest, begin_again, runs, some, resets, fresh, draws,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, w_ih, w_split, w_joint, copies = read_share(
             values + shares + part * apart
@@ -134,12 +135,13 @@ def forward_loop(dtype: np.dtype) -> Compiled:
                     call(
                         runs, cell_rows, again, fresh + aside, fresh_rest + aside, m, next_row, units, at, bias + aside,
                         h_t + aside, h + after * h_step + row, rest + before * rest_step + row,
-                        rest + after * rest_step + row, params + aside, stride, rest_stride,
+                        rest + after * rest_step + row, params + aside, stride, rest_stride, draws, t, first, unit,
                     )  # fmt: skip
                 else:
                     call(
                         cell_rows, m, next_row, units, at, bias + aside, h_t + aside, h + after * h_step + row,
                         rest + before * rest_step + row, rest + after * rest_step + row, params + aside, stride, rest_stride,
+                        draws, t, first, unit,
                     )  # fmt: skip
                 if meets:
                     met += parties
@@ -180,7 +182,7 @@ def backward_loop(dtype: np.dtype) -> Compiled:
             parties, ready, barrier, shares, T, N, I, H, head, S, gates, split, states, reverse, meets, chunk, cell_rows,
             ldw_ih, lies_hh, combine, clamp, squares, rest_stride, rest_step, dy_step, dy_row, rows, orders, slots, h, rest,
             dy, dstate, dx, params, limit, weight_ih, weight_hh, add, drest, fresh_rest, runs, end_again, some, resets,
-            fresh, dfresh,
+            fresh, dfresh, draws,
         ) = read(values)  # fmt: skip
         packs, packers, first, last, unit, end_unit, column, end_column, packed_ih, packed_hh, dparams, flow = (
             read_share(values + shares + part * apart)
@@ -219,13 +221,14 @@ def backward_loop(dtype: np.dtype) -> Compiled:
                         runs, cell_rows, again, fresh + aside, fresh_rest + aside, m, next_row, dy_row, units, at + aside,
                         h + before * h_step + row, h + after * h_step + row, rest + before * rest_step + row,
                         rest + after * rest_step + row, dy_t, dstate + row, params + aside, dparams + unit * 8, stride,
-                        rest_stride, h_step,
+                        rest_stride, h_step, draws, t, first, unit,
                     )  # fmt: skip
                 else:
                     call(
                         cell_rows, m, next_row, dy_row, units, at + aside, h + before * h_step + row,
                         h + after * h_step + row, rest + before * rest_step + row, rest + after * rest_step + row, dy_t,
                         dstate + row, params + aside, dparams + unit * 8, stride, rest_stride, h_step,
+                        draws, t, first, unit,
                     )  # fmt: skip
                 if meets:
                     met += parties

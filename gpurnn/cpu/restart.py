@@ -96,7 +96,7 @@ def forward_runs() -> Compiled:
 
     def forward_runs(
         cell_rows, resets, fresh, fresh_rest, m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride,
-        rest_stride,
+        rest_stride, draws, t, first, unit,
     ):  # fmt: skip
         i = 0
         while i < m:
@@ -105,7 +105,7 @@ def forward_runs() -> Compiled:
                 end += 1
             call(
                 cell_rows, end - i, next_row, n, slots + i * next_row, bias, fresh if again else h + at, h_next + at,
-                fresh_rest if again else rest + at, rest_next + at, params, stride, rest_stride,
+                fresh_rest if again else rest + at, rest_next + at, params, stride, rest_stride, draws, t, first + i, unit,
             )  # fmt: skip
             i = end
 
@@ -118,7 +118,7 @@ def backward_runs() -> Compiled:
 
     def backward_runs(
         cell_rows, resets, fresh, fresh_rest, m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params,
-        dparams, stride, rest_stride, dstate_stride,
+        dparams, stride, rest_stride, dstate_stride, draws, t, first, unit,
     ):  # fmt: skip
         i = 0
         while i < m:
@@ -128,7 +128,7 @@ def backward_runs() -> Compiled:
             call(
                 cell_rows, end - i, next_row, dy_row, n, slots + i * next_row, fresh if again else h + at, h_next + at,
                 fresh_rest if again else rest + at, rest_next + at, dy + i * dy_row, dstate + at, params, dparams, stride,
-                rest_stride, dstate_stride,
+                rest_stride, dstate_stride, draws, t, first + i, unit,
             )  # fmt: skip
             i = end
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from gpurnn.cells import Cell
-from gpurnn.cpu import cache
+from gpurnn.cpu import cache, deviates
 from gpurnn.cpu.cache import Compiled
 from gpurnn.cpu.instructions import instruction
 from gpurnn.cpu.simd import I32, I64, Emitter, add_wide, host, vector_loop
@@ -18,15 +18,19 @@ from gpurnn.cpu.simd import I32, I64, Emitter, add_wide, host, vector_loop
 
 @functools.cache
 def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
-    """forward_rows(m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride): n units of m batch
-    rows at one step: slots (x and r, without biases) -> next state, and in the slots what is kept.
+    """forward_rows(m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride, draws, t, first, unit):
+    n units of m batch rows at one step: slots (x and r, without biases) -> next state, and in the slots what is kept.
 
     Slots are `next_row` bytes apart from row to row, states `stride`, as slots from one to the next are.
+    draws: the address of `Draws.numbers`, read by cells that are `random` only; t, first, unit: which step, and where rows
+    and units begin.
     """
     trace = cell.trace
 
     @instruction
-    def row(b: ir.IRBuilder, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
+    def row(b: ir.IRBuilder, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride, *place):
+        random = deviates.values(b, *place) if trace.forward.randoms(trace.outputs) else None
+
         def at(base, number, step):
             return b.add(base, b.mul(step, I64(number)))
 
@@ -44,6 +48,11 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
                 given[symbol.index] = load(rest, s - 1, rest_stride) if s else load(h)
             for p, symbol in enumerate(trace.params):
                 given[symbol.index] = load(params, p)
+            if random is not None:
+                own = random(emit, offset)
+                for index, node in enumerate(trace.forward.nodes):
+                    if node.op == "random":
+                        given[index] = own(node.value)
             values = trace.forward.evaluate(emit, trace.outputs, given.get)
             for s, value in enumerate(values[: cell.states]):
                 place = at(rest_next, s - 1, rest_stride) if s else h_next
@@ -53,11 +62,14 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
 
         vector_loop(b, dtype, n, body)
 
-    def forward_rows(m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride):
+    def forward_rows(
+        m, next_row, n, slots, bias, h, h_next, rest, rest_next, params, stride, rest_stride, draws, t, first, unit
+    ):  # fmt: skip
         for i in range(m):
             at = i * stride
             row(
-                n, slots + i * next_row, bias, h + at, h_next + at, rest + at, rest_next + at, params, stride, rest_stride
+                n, slots + i * next_row, bias, h + at, h_next + at, rest + at, rest_next + at, params, stride, rest_stride,
+                draws, t, first + i, unit,
             )  # fmt: skip
 
     return cache.external(forward_rows, cell.trace.text, dtype.str, host())
@@ -66,7 +78,7 @@ def forward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
 @functools.cache
 def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     """backward_rows(m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride,
-    rest_stride, dstate_stride): the same, backward: dL/dnext_state -> in the slots dr and dx; dstate becomes its direct part.
+    rest_stride, dstate_stride, draws, t, first, unit): the same, backward: dL/dnext_state -> in the slots dr and dx; dstate becomes its direct part.
 
     Assigns slots and dstate; adds to dparams, in float64.  dy is `dy_row` bytes apart from row to row.
     """
@@ -75,18 +87,26 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
     slot_of_saved = {index: k for k, index in enumerate(trace.kept)}
 
     @instruction
-    def row(b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride):
+    def row(
+        b, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride, dstate_stride, *place
+    ):  # fmt: skip
         def at(base, number, step):
             return b.add(base, b.mul(step, I64(number)))
 
         wide_stride = b.mul(stride, I64(8 // dtype.itemsize))
+        outputs = [*trace.written, *(s.index for s in (*trace.dstate, *trace.dparams))]
+        random = deviates.values(b, *place) if graph.randoms(outputs) else None
 
         def body(emit: Emitter, offset, mask):
+            own = random(emit, offset) if random is not None else None
+
             def load(base, number=0, step=stride):
                 return emit.load(b.add(at(base, number, step), offset), mask)
 
             def value_of(index):
                 node = graph.nodes[index]
+                if own is not None and node.op == "random":
+                    return own(node.value)
                 if node.op != "input":
                     return None
                 kind, number = node.value
@@ -100,7 +120,6 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
                 first, others = (h, rest) if kind == "state" else (h_next, rest_next)
                 return load(others, number - 1, rest_stride) if number else load(first)
 
-            outputs = [*trace.written, *(s.index for s in (*trace.dstate, *trace.dparams))]
             values = iter(graph.evaluate(emit, outputs, value_of))
             for k in range(len(trace.written)):
                 emit.store(next(values), b.add(at(slots, k, stride), offset), mask)
@@ -113,13 +132,13 @@ def backward_rows(cell: Cell, dtype: np.dtype) -> Compiled:
 
     def backward_rows(
         m, next_row, dy_row, n, slots, h, h_next, rest, rest_next, dy, dstate, params, dparams, stride, rest_stride,
-        dstate_stride,
+        dstate_stride, draws, t, first, unit,
     ):  # fmt: skip
         for i in range(m):
             at = i * stride
             row(
                 n, slots + i * next_row, h + at, h_next + at, rest + at, rest_next + at, dy + i * dy_row, dstate + at, params,
-                dparams, stride, rest_stride, dstate_stride,
+                dparams, stride, rest_stride, dstate_stride, draws, t, first + i, unit,
             )  # fmt: skip
 
     return cache.external(backward_rows, cell.trace.text, dtype.str, host())

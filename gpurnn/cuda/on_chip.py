@@ -53,7 +53,7 @@ class OnChip(NamedTuple):
         tape, carried, again, xp = sweep.tape, sweep.initial, sweep.again, backend.xp
         constants = {"training": sweep.whole, **sweeps.if_any(resets=again)}
         run = self._pass(FORWARD, tape, sweep.weight_hh, **constants)
-        rest_state = tape.rest.strides[0] // job.x.itemsize
+        rest_state, draws = tape.rest.strides[0] // job.x.itemsize, sweeps.draws(tape)
         for t0, t1, slots in sweeps.pieces(sweep):
             rest = tape.rest[:, t0:] if sweep.whole else tape.rest
             if again and (t1 < len(job.x) if job.reverse else t0):  # a piece knows nothing of the one before
@@ -61,7 +61,7 @@ class OnChip(NamedTuple):
                 carried = xp.where(first, again.fresh[:, None], carried)
             whole = training and sweep.ends.lengths is None  # else rows that have ended keep their states
             final = xp.empty_like(carried) if whole else carried.copy()
-            arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths)
+            arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, carried, final, tape.lengths, draws)
             run(arrays, again.pointers(t0), (t1 - t0, t0), (tape.h.shape[1], int(job.reverse), rest_state))
             carried = final  # blocks may still read the initial states when others have come to their end
         return sweeps.finish(sweep, tuple(carried))
@@ -76,7 +76,7 @@ class OnChip(NamedTuple):
         way = sweeps.begin_back(tape, dy, dstate, options)
         constants = {"clip": options.clip is not None, **sweeps.if_any(resets=way.again)}
         run = self._pass(BACKWARD, tape, way.weight_hh, **constants)
-        run((*way.arrays, tape.lengths), way.reset_pointers, (), (tape.h.shape[1], *way.numbers))
+        run((*way.arrays, tape.lengths, sweeps.draws(tape)), way.reset_pointers, (), (tape.h.shape[1], *way.numbers))
         return sweeps.finish_back(way, tape, grads)
 
     def runs(self, cell: Cell, H: int, N: int, precision: str, training: bool, clip: bool, heads: int = 1) -> bool:

@@ -41,7 +41,7 @@ class Pass(NamedTuple):
         return cls(kernel, packed, choice, N, exchange.mail_words(choice.exchange, shape, choice.tile), heads)
 
     def __call__(
-        self, arrays: tuple[Array, ...], resets: list[int], before: tuple[Any, ...], after: tuple[Any, ...]
+        self, arrays: tuple[Array | None, ...], resets: list[int], before: tuple[Any, ...], after: tuple[Any, ...]
     ) -> None:
         """Launches: arrays and the pointers `resets`, then `before`, groups of launches before, `after`.
 
@@ -50,7 +50,7 @@ class Pass(NamedTuple):
         rows, blocks = self.choice.tile.rows, self.choice.blocks
         groups = self.heads * device.grid(self.N, rows)
         running = self.kernel.resident_blocks // blocks if self.kernel.kernel.cooperative else max(1, groups)
-        pointers = [*(array.data.ptr for array in (self.packed, *arrays)), *resets]
+        pointers = [*(0 if array is None else array.data.ptr for array in (self.packed, *arrays)), *resets]
         for group in range(0, groups, running):
             count = min(running, groups - group)
             given_up = faults.record().data.ptr

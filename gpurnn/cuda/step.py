@@ -30,12 +30,13 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     kernel = device.kernel(step.forward, trace, dtype=job.x.dtype.name, **sweeps.if_any(resets=again))
     rest_state, rest_step = tape.rest.strides[0] // job.x.itemsize, N * H if whole else 0
     begun = sweep.initial[0].copy() if again else None  # h as a step begins with it
+    draws = sweeps.draws(tape)
     living_at = job.rows.tolist()
     for t0, t1, slots in sweeps.pieces(sweep):
         slots[:, :, : trace.x_start * H] = 0  # r of the split gates: the product is added to what is there
         h, rest = tape.h[t0 : t1 + 1], tape.rest[:, t0:] if whole else tape.rest
         pointers = [array.data.ptr for array in (slots, sweep.bias, h, rest, sweep.params)]
-        pointers += [*again.pointers(t0), 0 if begun is None else begun.data.ptr]
+        pointers += [sweeps.pointer(draws), *again.pointers(t0), 0 if begun is None else begun.data.ptr]
         last = (0 if reverse else len(job.x) - 1) - t0
         launch = kernel.series(pointers, (N, H, int(reverse), rest_state, rest_step, last))
         if job.heads > 1:
@@ -72,8 +73,9 @@ def backward(
     drest = None if options.drest is None else backend.stacked(options.drest)
     constants = {"clip": options.clip is not None, **sweeps.if_any(resets=way.again, above=drest is not None)}
     kernel = device.kernel(step.backward, job.cell.trace, dtype=passed.dtype.name, **constants)
-    pointers = [array.data.ptr for array in way.arrays] + way.reset_pointers
-    pointers.append(0 if drest is None else drest.data.ptr)
+    draws = sweeps.draws(tape)
+    pointers = [array.data.ptr for array in way.arrays] + [sweeps.pointer(draws)]
+    pointers += [*way.reset_pointers, sweeps.pointer(drest)]
     launch = kernel.series(pointers, (N, H, *way.numbers, T * N * H))
     add: Callable = _nothing
     if job.heads > 1:

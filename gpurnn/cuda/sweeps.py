@@ -22,6 +22,7 @@ from gpurnn.cuda.moves import Moves
 from gpurnn.executors import layout
 from gpurnn.executors.contract import Backward, Job, States, Weights
 from gpurnn.executors.layout import Ends, Tape, ordered
+from gpurnn.executors.random import HEAD
 from gpurnn.types import Array
 
 PROJECTED, RETURNED = ("bfloat16", "float16"), ("bfloat16",)  # precisions whose factors are rounded: forward, and back
@@ -155,6 +156,25 @@ def finish(sweep: Sweep, final: tuple[Array, ...]) -> tuple[States, Tape | None]
     tape, job, visible = sweep.tape, sweep.tape.job, sweep.ends.visible
     rest = visible(tape.rest) if job.all_states else None
     return States(visible(tape.h), final, rest), tape if job.training else None
+
+
+def draws(tape: Tape) -> Array | None:
+    """The random numbers of a cell that asks for them, as its kernels read them: `Draws.numbers`, on the device."""
+    own, N = tape.job.draws, tape.h.shape[1]
+    if own is None:
+        return None
+    xp, moves = backend.xp, Moves()
+    numbers = xp.empty(HEAD + N, np.int64)
+    for k, word in enumerate(own.key):
+        moves.fill(numbers[k : k + 1], word)
+    moves.copy(numbers[2:HEAD], own.call)
+    moves.copy(numbers[HEAD:], xp.arange(N) if own.rows is None else own.rows)
+    moves.run()
+    return numbers
+
+
+def pointer(array: Array | None) -> int:
+    return 0 if array is None else array.data.ptr
 
 
 class Return(NamedTuple):

@@ -17,6 +17,7 @@ from gpurnn.cells import Cell
 from gpurnn.cuda import sweeps
 from gpurnn.cuda.passes import Pass
 from gpurnn.executors.contract import Job, Weights
+from gpurnn.executors.random import Draws
 from gpurnn.files import code_folder
 from gpurnn.kernels import build, entries, persistent, plan
 from gpurnn.kernels.launch import DoesNotFit
@@ -120,19 +121,29 @@ def microseconds(question: Question, choice: Choice) -> float:
     weight_ih, weight_hh = (xp.zeros((cell.gates * H, size), np.float32) for size in (1, H // heads))
     weights = Weights(weight_ih, weight_hh, None, None, tuple(xp.zeros(H, np.float32) for _ in cell.params))
     state = tuple(xp.zeros((N, H), np.float32) for _ in range(cell.states))
-    x = xp.zeros((T, N, 1), np.float32)
-    sweep = sweeps.begin(Job(cell, x, weights, state, np.full(T, N), False, True, precision))
+    x, draws = xp.zeros((T, N, 1), np.float32), Draws(0, xp.zeros(1, np.int64)) if cell.random else None
+    sweep = sweeps.begin(Job(cell, x, weights, state, np.full(T, N), False, True, precision, draws=draws))
     tape, carried = sweep.tape, sweep.initial
     tape.slots.fill(0)
     rest_state = tape.rest.strides[0] // 4
     if transposed:
         run = Pass.prepare(choice, persistent.backward, tape, sweep.weight_hh, True, clip=False)
         dy = xp.zeros((T, N, H), np.float32)
-        arrays = (tape.slots, tape.h, tape.rest, dy, carried, *sweeps.parameters(tape), tape.lengths)
+        arrays = (
+            tape.slots,
+            tape.h,
+            tape.rest,
+            dy,
+            carried,
+            *sweeps.parameters(tape),
+            tape.lengths,
+            sweeps.draws(tape),
+        )
         given: Any = arrays, (), (N, 0, rest_state, N * H, H, np.float32(0))
     else:
         run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=True)
-        arrays = (tape.slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, carried.copy(), tape.lengths)
+        final, own = carried.copy(), sweeps.draws(tape)
+        arrays = (tape.slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, final, tape.lengths, own)
         given = arrays, (T, 0), (N, 0, rest_state)
     return min(_milliseconds(run, given) for _ in range(REPEATS)) * 1e3 / T
 

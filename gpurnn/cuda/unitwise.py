@@ -19,12 +19,13 @@ def forward(sweep: Sweep) -> tuple[States, Tape | None]:
     N, H = tape.h.shape[1:]
     constants = sweeps.if_any(resets=sweep.again)
     kernel = device.kernel(unitwise.forward, job.cell.trace, dtype=job.x.dtype.name, **constants)
+    draws = sweeps.draws(tape)
     strides = (tape.rest.strides[0] // job.x.itemsize, N * H if sweep.whole else 0)
     for t0, t1, slots in sweeps.pieces(sweep):
         if N:
             rest = tape.rest[:, t0:] if sweep.whole else tape.rest
             arrays = (slots, sweep.bias, tape.h[t0:], rest, sweep.params, cast(Array, tape.lengths))
-            pointers = [array.data.ptr for array in arrays] + sweep.again.pointers(t0)
+            pointers = [*(array.data.ptr for array in arrays), sweeps.pointer(draws), *sweep.again.pointers(t0)]
             kernel(device.grid(N * H, unitwise.THREADS), *pointers, t1 - t0, t0, N, H, int(job.reverse), *strides)
     return sweeps.finish(sweep, sweeps.final(sweep))
 
@@ -38,7 +39,8 @@ def backward(
     if N and len(job.x):
         constants = {"clip": options.clip is not None, **sweeps.if_any(resets=way.again)}
         kernel = device.kernel(unitwise.backward, job.cell.trace, dtype=tape.h.dtype.name, **constants)
-        pointers = [array.data.ptr for array in way.arrays] + [cast(Array, tape.lengths).data.ptr]
-        pointers += way.reset_pointers
+        draws = sweeps.draws(tape)
+        pointers = [array.data.ptr for array in (*way.arrays, cast(Array, tape.lengths))]
+        pointers += [sweeps.pointer(draws), *way.reset_pointers]
         kernel(device.grid(N * H, unitwise.THREADS), *pointers, N, H, *way.numbers)
     return sweeps.finish_back(way, tape, grads)

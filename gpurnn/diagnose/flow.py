@@ -85,7 +85,7 @@ def gradient_flow(
     targets, loss  as in `gpurnn.full_bptt`; without them the loss is the sum of all outputs.
     step     only what the loss has of this step (negative: from the end); None: of all steps.
     rows     by batch row; costs a backward pass for each.
-    `clip_in_time` acts as in training, dropout does not.  Parameters, gradients and random state stay as they were.
+    `clip_in_time` acts as in training; dropout does not, and random numbers are their means.  Parameters, gradients and random state stay as they were.
     Raises ValueError where shapes do not fit or x is not finite, FloatingPointError where dL/dstate_t is not, naming
     layer, state and step.
     """

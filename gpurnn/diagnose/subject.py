@@ -54,7 +54,7 @@ def step_number(step: Any, T: int) -> int:
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Without dropout and with gradients of 0 inside; everything as it was afterwards.
+    """Without dropout, random numbers as their means, and with gradients of 0 inside; everything as it was afterwards.
 
     NumPy's warnings are off meanwhile: what is not finite is told by name.
     """
@@ -63,7 +63,8 @@ def undisturbed(model: Any) -> Iterator[None]:
     of_weights = layer.weight_dropout
     probability = behind.p if behind is not None else 0.0
     kept = model.grads.flat.copy()
-    layer.dropout = layer.weight_dropout = 0.0
+    cell = layer.cell
+    layer.dropout, layer.weight_dropout, layer.cell = 0.0, 0.0, cell.mean
     if behind is not None:
         behind.p = 0.0
     model.zero_grad()
@@ -71,7 +72,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         with np.errstate(all="ignore"):
             yield
     finally:
-        layer.dropout, layer.weight_dropout = between, of_weights
+        layer.dropout, layer.weight_dropout, layer.cell = between, of_weights, cell
         if behind is not None:
             behind.p = probability
         model.grads.flat[...] = kept
@@ -133,7 +134,7 @@ def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]
         for direction in range(layer.directions):
             begin = tuple(part[len(tapes)] for part in initial)
             weights = layer.weights(layer.params, level, direction)
-            job = Job(layer.cell, x, weights, begin, np.full(T, N), direction == 1, True)
+            job = Job(layer.cell.mean, x, weights, begin, np.full(T, N), direction == 1, True)
             with one_blas_thread, np.errstate(all="ignore"):  # a state that is not finite is told by name
                 states, tape = numpy_loop.forward(job)
             outputs.append(states.h[:T] if direction else states.h[1:])

@@ -6,6 +6,7 @@ import numpy as np
 
 from gpurnn.cells import Cell
 from gpurnn.executors.heads import heads_of
+from gpurnn.executors.random import Draws
 from gpurnn.types import Array
 
 
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     precision  of the products on CUDA; on every CPU, and in `numpy_loop`, they are exact in the dtype of x.
     resets     None: rows run through.
     all_states whether `States.rest` is asked for.
+    draws  the random numbers of a cell that asks for them.
     """
 
     cell: Cell
@@ -58,6 +60,7 @@ class Job(NamedTuple):
     precision: str = "float32"
     resets: Resets | None = None
     all_states: bool = False
+    draws: Draws | None = None
 
     @property
     def heads(self) -> int:

@@ -3,12 +3,14 @@
 It shares no layout, no graph and no compiled code with the other executors: what they compute is what stands here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from gpurnn import backend
 from gpurnn.executors import heads
 from gpurnn.executors.contract import Backward, Job, States, Weights
+from gpurnn.executors.random import Step
 from gpurnn.types import Array
 
 
@@ -49,7 +51,7 @@ def forward(job: Job) -> tuple[States, Tape | None]:
                 gates_r = gates_r + weights.bias_hh
             split_r = tuple(gates_r[:, g * H : (g + 1) * H] for g in range(cell.gates))
         split_x = tuple(gates_x[t, :m, g * H : (g + 1) * H] for g in range(cell.gates))
-        after, saved = equations(split_x, split_r, before, weights.params)
+        after, saved = _with_random(equations, job, t, m, H)(split_x, split_r, before, weights.params)
         for part, value in zip(current, after, strict=True):
             part[:m] = value
         h[t if reverse else t + 1, :m] = after[0]
@@ -129,7 +131,8 @@ def step_backward(
     _, _, saved, before, after = step
     shape = dnext[0].shape
     H = shape[-1]
-    dx, dr, direct, dparams = tape.derivative(dnext, saved, before, after, tape.job.weights.params)
+    derivative = _with_random(tape.derivative, tape.job, step[0], step[1], H)
+    dx, dr, direct, dparams = derivative(dnext, saved, before, after, tape.job.weights.params)
     dgates_x, dgates_r = (xp.empty((*shape[:-1], cell.gates * H), dtype) for _ in range(2))
     for g in range(cell.gates):
         dgates_x[..., g * H : (g + 1) * H] = dx[g]
@@ -142,3 +145,10 @@ def step_backward(
     if weight_hh is not None:
         first = first + heads.product_back(dgates_r, weight_hh, H)
     return dgates_x, dgates_r, (first, *map(full, direct[1:])), tuple(map(full, dparams))
+
+
+def _with_random(function: Callable, job: Job, t: int, m: int, H: int) -> Callable:
+    """A cell's function with the random numbers of m batch rows at step t."""
+    if job.draws is None:
+        return function
+    return functools.partial(function, random=Step(job.draws.numbers(job.x.shape[1]), t, m, H, job.x.dtype))

@@ -46,6 +46,10 @@ class Recurrent(OnEngine):
         if not isinstance(cell, Cell):
             came = repr(cell) if isinstance(cell, str) else type(cell).__name__
             raise TypeError(f"cell: expected a gpurnn.Cell or one of {', '.join(CELLS)}, got {came}")
+        if cell.random:
+            raise ValueError(
+                f"cell: expected one without random numbers, which modules of PyTorch have not, got {cell.name}"
+            )
         super().__init__(
             "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta"
         )

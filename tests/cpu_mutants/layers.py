@@ -37,7 +37,7 @@ MUTANTS = {
         "derive::cells_of_the_literature_are_right_at_once[ugrnn-numpy]"),
     "derive: a difference is a sum": (DERIVE, "return a - b if minus else a + b", "return a + b",
         "derive::gradients_are_those_by_hand", "derive::of_random_cells_too"),
-    "derive: what is kept is not the cheapest": (DERIVE, "gain = slot - PRICES.get(op, 1)", "gain = slot - PRICES.get(op, 11)", "derive::what_is_kept_costs_least",
+    "derive: what is kept is not the cheapest": (DERIVE, "else PRICES.get(op, 1))", "else PRICES.get(op, 11))", "derive::what_is_kept_costs_least",
         "derive::shipped_cells_are_as_small_as_by_hand"),
     "derive: a condition in a slot": (DERIVE, "if op in COMPARISONS:  # no number", "if op in ():  # no number",
         "derive::a_condition_has_no_slot"),

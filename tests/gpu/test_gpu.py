@@ -305,7 +305,7 @@ def forward_launch(N, T, H):
     choice = on_chip.RESIDENT.choice(LSTM_CELL, H, N, "float32", False)
     run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=False)
     ((_, _, slots),) = sweeps.pieces(sweep)
-    arrays = slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, final, tape.lengths
+    arrays = slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, final, tape.lengths, None
 
     def begin():
         final[...] = np.nan

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import gpurnn.kernels
-from gpurnn.cells import Cell, sigmoid, tanh
+from gpurnn.cells import Cell, noisy, sigmoid, tanh
 from gpurnn.cuda import on_chip, passes, step, sweeps, unitwise
 from gpurnn.executors import numpy_loop
 from gpurnn.executors.contract import Backward, Job, Resets, Weights
+from gpurnn.executors.random import Draws
 from gpurnn.kernels import plan, tiles
 from gpurnn.kernels.tiles import Tile
 from tests import fake_cupy
@@ -52,6 +53,7 @@ def cell_backward(dnext, saved, state, next_state, params):
 
 # One gate is split and one is not, states and parameters are several: every stride in a kernel matters.
 CELL = Cell("every_stride", 2, 3, cell_forward, cell_backward, params=("w_c", "w_m"))
+NOISY = noisy(CELL, zoneout=0.3, noise=0.2)
 
 
 class Wrong(Exception):
@@ -122,7 +124,7 @@ def problem(case) -> Problem:
     return Problem(x, dy, state, dstate, weights, (~padding).sum(1), often & inside, fresh)
 
 
-def training_step(engine, case, precision, put):
+def training_step(engine, case, precision, put, xp=np):
     """Every result of a pass forward and a pass back, by name, in float64.  put: host array -> the engine's."""
     given, T = problem(case), case.lengths[0]
     *matrices, params = given.weights
@@ -130,6 +132,8 @@ def training_step(engine, case, precision, put):
     state, dstate, dy = tuple(map(put, given.state)), tuple(map(put, given.dstate)), put(given.dy)[:, :, : case.H]
     resets = Resets(put(given.resets).astype("?"), tuple(map(put, given.fresh))) if case.resets else None
     job = Job(case.cell, put(given.x), weights, state, given.rows, case.reverse, case.training, precision, resets)
+    if case.cell.random:  # the caller's rows stand the other way round
+        job = job._replace(draws=Draws(5, xp.full(1, 3 << 32 | 7), xp.arange(len(case.lengths))[::-1], at=1))
     states, tape = engine.forward(job)
     found = {"y": (states.h[:T] if case.reverse else states.h[1:],), "final states": states.final}
     if case.training and case.back:
@@ -159,7 +163,9 @@ def run(case, seed=None):
         patch.setattr(sweeps, "INFERENCE_BYTES", 2 * 4 * slots)
         patch.setattr(on_chip.OnChip, "choice", lambda *given: _choice(case, transposed=given[5]))
         passes.fitted.cache_clear()  # it remembers launchers, which know how many blocks run at once
-        return training_step(on_chip.PERSISTENT if case.tiles else step, case, case.precision, fake_cupy.asarray)
+        return training_step(
+            on_chip.PERSISTENT if case.tiles else step, case, case.precision, fake_cupy.asarray, fake_cupy
+        )
 
 
 def check(case, seed=None):

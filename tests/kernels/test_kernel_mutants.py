@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
-from gpurnn.cells import PARALSTM_CELL, SRU_CELL
+from gpurnn.cells import PARALSTM_CELL, SRU_CELL, noisy
 from gpurnn.kernels.tiles import Ffma, Mma
-from tests.kernels.mutants import Case, Wrong, catch, check, plant, stand
+from tests.kernels.mutants import NOISY, Case, Wrong, catch, check, plant, stand
 from tests.ptx.errors import Misaligned, OutOfBounds, Race, Uninitialised
 
 FEW, MANY = (4, 3, 3, 1, 1), (4, 4, 4, 3, 3, 2, 2, 2, 2, 1)  # several blocks' rows, and the last block is not full
@@ -40,6 +40,10 @@ CASES = {
     "heads forward": Case(FEW, FFMA, H=66, heads=2, back=False),
     "step": Case(MANY),
     "step reverse": Case(MANY, reverse=True),
+    "noisy": Case(FEW, FFMA, cell=NOISY),
+    "noisy forward": Case(FEW, FFMA, cell=NOISY, back=False),
+    "noisy step": Case(FEW, cell=NOISY, reverse=True),
+    "noisy unitwise": Case(LONG, cell=noisy(SRU_CELL, zoneout=0.3), reverse=True),
     "unitwise": Case(LONG, cell=SRU_CELL),
     "unitwise reverse": Case(LONG, cell=SRU_CELL, reverse=True),
     "unitwise pieces": Case(LONG, cell=SRU_CELL, training=False),
@@ -84,8 +88,18 @@ MUTANTS = {
     "resets: step: passed back all the same": ("resets step", "step.backward", Wrong, ("value = real(0)", "pass")),
     "resets: unitwise: passed back all the same": ("resets unitwise", "unitwise.backward", Wrong,
         ("passed[s] = real(0)", "pass")),
+    "step forward: a random number of the next step": ("noisy step", "step.forward", Wrong,
+        ("place(draws, n, t, u)", "place(draws, n, t + 1, u)")),
+    "unitwise backward: a random number of the step before": ("noisy unitwise", "unitwise.backward", Wrong,
+        ("at_step(unit, first + way * step)", "at_step(unit, first + way * step - 1)")),
 }
 MORE_MUTANTS = {
+    "forward: a random number of the next step": ("noisy forward", "persistent_forward.", Wrong,
+        ("place(drawn, p, start + step, state_at)", "place(drawn, p, start + step + 1, state_at)")),
+    "backward: a random number of the next step": ("noisy", "persistent_backward.", Wrong,
+        ("place(drawn, p, step, state_at)", "place(drawn, p, step + 1, state_at)")),
+    "step backward: a random number of the unit beside": ("noisy step", "step.backward", Wrong,
+        ("place(draws, n, t, u)", "place(draws, n, t, u + 1)")),
     "backward: ended rows go on changing": ("ffma reverse", "persistent_backward.", Wrong,
         ("if step < length[p]:\n                for s", "if length[p] > 0:\n                for s")),
     "ffma: keeps the wrong half": ("ffma forward", "products._reduction", Wrong,

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
 
 from bench import disassembly as sass
-from gpurnn.cells import CELLS, UNITWISE_CELLS
+from gpurnn.cells import CELLS, UNITWISE_CELLS, noisy
 from gpurnn.cuda.tuning import registers
 from gpurnn.kernels import build, packing, persistent, plan, step, tiles, unitwise
 from gpurnn.kernels.tiles import Ffma, Mma, Shape
@@ -136,6 +136,15 @@ def test_step_of_a_user_s_cell(name, tmp_path):
         build.recipe(step.backward, USER_CELLS[name].trace, dtype="float32", clip=False),
     ):
         check(recipe, (9, 0), tmp_path)
+
+
+def test_random_numbers_in_kernels(tmp_path):
+    lstm = noisy(CELLS["lstm"], zoneout=0.1, recurrent_dropout=0.3, noise=0.1)
+    mingru = noisy(CELLS["mingru"], zoneout=0.1, noise=0.1)
+    for kernels, cell in ((step, lstm), (unitwise, mingru)):
+        for factory, constants in ((kernels.forward, {}), (kernels.backward, {"clip": True})):
+            codes, text = check(build.recipe(factory, cell.trace, dtype="float32", **constants), (9, 0), tmp_path)
+            assert codes["IMAD.WIDE.U32"] + codes["IMAD.HI.U32"] >= 10 and "mul.f64" not in text
 
 
 def chip_of(capability):

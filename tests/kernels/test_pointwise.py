@@ -32,7 +32,7 @@ def on_device(cell, accuracy=pointwise.EXACT):
         if k < count:
             given, result = cuda.local.array(2, types.float32), cuda.local.array(size, types.float32)
             given[0], given[1] = x[k], types.float32(0)
-            step(given, result)
+            step(given, result, pointwise.NOWHERE)
             y[k] = result[0]
 
     pointer = types.CPointer(types.float32)

@@ -429,3 +429,9 @@ def test_any_cell_in_words():
     assert copy.deepcopy(module).cell == LEAKY
     named = ours.Recurrent("mingru", 5, 7)
     assert named.cell is gpurnn.cells.CELLS["mingru"] and "weight_hh_l0" not in named.state_dict()
+
+
+def test_cells_with_random_numbers_are_refused():
+    cell = gpurnn.cells.noisy(gpurnn.cells.CELLS["lstm"], zoneout=0.1)
+    with pytest.raises(ValueError, match=r"cell: expected one without random numbers, .*, got lstm with zoneout 0.1"):
+        ours.Recurrent(cell, 3, 4)
