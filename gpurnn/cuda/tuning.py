@@ -129,22 +129,14 @@ def microseconds(question: Question, choice: Choice) -> float:
     if transposed:
         run = Pass.prepare(choice, persistent.backward, tape, sweep.weight_hh, True, clip=False)
         dy = xp.zeros((T, N, H), np.float32)
-        arrays = (
-            tape.slots,
-            tape.h,
-            tape.rest,
-            dy,
-            carried,
-            *sweeps.parameters(tape),
-            tape.lengths,
-            sweeps.draws(tape),
-        )
-        given: Any = arrays, (), (N, 0, rest_state, N * H, H, np.float32(0))
+        own = sweeps.parameters(tape)
+        arrays = (tape.slots, tape.h, tape.rest, dy, carried, *own, tape.lengths, sweeps.draws(tape))
+        given: Any = arrays, [0, 0, 0], (), (N, 0, rest_state, N * H, H, np.float32(0))
     else:
         run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=True)
         final, own = carried.copy(), sweeps.draws(tape)
         arrays = (tape.slots, sweep.bias, tape.h, tape.rest, sweep.params, carried, final, tape.lengths, own)
-        given = arrays, (T, 0), (N, 0, rest_state)
+        given = arrays, [0, 0], (T, 0), (N, 0, rest_state)
     return min(_milliseconds(run, given) for _ in range(REPEATS)) * 1e3 / T
 
 

@@ -8,8 +8,8 @@ pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: 
 import gpurnn
 from gpurnn import backend
 from gpurnn.cells import CELLS, abs, bernoulli, minimum, normal
-from tests.interpreted import interpreted
 from tests.cells.test_noisy import ALL, EVERYTHING, LENGTHS, raw
+from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.skipif(backend.name == "cuda", reason="on a GPU the kernels run on the GPU")
 
