@@ -24,8 +24,7 @@ from gpurnn.arguments import (
     whole,
 )
 from gpurnn.losses import Loss, evaluate
-from gpurnn.resets import checked_resets
-from gpurnn.sequence import checked_lengths
+from gpurnn.sequence import checked_lengths, checked_resets
 from gpurnn.types import Array
 
 STATES = ("begin", "carried")

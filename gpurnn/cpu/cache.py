@@ -105,7 +105,7 @@ def _name_apart(function: Callable, key: tuple) -> None:
 def _environment_key() -> str:
     parts = (
         ("gpurnn.cpu", ()),
-        ("gpurnn.cells", ("cell", "trace")),
+        ("gpurnn.cells", ("traced", "trace")),
         ("gpurnn.kernels", ("philox", "deviates", "lanes")),
     )
     sources = [entries.sources(package, __version__, modules) for package, modules in parts]

@@ -2,7 +2,7 @@
 
 One pair of loops per element type serves every cell: what a cell does between the products is compiled by itself (`rows`)
 and called where it lies.  They work on addresses, on a thread's share: the rows [first, last) of the batch, the units
-[unit, end_unit).  Memory layout: `gpurnn.cells.cell.Trace`.
+[unit, end_unit).  Memory layout: `gpurnn.cells.traced.Trace`.
 """
 
 import functools
@@ -22,7 +22,7 @@ from gpurnn.cpu.simd import host
 
 FORWARD = Record(
     "T N I H head S gates split reverse meets window chunk cell_rows dot_ih dot_hh rest_stride rest_step "
-    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin runs some resets fresh draws",
+    "rows orders x slots h rest bias params weight_ih weight_hh fresh_rest begin_again runs some resets fresh draws",
     "packs packers first last unit end_unit w_ih w_split w_joint copies",
 )
 BACKWARD = Record(

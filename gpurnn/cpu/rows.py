@@ -1,6 +1,6 @@
 """What stands between the products of a time step: the cell, fused and in SIMD, forward and backward.
 
-The code is emitted from the cell's traced graphs.  Memory layout: `gpurnn.cells.cell.Trace`.
+The code is emitted from the cell's traced graphs.  Memory layout: `gpurnn.cells.traced.Trace`.
 """
 
 import functools

@@ -129,8 +129,8 @@ def microseconds(question: Question, choice: Choice) -> float:
     if transposed:
         run = Pass.prepare(choice, persistent.backward, tape, sweep.weight_hh, True, clip=False)
         dy = xp.zeros((T, N, H), np.float32)
-        own = sweeps.parameters(tape)
-        arrays = (tape.slots, tape.h, tape.rest, dy, carried, *own, tape.lengths, sweeps.draws(tape))
+        params = sweeps.parameters(tape)
+        arrays = (tape.slots, tape.h, tape.rest, dy, carried, *params, tape.lengths, sweeps.draws(tape))
         given: Any = arrays, [0, 0, 0], (), (N, 0, rest_state, N * H, H, np.float32(0))
     else:
         run = Pass.prepare(choice, persistent.forward, tape, sweep.weight_hh, False, training=True)

@@ -1,6 +1,6 @@
 """What the compiled executors, on either device, do in the same way around their loops: orders, biases, states in memory.
 
-They share one memory layout, `gpurnn.cells.cell.Trace`, and one set of arrays: slots (T, N, slots*H), h (T+1, N, H), and
+They share one memory layout, `gpurnn.cells.traced.Trace`, and one set of arrays: slots (T, N, slots*H), h (T+1, N, H), and
 the other states as `rest` (S-1, T+1, N, H).  Going forward, state t stands at t and its successor at t+1; in reverse
 state t stands at t+1 and its successor at t.
 """

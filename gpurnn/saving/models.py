@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpurnn._version import __version__
 from gpurnn.cells import CELLS, RNN_CELLS, Cell
 from gpurnn.files import StrPath, write_atomically
@@ -92,13 +94,19 @@ def _described(model: Any) -> dict[str, Any]:
     names = [name for name in inspect.signature(maker.__init__).parameters if name not in NOT_KEPT]
     found["arguments"] = {name: _plain(getattr(model, name)) for name in names}
     if isinstance(model, Recurrent):
-        found["cell"] = {"name": model.cell.name, "sha256": _equations(model.cell)}
+        found["cell"] = {"name": model.plain_cell.name, "sha256": _equations(model.plain_cell)}
     if hasattr(model, "masks"):
         found["masks"] = {"seed": model.masks.seed, "calls": model.masks.calls}
     return found
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 

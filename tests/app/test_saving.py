@@ -59,6 +59,9 @@ MODELS = {
     "rnn": (lambda: gpurnn.RNN(4, 3, nonlinearity="relu", rng=1), FLOATS),
     "deep": (deep, FLOATS),
     "shipped": (lambda: gpurnn.Recurrent("mingru", 4, 3, rng=1), FLOATS),
+    "noisy": (lambda: gpurnn.LSTM(4, 3, zoneout=(0.1, 0.5), recurrent_dropout=0.25, noise=0.5, rng=1), FLOATS),
+    "zoned": (lambda: gpurnn.Recurrent("gru", 4, 3, zoneout={"h": np.float32(0.5)}, rng=1), FLOATS),
+    "heads": (lambda: gpurnn.Recurrent("slstm", 4, 6, heads=3, rng=1), FLOATS),
     "words": (words, TOKENS),
     "nested": (lambda: gpurnn.Model(a=words(), b=gpurnn.Linear(2, 2)), None),
 }
@@ -85,7 +88,8 @@ def test_there_and_back(name, tmp_path):
 def test_every_option_of_a_layer_is_kept(tmp_path):
     """Whoever adds an option adds it here, so that no model loses it in a file."""
     given = {
-        "num_layers": 2, "bias": False, "bidirectional": True, "batch_first": True, "dropout": 0.25, "trainable_h0": True, "clip_in_time": 0.5,
+        "num_layers": 2, "bias": False, "bidirectional": True, "batch_first": True, "dropout": 0.25, "weight_dropout": 0.5,
+        "residual": True, "zoneout": 0.125, "recurrent_dropout": 0.25, "noise": 0.5, "trainable_h0": True, "heads": 3, "clip_in_time": 0.5,
         "dtype": "float32", "precision": "tf32", "executor": "numpy",
     }  # fmt: skip
     names = [name for name in inspect.signature(Recurrent.__init__).parameters if name not in NOT_KEPT]

@@ -127,11 +127,15 @@ def test_the_same_bits_everywhere(monkeypatch, kind, dtype, per):
 @pytest.mark.parametrize("width", ["16", "32"])
 def test_vectors_of_any_width_have_the_same_bits(width):
     script = (
-        "import numpy as np; from tests.test_noisy import numbers, raw; import sys;"
+        "import numpy as np; from tests.cells.test_noisy import numbers, raw; import sys;"
         "sys.stdout.write(' '.join(numbers(raw(), dtype=d, executor='compiled')[0].tobytes().hex() for d in ('f4', 'f8')))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"GPURNN_VECTOR_BYTES": width}, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        env=os.environ | {"GPURNN_VECTOR_BYTES": width},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     want = [numbers(raw(), dtype=dtype, executor="numpy")[0].tobytes().hex() for dtype in ("float32", "float64")]

@@ -1,7 +1,7 @@
 """Layers in heads: on NumPy, in the compiled loop, and how threads share them."""
 
 PRODUCTS, ORACLE, REDUCTION = "gpurnn/cpu/head_products", "gpurnn/executors/heads", "gpurnn/cpu/reduction"
-SHARING, LAYER = "gpurnn/cpu/sharing", "gpurnn/recurrent"
+SHARING, LAYER = "gpurnn/cpu/sharing", "gpurnn/recurrent/layer"
 LSTM, SPLIT = (
     "heads::compiled_agrees_with_the_oracle[lstm-2-34-float64]",
     "heads::compiled_agrees_with_the_oracle[gru-3-48-float64]",

@@ -1,8 +1,9 @@
 """Cells and their trace, layers, parameters, initialisers, lengths, dropout, `check_gradients`."""
 
-RECURRENT, LAYERS, SEQUENCE = "gpurnn/recurrent", "gpurnn/layers", "gpurnn/sequence"
+RECURRENT, LAYERS, SEQUENCE = "gpurnn/recurrent/layer", "gpurnn/layers", "gpurnn/sequence/passes"
+KINDS, STATES, LENGTHS = "gpurnn/recurrent/kinds", "gpurnn/recurrent/states", "gpurnn/sequence/lengths"
 VALUES, CHECK, RANDOM = "gpurnn/parameters/values", "gpurnn/diagnose/check", "gpurnn/executors/random"
-OPS, CELL, DERIVE = "gpurnn/cpu/ops", "gpurnn/cells/cell", "gpurnn/cells/derive"
+OPS, CELL, DERIVE = "gpurnn/cpu/ops", "gpurnn/cells/traced", "gpurnn/cells/derive"
 BATCH = "sequence::a_batch_is_its_rows_each_at_its_own_length"
 
 # fmt: off
@@ -67,16 +68,16 @@ MUTANTS = {
         "above[..., (D - 1 - direction) * H : (D - direction) * H],", "check::gradients"),
     "gradient: of a layer below, one direction's alone": (SEQUENCE, "dx = part if dx is None else dx + part",
         "dx = part", "check::gradients"),
-    "gradient: a trained initial state's, where one was given": (RECURRENT, "[] if was_given else [part]",
+    "gradient: a trained initial state's, where one was given": (STATES, "[] if was_given else [part]",
         "[part]", "recurrent::trained_initial_states",
         "recurrent::a_state_given_in_part_leaves_the_rest_trained"),
-    "gradient: a trained initial state's of the first row": (RECURRENT, 'value.sum(1, dtype="float64")', "value[:, 0]",
+    "gradient: a trained initial state's of the first row": (STATES, 'value.sum(1, dtype="float64")', "value[:, 0]",
         "recurrent::trained_initial_states"),
-    "ignored: a given state": (RECURRENT, "            if part is not None:\n",
+    "ignored: a given state": (STATES, "            if part is not None:\n",
         "            if part is not None and what != \"state\":\n", "recurrent::a_carried_state_joins_two_halves"),
-    "gate: forget_bias goes to the input gate": (RECURRENT,
-        "super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)\n        self._add_to_gate(1,",
-        "super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)\n        self._add_to_gate(0,",
+    "gate: forget_bias goes to the input gate": (KINDS,
+        "super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)\n        self.add_to_gate(1,",
+        "super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)\n        self.add_to_gate(0,",
         "initializers::forget_bias_is_the_total"),
     "place: dropout behind the last layer too": (SEQUENCE,
         "if training and layers.dropout and layer < layers.num_layers - 1:", "if training and layers.dropout:",
@@ -101,9 +102,9 @@ MUTANTS = {
     "order: final states in the engine's order": (SEQUENCE,
         "*(tuple(map(lengths.unsorted, parts)) for parts in (rest, final))",
         "tuple(map(lengths.unsorted, rest)), final", BATCH),
-    "index: a row's last step is padding": (SEQUENCE, "steps[:, None] >= given[None, :]",
+    "index: a row's last step is padding": (LENGTHS, "steps[:, None] >= given[None, :]",
         "steps[:, None] + 1 >= given[None, :]", BATCH, "sequence::prepared"),
-    "passed: lengths beyond T": (SEQUENCE, "given.max() > T", "given.max() > T + 1", "sequence::bad_lengths"),
+    "passed: lengths beyond T": (LENGTHS, "given.max() > T", "given.max() > T + 1", "sequence::bad_lengths"),
     "mask: a head's bias shows behind a row's end": ("gpurnn/model", "            y = self._blank(y, padding)\n", "",
         "layers::model_reads_nothing_behind_a_rows_end"),
 

@@ -1,6 +1,11 @@
 """Rows that begin again, all states of all steps, residual layers, dropped weights."""
 
-RESETS, RESTART, LOOPS, SEQUENCE = "gpurnn/resets", "gpurnn/cpu/restart", "gpurnn/cpu/loops", "gpurnn/sequence"
+RESETS, RESTART, LOOPS, SEQUENCE = (
+    "gpurnn/sequence/resets",
+    "gpurnn/cpu/restart",
+    "gpurnn/cpu/loops",
+    "gpurnn/sequence/passes",
+)
 COMPILED, NUMPY, BPTT, ROWS = "gpurnn/cpu/compiled", "gpurnn/executors/numpy_loop", "gpurnn/bptt", "gpurnn/cpu/rows"
 SEGMENTS, AGREES = "resets::a_row_is_its_segments", "resets::the_compiled_loop_agrees"
 WINDOWS, STACKS = "resets::windows_add_up_to_the_whole", "stacks::gradients"
@@ -24,7 +29,7 @@ MUTANTS = {
         "lengths.sorted(resets)", SEGMENTS),
     "order: resets of other rows": (RESETS, "lengths.sorted(resets[..., None], lengths.padding)[..., 0]",
         "backend.xp.where(lengths.padding[..., 0], False, resets)", SEGMENTS),
-    "gradient: trained states learn from their first rows alone": ("gpurnn/recurrent", "[] if dfresh is None else [dfresh[s]]",
+    "gradient: trained states learn from their first rows alone": ("gpurnn/recurrent/states", "[] if dfresh is None else [dfresh[s]]",
         "[]", SEGMENTS),
     "compiled: the product goes on": (LOOPS, "                        factor = copies\n", "                        factor = h_t\n",
         AGREES),

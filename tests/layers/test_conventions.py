@@ -166,3 +166,24 @@ def test_weights_by_prefix():
 def test_the_package_is_the_command():
     done = subprocess.run([sys.executable, "-m", "gpurnn", "--version"], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == f"gpurnn {gpurnn.__version__}", done.stderr
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2, 0]])
+def test_batch_first_with_resets_and_all_states(lengths):
+    rng = np.random.default_rng(0)
+    x, resets = rng.standard_normal((5, 3, 4)), rng.random((5, 3)) < 0.3
+    dy = tuple(rng.standard_normal((5, 3, 6)) for _ in range(2))
+    options = {"bidirectional": True, "trainable_h0": True, "dtype": "float64", "rng": 1}
+    first, last = gpurnn.LSTM(4, 3, batch_first=True, **options), gpurnn.LSTM(4, 3, **options)
+    y, state, back = last(x, lengths=lengths, resets=resets, all_states=True)
+    turned, same_state, turned_back = first(x.swapaxes(0, 1), lengths=lengths, resets=resets.T, all_states=True)
+    for one, other in zip((*y, *state), (*[part.swapaxes(0, 1) for part in turned], *same_state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    dx, _ = back(dy)
+    turned_dx, _ = turned_back(tuple(part.swapaxes(0, 1) for part in dy))
+    np.testing.assert_array_equal(dx, turned_dx.swapaxes(0, 1))
+    np.testing.assert_array_equal(first.grads.flat, last.grads.flat)
+    with pytest.raises(
+        ValueError, match=r"resets: expected bool of shape \(N, T\) = \(3, 5\), got bool of shape \(5, 3\)"
+    ):
+        first(x.swapaxes(0, 1), resets=resets)

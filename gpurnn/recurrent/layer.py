@@ -1,17 +1,17 @@
-"""Recurrent layers: RNN, LSTM, GRU, and Recurrent for any cell.  Several layers, both directions, one executor below."""
+"""Recurrent layers of any cell: several of them, both directions, one executor below."""
 
 import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import (
     Turn,
-    checked,
     flow_array,
     generator,
     one_of,
@@ -21,42 +21,19 @@ from gpurnn.arguments import (
     switch,
     whole,
 )
-from gpurnn.cells import CELLS, GRU_CELL, LSTM_CELL, RNN_CELLS, Cell, noisy
+from gpurnn.cells import CELLS, Cell, noisy
 from gpurnn.cpu.threads import one_blas_thread
 from gpurnn.executors import PRECISIONS, check
 from gpurnn.executors.contract import Weights
 from gpurnn.executors.heads import checked_heads
 from gpurnn.executors.random import Masks
-from gpurnn.initializers import Chrono, Initializer, chosen, drawn, gate_bias, glorot_uniform, orthogonal, zeros
-from gpurnn.layers import Layer
-from gpurnn.resets import checked_resets
-from gpurnn.sequence import prepare_lengths, run
+from gpurnn.initializers import Initializer, chosen, drawn, glorot_uniform, orthogonal, zeros
+from gpurnn.recurrent.states import Stateful
+from gpurnn.sequence import checked_resets, prepare_lengths, run
 from gpurnn.types import Array, RecurrentBackward
 
 
-class Options(TypedDict, total=False):
-    """What every recurrent layer takes by name; see `Recurrent`."""
-
-    bias: bool
-    bidirectional: bool
-    batch_first: bool
-    dropout: float
-    weight_dropout: float
-    residual: bool
-    zoneout: float | Sequence[float] | Mapping[str, float]
-    recurrent_dropout: float
-    noise: float
-    trainable_h0: bool
-    heads: int
-    clip_in_time: float | None
-    init: Mapping[str, str | Initializer] | None
-    dtype: Any
-    precision: str
-    executor: str | None
-    rng: Any
-
-
-class Recurrent(Layer):
+class Recurrent(Stateful):
     """Layers of any cell over a sequence, time-major: T steps, N batch rows, I inputs, H hidden units.
 
     cell            a `gpurnn.Cell`, or the name of one that ships: indrnn, mingru, ... (`gpurnn.cells.CELLS`).
@@ -129,8 +106,9 @@ class Recurrent(Layer):
             raise TypeError(f"cell: expected a gpurnn.Cell or one of {', '.join(CELLS)}, got {came}")
         if executor is not None:
             check(executor)
-        cell = noisy(cell, zoneout=zoneout, recurrent_dropout=recurrent_dropout, noise=noise)
-        self.cell = cell
+        self.plain_cell = cell  # as it was given
+        self.cell = cell = noisy(cell, zoneout=zoneout, recurrent_dropout=recurrent_dropout, noise=noise)
+        self.zoneout, self.recurrent_dropout, self.noise = zoneout, recurrent_dropout, noise
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
         self.num_layers, self.heads = whole("num_layers", num_layers), checked_heads(heads, self.hidden_size, cell)
         self.bidirectional = switch("bidirectional", bidirectional)
@@ -306,48 +284,6 @@ class Recurrent(Layer):
 
         return backward
 
-    def _above(self, dy: Any, states: int, shape: tuple[int, ...]) -> tuple[Array, ...]:
-        """dL/d(every step's states), one array (T, N, D*H) each: of h alone, or of all that the cell has."""
-        if states == 1 and dy is not None:
-            return (self._above_one(dy, "dy", shape),)
-        names = self.cell.state_names[:states]
-        parts = (dy,) if states == 1 else (None,) * states if dy is None else dy
-        if not isinstance(parts, tuple | list) or len(parts) != states:
-            came = f"{len(parts)} of them" if isinstance(parts, tuple | list) else type(parts).__name__
-            raise ValueError(
-                f"dy: expected a tuple of {states} arrays ({', '.join(names)}) of shape {shape}, got {came}"
-            )
-        called = ["dy", *(f"dy {name}" for name in names[1:])]
-        found = tuple(self._above_one(part, name, shape) for part, name in zip(parts, called, strict=True))
-        return found[:1] if all(part is None for part in parts[1:]) else found
-
-    def _above_one(self, dy: Any, name: str, shape: tuple[int, ...]) -> Array:
-        if dy is None:
-            return backend.xp.broadcast_to(backend.xp.zeros((), self.dtype), shape)
-        T, N, width = shape
-        if self.batch_first:
-            dy = checked(dy, self.dtype, name, (N, T, width), "(N, T, D*H)").swapaxes(0, 1)
-        return checked(dy, self.dtype, name, shape, "(T, N, D*H)")
-
-    def _add_to_initial(
-        self, dinitial: tuple[Array, ...], given: tuple[bool, ...], dfresh: tuple[Array, ...] | None
-    ) -> None:
-        """Adds to the gradients of trained initial states: of the rows that began with them, and of those set back."""
-        for s, (name, part, was_given) in enumerate(zip(self.cell.state_names, dinitial, given, strict=True)):
-            for value in ([] if was_given else [part]) + ([] if dfresh is None else [dfresh[s]]):
-                self.grads[f"{name}_0"][...] += value.sum(1, dtype="float64").astype(self.dtype)
-
-    def fresh(self) -> tuple[Array, ...]:
-        """What a sequence begins with by itself, for each state of the cell (L*D, H)."""
-        shape = self.num_layers * self.directions, self.hidden_size
-        if self.trainable_h0:
-            return tuple(self.params[f"{name}_0"] for name in self.cell.state_names)
-        return tuple(backend.xp.zeros(shape, self.dtype) for _ in self.cell.state_names)
-
-    def _turned(self, value: Array) -> Array:
-        """(T, N, ...) for (N, T, ...) and the other way round, where the batch comes first."""
-        return value.swapaxes(0, 1) if self.batch_first else value
-
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
         """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
         flow_array(flow, (self.num_layers * self.directions, self.cell.states, T))
@@ -360,7 +296,7 @@ class Recurrent(Layer):
         bias_ih, bias_hh, *_ = *(values[name] for name in biases), None, None
         return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(values[name] for name in params))
 
-    def _add_to_gate(self, gate: int, draw: Initializer, against: int | None = None) -> None:
+    def add_to_gate(self, gate: int, draw: Initializer, against: int | None = None) -> None:
         """Adds to bias_ih of one gate, in every layer and direction, and the negative to that of the gate `against`."""
         H = self.hidden_size
         for name in [name for name in self.params if name.startswith("bias_ih")]:
@@ -371,109 +307,11 @@ class Recurrent(Layer):
                 value[against * H : (against + 1) * H] -= drawn
             self._set(name, value)
 
-    def unpacked(self, state: Any, N: int, what: str, trained: bool = False) -> tuple[Array, ...]:
-        """One array (L*D, N, H) per state of the cell; for None, of the whole or of a part, zeros or what was trained."""
-        S, shape = self.cell.states, (self.num_layers * self.directions, N, self.hidden_size)
-        if state is None:
-            state = (None,) * S
-        elif S == 1:
-            state = (state,)
-        if not isinstance(state, tuple | list) or len(state) != S:
-            came = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
-            names = ", ".join(self.cell.state_names)
-            raise ValueError(
-                f"{what}: expected a tuple of {S} arrays ({names}) of shape (L*D, N, H) = {shape}, got {came}"
-            )
-        parts = []
-        for name, part in zip(self.cell.state_names, state, strict=True):
-            if part is not None:
-                parts.append(checked(part, self.dtype, f"{what} {name}", shape, "(L*D, N, H)"))
-            elif trained:
-                parts.append(backend.xp.broadcast_to(self.params[f"{name}_0"][:, None, :], shape))
-            else:
-                parts.append(backend.xp.zeros(shape, self.dtype))
-        return tuple(parts)
-
-    def _given(self, state: Any) -> tuple[bool, ...]:
-        """Of each state of the cell, whether the caller gave it."""
-        if self.cell.states == 1 or state is None:
-            return (state is not None,) * self.cell.states
-        return tuple(part is not None for part in state)
-
-    def _packed(self, states: tuple[Array, ...]) -> Any:
-        return states[0] if self.cell.states == 1 else states
-
-
-class RNN(Recurrent):
-    """The vanilla recurrent network of Elman 1990, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh); see `Recurrent`.
-
-    nonlinearity: tanh, relu, sigmoid or identity.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        nonlinearity: str = "tanh",
-        **options: Unpack[Options],
-    ):
-        if not isinstance(nonlinearity, str) or nonlinearity not in RNN_CELLS:
-            raise ValueError(f"nonlinearity: expected one of {', '.join(RNN_CELLS)}, got {nonlinearity!r}")
-        self.nonlinearity = nonlinearity
-        super().__init__(RNN_CELLS[nonlinearity], input_size, hidden_size, num_layers, **options)
-
-
-class LSTM(Recurrent):
-    """Long short-term memory, gates i, f, g, o as in PyTorch; the state is the pair (h, c).  See `Recurrent`.
-
-    forget_bias: added to bias_ih of the forget gate at the start (Gers et al. 2000; 1 after Jozefowicz et al. 2015), so
-    that the cell remembers until it learns to forget.  At 100 the gate is exactly 1 and stays so, the constant error
-    carousel of 1997.  Without biases it has no place and is left out.  A range (low, high) draws each unit's uniformly;
-    `initializers.chrono(T)` those of units that remember up to T steps, the input gate's their negative.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        forget_bias: float | tuple[float, float] | Initializer = 1.0,
-        **options: Unpack[Options],
-    ):
-        bias = gate_bias("forget_bias", forget_bias, supported(options.get("dtype", "float32")))
-        super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
-        self._add_to_gate(1, bias, against=0 if isinstance(bias, Chrono) else None)
-
-
-class GRU(Recurrent):
-    """Gated recurrent unit, gates r, z, n, reset after the matrix product as in PyTorch and cuDNN.  See `Recurrent`.
-
-    update_bias: added to bias_ih of the update gate z at the start, so that above 0 a unit keeps its state until it
-    learns to change it: what forget_bias is to an LSTM, ranges and `initializers.chrono` included.  Without biases it has no
-    place and is left out.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        update_bias: float | tuple[float, float] | Initializer = 0.0,
-        **options: Unpack[Options],
-    ):
-        bias = gate_bias("update_bias", update_bias, supported(options.get("dtype", "float32")))
-        super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
-        self._add_to_gate(1, bias)
-
 
 def _outside() -> int:
-    """The stacklevel, for a warning of the caller's, of the first frame that is not in this file."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_code.co_filename == __file__:
+    """The stacklevel, for a warning of the caller's, of the first frame that is not in this folder."""
+    frame, level, here = inspect.currentframe(), 0, Path(__file__).parent
+    while frame is not None and Path(frame.f_code.co_filename).parent == here:
         frame, level = frame.f_back, level + 1
     return level
 
