@@ -155,11 +155,12 @@ def chosen(defaults: Mapping[str, Initializer], init: Any) -> dict[str, Initiali
 
 
 def drawn(
-    initializer: Initializer, kind: str, rng: np.random.Generator, gates: int, shape: tuple[int, ...]
+    initializer: Initializer, what: str, rng: np.random.Generator, gates: int, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """A parameter of this kind and shape, each gate by itself."""
+    """A parameter of this shape, each gate by itself.  what: the option that the initialiser came by."""
     rows, columns = shape[0] // gates, shape[1] if len(shape) > 1 else 1
     blocks = [np.asarray(initializer(rng, rows, columns)) for _ in range(gates)]
-    if any(block.shape != (rows, columns) for block in blocks):
-        raise ValueError(f"init[{kind!r}]: expected (rows, columns) = {(rows, columns)}, got {blocks[0].shape}")
+    for block in blocks:
+        if block.shape != (rows, columns):
+            raise ValueError(f"{what}: expected (rows, columns) = {(rows, columns)}, got {block.shape}")
     return np.concatenate(blocks).reshape(shape)

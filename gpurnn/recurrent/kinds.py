@@ -50,7 +50,7 @@ class LSTM(Recurrent):
     ):
         bias = gate_bias("forget_bias", forget_bias, supported(options.get("dtype", "float32")))
         super().__init__(LSTM_CELL, input_size, hidden_size, num_layers, **options)
-        self.add_to_gate(1, bias, against=0 if isinstance(bias, Chrono) else None)
+        self.add_to_gate(1, bias, "forget_bias", against=0 if isinstance(bias, Chrono) else None)
 
 
 class GRU(Recurrent):
@@ -72,4 +72,4 @@ class GRU(Recurrent):
     ):
         bias = gate_bias("update_bias", update_bias, supported(options.get("dtype", "float32")))
         super().__init__(GRU_CELL, input_size, hidden_size, num_layers, **options)
-        self.add_to_gate(1, bias)
+        self.add_to_gate(1, bias, "update_bias")

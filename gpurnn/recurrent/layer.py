@@ -174,7 +174,7 @@ class Recurrent(Stateful):
             kind = name if name in initial else name.removesuffix("_reverse").rsplit("_l", 1)[0]
             of = self.cell.gates if kind in gated else 1
             blocks = of * (self.heads if kind == "weight_hh" else 1)
-            self._set(name, drawn(kinds[kind], kind, self.rng, blocks, shape))
+            self._set(name, drawn(kinds[kind], f"init[{kind!r}]", self.rng, blocks, shape))
 
     @overload
     def __call__(
@@ -296,15 +296,18 @@ class Recurrent(Stateful):
         bias_ih, bias_hh, *_ = *(values[name] for name in biases), None, None
         return Weights(weight_ih, weight_hh, bias_ih, bias_hh, tuple(values[name] for name in params))
 
-    def add_to_gate(self, gate: int, draw: Initializer, against: int | None = None) -> None:
-        """Adds to bias_ih of one gate, in every layer and direction, and the negative to that of the gate `against`."""
+    def add_to_gate(self, gate: int, draw: Initializer, what: str, against: int | None = None) -> None:
+        """Adds to bias_ih of one gate, in every layer and direction, and the negative to that of the gate `against`.
+
+        what: the option that says so.
+        """
         H = self.hidden_size
         for name in [name for name in self.params if name.startswith("bias_ih")]:
             value = self.params[name].copy()
-            drawn = backend.asarray(np.asarray(draw(self.rng, H, 1)).reshape(H), self.dtype, name)
-            value[gate * H : (gate + 1) * H] += drawn
+            added = backend.asarray(drawn(draw, what, self.rng, 1, (H,)), self.dtype, name)
+            value[gate * H : (gate + 1) * H] += added
             if against is not None:
-                value[against * H : (against + 1) * H] -= drawn
+                value[against * H : (against + 1) * H] -= added
             self._set(name, value)
 
 
