@@ -47,11 +47,13 @@ def forward(job: Job) -> tuple[States, Tape | None]:
     chunk = _chunk(T, N)
     window = T if training else chunk
     slots = allocate((window, N, cell.trace.slots * H), dtype)
-    plan, head = sharing.plan_loop(cell, rows, T, N, I, H, dtype, job.heads), H // job.heads
+    heads = job.heads
+    plan, head = sharing.plan_loop(cell, rows, T, N, I, H, dtype, heads), H // heads
     lies = not packing_pays(1, T * N, I), not (cell.recurrent and packing_pays(T, N, head))
     dots = [dot(dtype).address if used and lie else 0 for used, lie in zip((True, cell.recurrent), lies, strict=True)]
     places, _room = _rooms(plan, lambda share: packed_forward(cell, lies, share.units, I, H, head, dtype))
-    again = Again.forward(job.resets, len(plan.shares) if plan.by_units else 1)
+    again = job.resets and Again.forward(job.resets, len(plan.shares) if plan.by_units else 1)
+    anew = (_behind(rest), again.begin, again.runs, *again[3:6]) if again else (0,) * 6
     given = rows, orders(cell), x, slots, h, rest, bias, params, weights.weight_ih
     draws = _draws(job)
     crew.run(
@@ -59,11 +61,10 @@ def forward(job: Job) -> tuple[States, Tape | None]:
         (
             T, N, I, H, head, cell.trace.slots, cell.gates, len(cell.trace.split), reverse, plan.meets, window, chunk,
             forward_rows(cell, dtype).address, *dots, *rest.strides[:2], *map(address, given),
-            _recurrent(cell, weights), _behind(rest) if again.some else 0, again.begin, again.runs, *again[3:6],
-            address(draws),
+            _recurrent(cell, weights), *anew, 0 if draws is None else address(draws),
         ),
         [
-            (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows))
+            (*plan.packing(part), *_numbers(share.rows, share.units), *places[part], again.copy(part, share.rows) if again else 0)
             for part, share in enumerate(plan.shares)
         ],
     )  # fmt: skip
@@ -87,7 +88,8 @@ def backward(
     if dstate is not None:
         for own, value in zip(passed, dstate, strict=True):
             own[...] = value
-    plan, head = sharing.plan_loop(cell, rows, T, N, I, H, dtype, job.heads), H // job.heads
+    heads = job.heads
+    plan, head = sharing.plan_loop(cell, rows, T, N, I, H, dtype, heads), H // heads
     dparams = np.zeros((len(plan.shares), len(cell.params), H))
     flow = np.zeros((len(plan.shares), cell.states, T if options.flow is not None else 0))
     sums = address(dparams), dparams.strides[0], address(flow), flow.strides[0]
@@ -102,7 +104,8 @@ def backward(
     combine_one, draws = combine(dtype).address if T * N == 1 else 0, _draws(job)
     places, _room = _rooms(plan, lambda share: packed_backward(cell, lies, share.inputs, share.units, H, head, dtype))
     gradient_x = (memory.zeros if is_ragged(rows, N) else memory.empty)((T, N, I), dtype)
-    again = Again.backward(tape.job.resets)
+    again = job.resets and Again.backward(job.resets)
+    anew = (_behind(tape.rest), *again[1:6]) if again else (0,) * 6
     drest = None if options.drest is None else np.stack(options.drest)
     add, above = (0, 0) if drest is None else (add_above(dtype).address, address(drest))
     given = (
@@ -114,8 +117,7 @@ def backward(
             T, N, I, H, head, cell.trace.slots, cell.gates, len(cell.trace.split), cell.states, reverse, plan.meets,
             _chunk(T, N), backward_rows(cell, dtype).address, *apart, combine_one, clamp_at, squares_at,
             *tape.rest.strides[:2], *dy.strides[:2], *map(address, given), _recurrent(cell, weights), add, above,
-            _behind(tape.rest) if again.some else 0, *again[1:6],
-            0 if options.dfresh is None else address(options.dfresh), address(draws),
+            *anew, 0 if options.dfresh is None else address(options.dfresh), 0 if draws is None else address(draws),
         ),
         [
             (*plan.packing(part), *_numbers(*share), *places[part], sums[0] + part * sums[1], sums[2] + part * sums[3])
@@ -191,10 +193,12 @@ def _behind(rest: np.ndarray) -> int:
     return address(rest) + max(rest.shape[1] * rest.strides[1], rest.shape[2] * rest.strides[2])
 
 
-def _draws(job: Job) -> np.ndarray:
-    if job.draws is None and job.cell.random:
+def _draws(job: Job) -> np.ndarray | None:
+    if job.draws is not None:
+        return job.draws.numbers(job.x.shape[1])
+    if job.cell.random:
         raise TypeError(f"job: expected draws for {job.cell.name}, which asks for random numbers, got None")
-    return np.zeros(0, np.int64) if job.draws is None else job.draws.numbers(job.x.shape[1])
+    return None
 
 
 def _recurrent(cell: Cell, weights: Weights) -> int:

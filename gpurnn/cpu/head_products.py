@@ -41,6 +41,9 @@ def make_recur(dtype: np.dtype):
     project, width, size = make_project(dtype), host().width(dtype), dtype.itemsize
 
     def recur(dot, h, m, weights, H, head, unit, end_unit, order, gates, c, ldc, accumulate):
+        if head == H:
+            project(dot, 1, h, 0, H * size, m, weights, H, H, unit, end_unit, order, gates, c, 0, ldc, accumulate)
+            return
         first = unit
         while unit < end_unit:
             start = unit // head * head

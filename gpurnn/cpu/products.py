@@ -90,20 +90,28 @@ def packed_forward(
         sizes = (packed_size(k, gates * H, dtype) if n == H else gates * packed_size(k, n, dtype) for n in together)
         return sum(sizes) * dtype.itemsize
 
-    of_ih, own = 0 if lies[0] else size(cell.gates, I, [count]), _of_each_head(units, head)
-    return (of_ih, 0, 0) if lies[1] else (of_ih, size(split, head, own), size(cell.gates - split, head, own))
+    of_ih = 0 if lies[0] else size(cell.gates, I, [count])
+    if lies[1]:
+        return of_ih, 0, 0
+    own = _of_each_head(units, head)
+    return of_ih, size(split, head, own), size(cell.gates - split, head, own)
 
 
 def packed_backward(
     cell: Cell, lies: tuple[bool, bool], inputs: slice, units: slice, H: int, head: int, dtype: np.dtype
 ) -> tuple[int, int]:
     """Bytes for those columns of W_ih, and for those of W_hh, as `give_back` and `recur_back` want them."""
-    of_ih = packed_size(cell.gates * H, inputs.stop - inputs.start, dtype)
-    of_hh = sum(packed_size(cell.gates * head, n, dtype) for n in _of_each_head(units, head))
-    return 0 if lies[0] else of_ih * dtype.itemsize, 0 if lies[1] else of_hh * dtype.itemsize
+    of_ih = of_hh = 0
+    if not lies[0]:
+        of_ih = packed_size(cell.gates * H, inputs.stop - inputs.start, dtype)
+    if not lies[1]:
+        of_hh = sum(packed_size(cell.gates * head, n, dtype) for n in _of_each_head(units, head))
+    return of_ih * dtype.itemsize, of_hh * dtype.itemsize
 
 
 def _of_each_head(units: slice, head: int) -> list[int]:
     """How many of `units` each of their heads has, `head` units each."""
+    if units.start % head + units.stop - units.start <= head:
+        return [units.stop - units.start]
     starts = range(units.start // head * head, units.stop, head)
     return [min(units.stop, start + head) - max(units.start, start) for start in starts]

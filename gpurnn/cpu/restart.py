@@ -18,7 +18,7 @@ from gpurnn.executors.contract import Resets
 
 
 class Again(NamedTuple):
-    """What the loops are told about resets: addresses, all 0 where there are none; and the memory that they lie in.
+    """What the loops are told about resets: addresses, and the memory that they lie in.
 
     begin, runs, end   of the functions below those that this direction needs
     some        (T,) int64, not 0 where a row is reset
@@ -27,40 +27,31 @@ class Again(NamedTuple):
     copies      of h, (parts, N, H): one for each thread that reads all units
     """
 
-    begin: int = 0
-    runs: int = 0
-    end: int = 0
-    some: int = 0
-    resets: int = 0
-    fresh: int = 0
-    copies: int = 0
-    held: tuple[np.ndarray, ...] = ()
+    begin: int
+    runs: int
+    end: int
+    some: int
+    resets: int
+    fresh: int
+    copies: int
+    held: tuple[np.ndarray, ...]
 
     @classmethod
-    def forward(cls, resets: Resets | None, parts: int) -> "Again":
-        if resets is None:
-            return NONE
+    def forward(cls, resets: Resets, parts: int) -> "Again":
         held = _arrays(resets, parts)
         own = begin(held[-1].dtype).address, forward_runs().address, 0
         return cls._make((*own, *map(address, held), held))
 
     @classmethod
-    def backward(cls, resets: Resets | None) -> "Again":
-        if resets is None:
-            return NONE
+    def backward(cls, resets: Resets) -> "Again":
         held = _arrays(resets, 0)
         own = 0, backward_runs().address, end(held[-1].dtype).address
         return cls._make((*own, *map(address, held), held))
 
     def copy(self, part: int, rows: slice) -> int:
         """Where a thread has room for a copy of its rows of h."""
-        if not self.held:
-            return 0
         copies = self.held[-1]
         return address(copies) + (part % len(copies)) * copies.strides[0] + rows.start * copies.strides[1]
-
-
-NONE = Again()
 
 
 def _arrays(resets: Resets, parts: int) -> tuple[np.ndarray, ...]:

@@ -64,7 +64,8 @@ class Job(NamedTuple):
 
     @property
     def heads(self) -> int:
-        return heads_of(self.weights.weight_hh, len(self.weights.weight_ih) // self.cell.gates)
+        weight_hh = self.weights.weight_hh
+        return 1 if weight_hh is None else heads_of(weight_hh, len(weight_hh) // self.cell.gates)
 
 
 class Backward(NamedTuple):

@@ -259,7 +259,8 @@ class Recurrent(Stateful):
         if training and copy and prepared is None:  # else the engine is given a copy in any case
             x = x.copy()
         y, final, back = run(self, x, initial, prepared, training, resets, all_states)
-        y = tuple(map(self._turned, y))
+        if self.batch_first:
+            y = tuple(map(self._turned, y))
         if back is None:
             return self._packed(y) if all_states else y[0], self._packed(final), None
         y = tuple(map(backend.ops.protected, y))

@@ -74,7 +74,7 @@ def run(
         x = lengths.sorted(x, lengths.padding)
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.
         initial = tuple(lengths.sorted(part, lengths.empty) for part in initial)
-    restarts = Restarts.of(resets, layers.fresh, lengths)
+    restarts = None if resets is None else Restarts.of(resets, layers.fresh, lengths)
     levels: list[Level] = []
     draws = layers.masks.draws(None if lengths is None else lengths.order) if cell.random else None
     finals: list[States] = []
@@ -94,7 +94,7 @@ def run(
             state, again = tuple(part[at] for part in initial), None
             if restarts is not None:
                 state, again = restarts.begun(state, at, direction == 1), restarts.job(at, direction == 1)
-            own = draws and draws._replace(at=at)
+            own = None if draws is None else draws._replace(at=at)
             job = Job(cell, x, weights, state, rows, direction == 1, training, layers.precision, again, wanted, own)
             states, tape = engine.forward(job)
             if wanted:
@@ -104,7 +104,8 @@ def run(
             finals.append(states.final)
         x = _beside(outputs)
         through = x = x + through if layers.residual and through is not None else x
-        rest = tuple(map(_beside, zip(*others, strict=True)))
+        if wanted:
+            rest = tuple(map(_beside, zip(*others, strict=True)))
         mask = None
         if training and layers.dropout and layer < layers.num_layers - 1:
             x, mask = _dropped(layers, x, lengths)
