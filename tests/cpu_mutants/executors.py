@@ -20,7 +20,7 @@ MUTANTS = {
         " rest_stride,\n                        draws, t, 0, unit,", "noisy::the_same_bits_everywhere"),
     "random: the engine's rows, not the caller's": ("gpurnn/sequence/passes", "None if lengths is None else lengths.order",
         "None", "noisy::the_same_bits_everywhere"),
-    "random: all layers have the same": ("gpurnn/sequence/passes", "draws and draws._replace(at=at)", "draws",
+    "random: all layers have the same": ("gpurnn/sequence/passes", "None if draws is None else draws._replace(at=at)", "draws",
         "noisy::a_number_is_a_function_of_its_place"),
     "random: a cell's calls beyond 32 bits": ("gpurnn/cpu/deviates", "b.add(high, b.lshr(call, I64(32)))", "high",
         "noisy::a_number_is_a_function_of_its_place"),
