@@ -41,7 +41,7 @@ class Layer:
         """How it is made: sizes, and the options that are not as they would be by themselves."""
         shown = []
         for name, parameter in _parameters(type(self)).items():
-            value = getattr(self, name, parameter.empty)
+            value = self._given_as(name, parameter.empty)
             if isinstance(value, np.dtype):
                 value = value.name
             if parameter.default is parameter.empty and value is not parameter.empty:
@@ -49,6 +49,10 @@ class Layer:
             elif value is not parameter.empty and value != parameter.default:
                 shown.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _given_as(self, name: str, default: Any) -> Any:
+        """What an argument of that name was."""
+        return getattr(self, name, default)
 
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""

@@ -285,6 +285,9 @@ class Recurrent(Stateful):
 
         return backward
 
+    def _given_as(self, name: str, default: Any) -> Any:
+        return self.plain_cell if name == "cell" else super()._given_as(name, default)
+
     def check_backward(self, dstate: Any, flow: Array | None, T: int, N: int) -> tuple[Array, ...] | None:
         """dL/d(final state), one array per state of the cell, or None; ValueError where `dstate` or `flow` do not fit."""
         flow_array(flow, (self.num_layers * self.directions, self.cell.states, T))

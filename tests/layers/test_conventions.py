@@ -187,3 +187,8 @@ def test_batch_first_with_resets_and_all_states(lengths):
         ValueError, match=r"resets: expected bool of shape \(N, T\) = \(3, 5\), got bool of shape \(5, 3\)"
     ):
         first(x.swapaxes(0, 1), resets=resets)
+
+
+def test_a_layer_with_noise_shows_the_cell_that_it_was_given():
+    layer = gpurnn.Recurrent("slstm", 3, 4, heads=2, zoneout=0.125, noise=0.5)
+    assert repr(layer).startswith("Recurrent('slstm', 3, 4, zoneout=0.125, noise=0.5, heads=2): ")
