@@ -26,6 +26,7 @@ from gpurnn.executors.contract import Backward, Job, Resets, States, Weights
 from gpurnn.executors.layout import Ends, Tape, add_ordered, is_ragged
 
 BYTES = np.dtype(np.uint8)
+NO_ROOM = np.empty(0, BYTES)
 
 
 def forward(job: Job) -> tuple[States, Tape | None]:
@@ -163,7 +164,10 @@ def _add_weight_gradients(tape: Tape, slots: np.ndarray, grads: Weights, columns
 def _rooms(plan: sharing.Plan, sizes: Callable[[sharing.Share], tuple[int, ...]]) -> tuple[list[list[int]], np.ndarray]:
     """Where each thread's packed weights have room, so many bytes each, those of shares of rows in common; and the memory."""
     wanted = [sizes(share) for share in (plan.shares if plan.by_units else plan.shares[:1])]
-    room = memory.empty((sum(map(sum, wanted)),), BYTES)
+    total = sum(map(sum, wanted))
+    if not total:  # nothing is packed
+        return [list(wanted[0])] * len(plan.shares), NO_ROOM
+    room = memory.empty((total,), BYTES)
     places, begin = [], address(room)
     for own in wanted:
         *starts, begin = itertools.accumulate(own, initial=begin)

@@ -1,5 +1,6 @@
 """What executors are given and what they give: one layer in one direction over T steps, forward and backward."""
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -66,6 +67,14 @@ class Job(NamedTuple):
     def heads(self) -> int:
         weight_hh = self.weights.weight_hh
         return 1 if weight_hh is None else heads_of(weight_hh, len(weight_hh) // self.cell.gates)
+
+
+@functools.lru_cache(maxsize=64)
+def full_rows(T: int, N: int) -> np.ndarray:
+    """(T,): N rows live at every step."""
+    rows = np.full(T, N)
+    rows.flags.writeable = False
+    return rows
 
 
 class Backward(NamedTuple):

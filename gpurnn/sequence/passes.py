@@ -4,12 +4,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from gpurnn import backend
 from gpurnn.cells import Cell
 from gpurnn.executors import choose
-from gpurnn.executors.contract import Backward, Executor, Job, Weights
+from gpurnn.executors.contract import Backward, Executor, Job, Weights, full_rows
 from gpurnn.executors.random import Masks
 from gpurnn.parameters import Parameters
 from gpurnn.sequence.lengths import Lengths
@@ -69,7 +67,7 @@ def run(
         layers.executor, cell, layers.hidden_size, N, x.dtype, layers.precision, training=training, clip=clip,
         heads=layers.heads,
     )  # fmt: skip
-    rows, given = np.full(T, N) if lengths is None else lengths.rows, initial
+    rows, given = full_rows(T, N) if lengths is None else lengths.rows, initial
     if lengths is not None:
         x = lengths.sorted(x, lengths.padding)
         # The states of empty rows go round the engine, whose products run over all rows and know no NaN in an unused one.

@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from gpurnn.cells import GRU_CELL, LSTM_CELL, RNN_CELLS, Cell
 from gpurnn.environment import at_most_threads
+from gpurnn.executors.contract import full_rows
 from gpurnn.torch import composite
 from gpurnn.torch.ops import name_of
-from gpurnn.torch.stack import ENGINE_DTYPES, Stack, full_rows
+from gpurnn.torch.stack import ENGINE_DTYPES, Stack
 from gpurnn.torch.sweep import Sweep, run
 
 Fallback = Literal["allow", "warn", "raise"]

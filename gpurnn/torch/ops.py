@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gpurnn.cells import CELLS, Cell
 from gpurnn.environment import at_most_threads
-from gpurnn.torch.stack import Stack, full_rows
+from gpurnn.executors.contract import full_rows
+from gpurnn.torch.stack import Stack
 from gpurnn.torch.sweep import EMPTY, buffers_of, filled, go_back, run
 
 _cells: dict[str, Cell] = dict(CELLS)

@@ -1,6 +1,5 @@
 """What a module's layers are to the engine, and how PyTorch's tensors become its arrays, without a copy."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,14 +55,6 @@ def parameters_of(cell: Cell, bias: bool) -> tuple[str, ...]:
     recurrent = ("weight_hh", "bias_hh") if cell.recurrent else ()
     every = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if bias else ()))
     return (*(kind for kind in every if kind.endswith("_ih") or kind in recurrent), *cell.params)
-
-
-@functools.lru_cache(maxsize=64)
-def full_rows(T: int, N: int) -> np.ndarray:
-    """(T,): N rows live at every step."""
-    rows = np.full(T, N)
-    rows.flags.writeable = False
-    return rows
 
 
 def array(tensor: Tensor) -> np.ndarray:
