@@ -1,4 +1,4 @@
-"""`python -m bench`: gpu, run, plot, report, compare, profile, build, smoke, tune, calibrate, host, model, sass, cells."""
+"""`python -m bench`: runs one of COMMANDS."""
 
 import argparse
 import importlib

@@ -1,7 +1,7 @@
 """`python -m bench cells`: the tables of docs/cells.md, never typed.
 
-What a cell is and costs is read off its trace.  What an executor runs is tried: a small layer goes forward and back with each
-feature, those on CUDA dry, on the tests' stand-in for CuPy with kernels that are neither built nor launched.  Whether the
+What a cell is and costs is read off its trace.  What an executor runs is tried: a small layer goes forward and back
+with each feature, on CUDA dry, on the tests' stand-in for CuPy with kernels that are neither built nor launched.  Whether
 results are right is for the tests to say.  No GPU is needed.
 """
 
@@ -11,10 +11,10 @@ import inspect
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -113,17 +113,20 @@ def operations(graph: Graph, outputs: Iterable[int]) -> str:
     return f"{ops.total()}: {costly}" if costly else str(ops.total())
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class Feature(NamedTuple):
     """layer, call: options of one and of the other.  flow, captured: whether it is asked for."""
 
-    layer: dict[str, Any] = {}
-    call: dict[str, Any] = {}
+    layer: Mapping[str, Any] = NOTHING
+    call: Mapping[str, Any] = NOTHING
     cell: str = "lstm"
     flow: bool = False
     captured: bool = False
 
 
-T, N, I = 3, 4, 8  # noqa: E741
+T, N, I = 3, 4, 8
 HIDDEN = {"persistent": 64}  # units that several blocks share; elsewhere:
 SMALL = 32
 FEATURES = {
@@ -155,7 +158,10 @@ def executors() -> str:
 
 
 def tried(machine: str, executor: str, kind: str, feature: Feature) -> str:
-    """`yes`; `no`, where it is refused with a ValueError; `back: step` where that executor goes backward."""
+    """`yes`; `no`, where a call is refused with a ValueError; `back: step` where that executor goes backward.
+
+    Raises ValueError where there is no such layer at all.
+    """
     options: dict[str, Any] = {"dtype": kind} if kind == "float64" else {"precision": kind} if machine == "CUDA" else {}
     with unbuilt() if machine == "CUDA" else as_it_is() as asked:
         layer = gpurnn.Recurrent(
