@@ -1,4 +1,4 @@
-"""`python -m bench`: gpu, run, plot, report, compare, profile, build, smoke, tune, calibrate, host, model, sass."""
+"""`python -m bench`: runs one of COMMANDS."""
 
 import argparse
 import importlib
@@ -19,6 +19,7 @@ COMMANDS = {
     "calibrate": "the measured constants of the CPU side, measured again on this machine",
     "host": "what the host spends on a time step of the executor step, without a GPU",
     "model": "what the kernels' model predicts for a GPU, without one",
+    "cells": "the tables of docs/cells.md: what each cell costs, and what each executor runs",
     "sass": "the machine code of a case's kernels: instructions by pipe, and how long a step may take",
 }
 

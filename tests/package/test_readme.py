@@ -5,9 +5,10 @@ import re
 import pytest
 
 from tests import ROOT
+from tests.package.examples import examples
 
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+EXAMPLES = examples("README.md")
 
 
 def run(marker: str) -> dict:
