@@ -2,7 +2,7 @@
 
 What a cell is and costs is read off its trace.  What an executor runs is tried: a small layer goes forward and back
 with each feature.  On CUDA that is dry, on the tests' stand-in for CuPy, with kernels neither built nor launched.
-Whether results are right is for the tests to say.  No GPU is needed; the kernels' tools are, which the `test` extra has.
+Whether results are right is for the tests to say.  No GPU is needed, but the kernels' tools, of the `test` extra.
 """
 
 import argparse
