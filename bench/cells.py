@@ -1,8 +1,8 @@
 """`python -m bench cells`: the tables of docs/cells.md, never typed.
 
 What a cell is and costs is read off its trace.  What an executor runs is tried: a small layer goes forward and back
-with each feature, on CUDA dry, on the tests' stand-in for CuPy with kernels that are neither built nor launched.  Whether
-results are right is for the tests to say.  No GPU is needed.
+with each feature.  On CUDA that is dry, on the tests' stand-in for CuPy, with kernels neither built nor launched.
+Whether results are right is for the tests to say.  No GPU is needed, but the kernels' tools, of the `test` extra.
 """
 
 import argparse

@@ -4,6 +4,8 @@ from argparse import Namespace
 
 import pytest
 
+pytest.importorskip("numba_cuda", reason="the kernels' tools are not installed: pip install 'gpurnn[test]'")
+
 from bench import cells
 from bench.cells import FEATURES, Feature, operations, source, tried
 from gpurnn import backend, sigmoid, tanh
