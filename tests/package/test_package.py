@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def test_importing_it_is_light():
     heavy += ["gpurnn.diagnose", "gpurnn.app", "gpurnn.lab"]
     loaded = python(f"import sys, gpurnn; print([name for name in {heavy} if name in sys.modules])")
     assert loaded == "[]"
+
+
+def test_every_room_is_installed():
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {"gpurnn", *(f"gpurnn.{init.parent.name}" for init in (ROOT / "gpurnn").glob("*/__init__.py"))}
+    assert set(named) == there
 
 
 BARE = """
