@@ -153,3 +153,10 @@ def test_bad_subjects():
         check_gradients(LSTM(2, 2))
     with pytest.raises(TypeError, match=r"cell: expected a gpurnn\.Cell or one of rnn_tanh, .*, got 'nosuch'"):
         check_gradients("nosuch")
+
+
+def test_the_batch_first():
+    layer = LSTM(2, 3, batch_first=True, dtype="float64", rng=0)
+    resets = np.zeros((2, 4), bool)
+    resets[1, 2] = True
+    assert max(check_gradients(layer, T=4, N=2, lengths=[4, 3], resets=resets).values()) < 1e-6
