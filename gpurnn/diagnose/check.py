@@ -36,7 +36,7 @@ def check_gradients(
                two forward passes for each of its values are affordable.  Its parameters, gradients and count
                of dropout's masks come back as they were.  `clip_in_time` changes gradients on purpose: leave it out.
     lengths    each row's length, N whole numbers in 0..T.
-    resets     (T, N) of bool, where rows begin again.
+    resets     (T, N) of bool, where rows begin again; (N, T) for a layer that is `batch_first`.
     all_states whether the loss is one of every state at every step, instead of h alone.
     Returns for x, each initial state and each parameter the largest error relative to that gradient's largest entry.
     Raises GradientError naming all that exceed `tolerance`.
@@ -71,10 +71,11 @@ def _layer_around(cell: Cell, rng: np.random.Generator) -> Recurrent:
 
 def _errors(layer: Recurrent, T: int, N: int, options: Mapping[str, Any], rng: np.random.Generator) -> dict[str, float]:
     shape = (layer.num_layers * layer.directions, N, layer.hidden_size)
-    x = rng.standard_normal((T, N, layer.input_size))
+    lead = (N, T) if layer.batch_first else (T, N)
+    x = rng.standard_normal((*lead, layer.input_size))
     state = tuple(rng.standard_normal(shape) for _ in layer.cell.state_names)
     states = layer.cell.states if options["all_states"] else 1
-    dy = tuple(rng.standard_normal((T, N, layer.directions * layer.hidden_size)) for _ in range(states))
+    dy = tuple(rng.standard_normal((*lead, layer.directions * layer.hidden_size)) for _ in range(states))
     dstate = tuple(rng.standard_normal(shape) for _ in state)
     # a layer with trained initial states uses them only where none is given
     given: Any = None if layer.trainable_h0 else (state if len(state) > 1 else state[0])
