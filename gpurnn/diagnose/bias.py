@@ -10,7 +10,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.arguments import positive, whole
 from gpurnn.bptt import TruncatedBPTT
-from gpurnn.diagnose.subject import Loss, checked_input, output_gradient, recurrent_part, undisturbed
+from gpurnn.diagnose.subject import Loss, at_every_step, checked_input, output_gradient, recurrent_part, undisturbed
 from gpurnn.optim.clipping import clip_grad_norm, clip_grad_value
 
 Gradients = dict[str, np.ndarray]
@@ -81,7 +81,7 @@ def clipping_bias(
     model, x, targets (their second axis is the batch), loss, state: as for `gradient_flow`.  Costs two forward and
     backward passes.  Raises ValueError where the full gradient is 0, FloatingPointError where one is not finite.
     """
-    layer, x = recurrent_part(model), checked_input(model, x)
+    layer, x = recurrent_part(at_every_step(model)), checked_input(model, x)
     if norm is None and value is None and in_time is None:
         raise ValueError("expected at least one of norm, value and in_time, got none")
     in_time = None if in_time is None else positive("in_time", in_time)

@@ -14,6 +14,7 @@ from gpurnn import backend
 from gpurnn.arguments import listed
 from gpurnn.diagnose.subject import (
     Loss,
+    at_every_step,
     back_through,
     blocks,
     layer_names,
@@ -67,7 +68,7 @@ def decompose(
     norms and sums are kept, `term` computes a term again.  The embedding and trained initial states are left out.
     Raises ValueError with `clip_in_time`: a clipped gradient is no sum of such terms.
     """
-    layer = recurrent_part(model)
+    layer = recurrent_part(at_every_step(model))
     if layer.clip_in_time is not None:
         raise ValueError(
             f"clip_in_time: a clipped gradient is no sum of terms, expected None, got {layer.clip_in_time}"

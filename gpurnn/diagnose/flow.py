@@ -9,6 +9,7 @@ import numpy as np
 from gpurnn import backend
 from gpurnn.diagnose.subject import (
     Loss,
+    at_every_step,
     checked_input,
     layer_names,
     output_gradient,
@@ -102,6 +103,8 @@ def measured_flow(
     x = checked_input(model, x, lengths)
     T, N = x.shape[:2]
     at = None if step is None else step_number(step, T)
+    if at is not None or rows:
+        at_every_step(model)
     with undisturbed(model):
         out, _, backward = model(x, state, lengths=lengths)
         dout = output_gradient(out, targets, loss, lengths)

@@ -12,7 +12,7 @@ from gpurnn import backend
 from gpurnn.arguments import checked, function, uncopied, whole
 from gpurnn.diagnose.flow import Flow
 from gpurnn.diagnose.non_finite import raise_where_it_began
-from gpurnn.diagnose.subject import layer_names, recurrent_part
+from gpurnn.diagnose.subject import at_every_step, layer_names, recurrent_part
 from gpurnn.diagnose.verdict import judge
 from gpurnn.parameters.values import all_finite
 from gpurnn.types import Array
@@ -119,7 +119,7 @@ class Monitor:
     """
 
     def __init__(self, model: Any, every: int = 100, *, reach: int = 10, log: Callable[[Look], Any] | None = None):
-        self.layer = recurrent_part(model)
+        self.layer = recurrent_part(at_every_step(model))
         self.model, self.every, self.reach, self.log = model, whole("every", every), whole("reach", reach), log
         if log is not None:
             function("log", log)
@@ -140,10 +140,19 @@ class Monitor:
         self.model.zero_grad()
 
     def __call__(
-        self, x: Array, state: Any = None, *, lengths: Any = None, training: bool = True, copy: bool = True
+        self,
+        x: Array,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        training: bool = True,
+        copy: bool = True,
     ) -> tuple[Array, Any, Callable | None]:
         """As the model's, and its backward looks."""
-        options = {} if copy else uncopied(self.model)
+        options: dict[str, Any] = {} if copy else {**uncopied(self.model)}
+        if resets is not None:
+            options["resets"] = resets
         out, final, backward = self.model(x, state, lengths=lengths, training=training, **options)
         if backward is None:
             return out, final, None
@@ -159,7 +168,7 @@ class Monitor:
                     self._look(backward, checked(dout, None, "dout", out.shape))
                 result = backward(dout, dstate, keep=keep, flow=flow)
                 if (looks or not backend.ops.LOOKING_WAITS) and not all_finite(self.model.grads.flat):
-                    raise_where_it_began(self.model, x, state, lengths, dout, dstate)
+                    raise_where_it_began(self.model, x, state, lengths, dout, dstate, resets)
             except FloatingPointError as error:
                 raise FloatingPointError(f"update {self.update}: {error}") from None
             return result

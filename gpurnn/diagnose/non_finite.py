@@ -14,11 +14,17 @@ from gpurnn.types import Array
 
 
 def raise_where_it_began(
-    model: Any, x: Array, state: Any = None, lengths: Any = None, dout: Array = None, dstate: Any = None
+    model: Any,
+    x: Array,
+    state: Any = None,
+    lengths: Any = None,
+    dout: Array = None,
+    dstate: Any = None,
+    resets: Any = None,
 ) -> None:
     """Goes forward and back again, and raises FloatingPointError at the first value that is not finite.
 
-    model, x, state, lengths: as it was called; dout, dstate: as its backward was.  The order of the search: parameters,
+    model, x, state, lengths, resets: as it was called; dout, dstate: as its backward was.  The order of the search: parameters,
     x, h of each layer from the bottom up, the output, dout, dL/dstate from the last step of the top layer back, the
     parameters' gradients.  Dropout is left out.  Costs a pass in plain array code, and another of the model's own.
     Raises FloatingPointError, too, where all of that is finite: the value then came with dropout or from elsewhere.
@@ -29,10 +35,10 @@ def raise_where_it_began(
     layer = recurrent_part(model)
     with np.errstate(all="ignore"), undisturbed(model):  # what overflows is what is looked for
         try:
-            run_steps(model, _without_padding(x, lengths), state)
+            run_steps(model, _without_padding(x, lengths), state, resets)
         except ValueError as error:  # x
             raise FloatingPointError(str(error)) from None
-        out, _, backward = model(x, state, lengths=lengths)
+        out, _, backward = model(x, state, lengths=lengths, **({} if resets is None else {"resets": resets}))
         raise_at_step("output", backend.to_numpy(out))
         if dout is not None:
             raise_at_step("dL/d(output)", backend.to_numpy(backend.asarray(dout, None, "dout")))

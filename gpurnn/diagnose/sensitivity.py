@@ -7,7 +7,15 @@ import numpy as np
 
 from gpurnn import backend
 from gpurnn.arguments import listed, whole
-from gpurnn.diagnose.subject import back_through, blocks, recurrent_part, run_steps, step_number, undisturbed
+from gpurnn.diagnose.subject import (
+    at_every_step,
+    back_through,
+    blocks,
+    recurrent_part,
+    run_steps,
+    step_number,
+    undisturbed,
+)
 
 
 def influence(
@@ -19,7 +27,7 @@ def influence(
     look at, C of them; None: all.  Where dy_step/dx_k is one number, this is its magnitude.
     Costs C backward passes from `step`, taken many at a time.
     """
-    layer = recurrent_part(model)
+    layer = recurrent_part(at_every_step(model))
     head = getattr(model, "head", None)
     with undisturbed(model):
         tapes, y = run_steps(model, x, state)

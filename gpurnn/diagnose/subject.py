@@ -19,7 +19,8 @@ from gpurnn.executors.contract import Job
 from gpurnn.executors.numpy_loop import Tape
 from gpurnn.model import SequenceModel
 from gpurnn.recurrent import Recurrent
-from gpurnn.sequence import prepare_lengths
+from gpurnn.sequence import checked_resets, prepare_lengths
+from gpurnn.sequence.resets import Restarts
 from gpurnn.types import Array
 
 Loss = Callable[[Array, Any], tuple[Any, Array]]
@@ -32,6 +33,14 @@ def recurrent_part(model: Any) -> Recurrent:
     if not isinstance(layer, Recurrent):
         raise TypeError(f"model: expected a SequenceModel or a recurrent layer, got {type(model).__name__}")
     return time_first(layer)
+
+
+def at_every_step(model: Any) -> Any:
+    """`model` if it answers at every step; ValueError where it pools them, since then no step has a loss of its own."""
+    pooling = getattr(model, "pooling", None)
+    if pooling is not None:
+        raise ValueError(f"model: expected an answer at every step, got one with pooling {pooling!r}")
+    return model
 
 
 def layer_names(layer: Recurrent) -> tuple[str, ...]:
@@ -116,8 +125,10 @@ def output_gradient(out: Array, targets: Any, loss: Loss | None, lengths: Any = 
     return dout
 
 
-def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]:
+def run_steps(model: Any, x: Any, state: Any = None, resets: Any = None) -> tuple[list[Tape], Array]:
     """The steps of every layer and direction, in the order of `layer_names`, and the top layer's output (T, N, D*H).
+
+    resets: as the model takes them.
 
     Bytes kept: for each layer, direction, step, row and unit about 2S + 2G values.
     Raises FloatingPointError where a state is not finite.
@@ -127,14 +138,18 @@ def run_steps(model: Any, x: Any, state: Any = None) -> tuple[list[Tape], Array]
         x, _ = model.embedding(x, training=False)
     T, N, _ = x.shape
     initial = layer.unpacked(state, N, "state", layer.trainable_h0)
+    restarts = Restarts.of(checked_resets(resets, T, N), layer.fresh, None)
     tapes: list[Tape] = []
     below: Array | None = None
     for level in range(layer.num_layers):
         outputs = []
         for direction in range(layer.directions):
-            begin = tuple(part[len(tapes)] for part in initial)
+            at, again = len(tapes), None
+            begin = tuple(part[at] for part in initial)
+            if restarts is not None:
+                begin, again = restarts.begun(begin, at, direction == 1), restarts.job(at, direction == 1)
             weights = layer.weights(layer.params, level, direction)
-            job = Job(layer.cell.mean, x, weights, begin, np.full(T, N), direction == 1, True)
+            job = Job(layer.cell.mean, x, weights, begin, np.full(T, N), direction == 1, True, resets=again)
             with one_blas_thread, np.errstate(all="ignore"):  # a state that is not finite is told by name
                 states, tape = numpy_loop.forward(job)
             outputs.append(states.h[:T] if direction else states.h[1:])

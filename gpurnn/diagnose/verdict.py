@@ -15,7 +15,7 @@ from gpurnn.diagnose.evidence import Evidence, evidence
 from gpurnn.diagnose.flow import Flow, factor_per_step, measured_flow, raise_where_flow_is_not_finite
 from gpurnn.diagnose.jacobians import exponents_of
 from gpurnn.diagnose.spectrum import recurrent_spectrum
-from gpurnn.diagnose.subject import Loss, recurrent_part, run_steps, undisturbed
+from gpurnn.diagnose.subject import Loss, at_every_step, recurrent_part, run_steps, undisturbed
 
 VANISHED, EXPLODED = 0.01, 100.0
 WIDTH = 110  # of a line of text
@@ -89,7 +89,7 @@ def verdicts(
     Raises ValueError for sequences of fewer than 4 steps and as `gradient_flow` does; FloatingPointError where states or
     gradients are not finite, unless the gradient is seen to explode before.
     """
-    layer = recurrent_part(model)
+    layer = recurrent_part(at_every_step(model))
     flows = [measured_flow(model, x, targets, loss, state, None, step) for step in (-1, 0)[: layer.directions]]
     T = flows[0].norms.shape[2]
     if T < 4:

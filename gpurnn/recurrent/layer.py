@@ -108,7 +108,7 @@ class Recurrent(Stateful):
             check(executor)
         self.plain_cell = cell  # as it was given
         self.cell = cell = noisy(cell, zoneout=zoneout, recurrent_dropout=recurrent_dropout, noise=noise)
-        self.zoneout, self.recurrent_dropout, self.noise = zoneout, recurrent_dropout, noise
+        self.zoneout, self.recurrent_dropout, self.noise = _own(zoneout), recurrent_dropout, noise
         self.input_size, self.hidden_size = whole("input_size", input_size), whole("hidden_size", hidden_size)
         self.num_layers, self.heads = whole("num_layers", num_layers), checked_heads(heads, self.hidden_size, cell)
         self.bidirectional = switch("bidirectional", bidirectional)
@@ -313,6 +313,11 @@ class Recurrent(Stateful):
             if against is not None:
                 value[against * H : (against + 1) * H] -= added
             self._set(name, value)
+
+
+def _own(value: Any) -> Any:
+    """`value`, or what nobody else can change where it is a list or a mapping."""
+    return dict(value) if isinstance(value, Mapping) else tuple(value) if isinstance(value, list) else value
 
 
 def _outside() -> int:

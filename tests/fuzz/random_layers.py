@@ -4,12 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import gpurnn
 from gpurnn import backend
 from gpurnn.cells import CELLS
 from gpurnn.recurrent import Recurrent
-
-RESULTS = ("y", "state", "dx", "dstate")
 
 
 class Case(NamedTuple):
@@ -32,18 +29,16 @@ class Case(NamedTuple):
         return layer
 
     def call(self, layer: Recurrent, **how: Any) -> tuple[Any, Any, Any]:
-        turn = (lambda a: a.swapaxes(0, 1)) if layer.batch_first else (lambda a: a)
         x, state, resets = (self.given[name] for name in ("x", "state", "resets"))
-        resets = None if resets is None else turn(resets)
+        resets = None if resets is None else turned(layer, resets)
         how = {"lengths": self.given["lengths"], "resets": resets, "all_states": self.all_states, **how}
-        return layer(turn(x).astype(layer.dtype), _as(state, layer.dtype), **how)
+        return layer(turned(layer, x).astype(layer.dtype), _as(state, layer.dtype), **how)
 
     def dy(self, layer: Recurrent) -> Any:
         dy = self.given["dy"]
-        turn = (lambda a: a.swapaxes(0, 1)) if layer.batch_first else (lambda a: a)
         if isinstance(dy, tuple):
-            return tuple(None if part is None else turn(part).astype(layer.dtype) for part in dy)
-        return None if dy is None else turn(dy).astype(layer.dtype)
+            return tuple(None if part is None else turned(layer, part).astype(layer.dtype) for part in dy)
+        return None if dy is None else turned(layer, dy).astype(layer.dtype)
 
     def results(self, layer: Recurrent) -> dict[str, np.ndarray]:
         """All that a call gives, of two backward passes along the same tape, in float64 and time first."""
@@ -52,12 +47,20 @@ class Case(NamedTuple):
         flows = [backend.xp.zeros((layer.num_layers * layer.directions, S, T)) for _ in range(2)]
         dstate = _as(self.given["dstate"], layer.dtype)
         passes = [back(self.dy(layer), dstate, keep=again == 0, flow=flow) for again, flow in enumerate(flows)]
-        turn = (lambda a: a.swapaxes(0, 1)) if layer.batch_first else (lambda a: a)
-        found = {"y": tuple(map(turn, _parts(y))), "state": _parts(final)}
+        found = {"y": tuple(turned(layer, part) for part in _parts(y)), "state": _parts(final)}
         for again, ((dx, dinitial), flow) in enumerate(zip(passes, flows, strict=True)):
-            found |= {f"dx {again}": (turn(dx),), f"dstate {again}": _parts(dinitial), f"flow {again}": (flow,)}
+            found |= {
+                f"dx {again}": (turned(layer, dx),),
+                f"dstate {again}": _parts(dinitial),
+                f"flow {again}": (flow,),
+            }
         found |= {f"gradient of {name}": (value,) for name, value in layer.grads.items()}
         return numbers(found)
+
+
+def turned(layer: Recurrent, value: Any) -> Any:
+    """Time first for the batch first, and the other way round, where the layer is `batch_first`."""
+    return value.swapaxes(0, 1) if layer.batch_first else value
 
 
 def numbers(found: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -121,15 +124,11 @@ def random_case(seed: int, most: int = 1 << 30, smooth: bool = False) -> Case:
         "x": drawn(T, N, I, padded=True),
         "dy": dys[0] if above == 1 else dys,
         "state": states(0.3),
-        "dstate": None if rng.random() < 0.2 else _whole(states(0.0)),
+        "dstate": often(None, states(0.0), 0.2),
         "lengths": lengths,
         "resets": resets,
     }
     return Case(name, (T, N, I, H), options, all_states, given, seed)
-
-
-def _whole(states: Any) -> Any:
-    return states
 
 
 def _parts(value: Any) -> tuple:
@@ -167,6 +166,3 @@ def worst(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[
             size = max(1e-2, abs(value[finite]).max())
             found.append((float(abs(got[name][finite] - value[finite]).max() / size), name))
     return max(found)
-
-
-__all__ = ["Case", "gpurnn", "numbers", "random_case", "told", "worst"]

@@ -59,7 +59,7 @@ def without_training(drawn) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("seeds", seeds(2, one_in=20))
+@pytest.mark.parametrize("seeds", seeds(2, one_in=50))
 def test_gradients_are_those_of_differences(seeds, tmp_path):
     def case(seed: int) -> str | None:
         drawn = random_case(seed, most=4, smooth=True)
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_differences(seeds, tmp_path):
         if layer.batch_first and given["resets"] is not None:
             given["resets"] = given["resets"].swapaxes(0, 1)
         errors = gpurnn.check_gradients(layer, T=T, N=N, all_states=drawn.all_states, tolerance=1e9, **given)
-        wrong = {name: error for name, error in errors.items() if not error <= 1e-5}
+        wrong = {name: error for name, error in errors.items() if not error <= 1e-4}  # of tiny gradients, too
         return f"{wrong}; {told(drawn)}" if wrong else None
 
     each_case(case, seeds, tmp_path)
