@@ -136,7 +136,7 @@ def test_a_forced_compiled_executor_needs_the_compiler(monkeypatch):
 
 def test_numpys_dropout_is_the_compiled_one(monkeypatch):
     x = np.random.default_rng(0).standard_normal((7, 3, 5)).astype(np.float32)
-    options = {"seed": 2**62 + 5, "number": 2**40 + 1, "threshold": 2**30, "scale": np.float32(4 / 3)}
+    options = {"seed": 2**62 + 5, "call": 2**40 + 1, "threshold": 2**30, "scale": np.float32(4 / 3)}
     compiled = ops.drop(x, **options)
     monkeypatch.setattr(ops, "compiles", lambda: False)
     assert compiled.tobytes() == ops.drop(x, **options).tobytes()
