@@ -61,8 +61,8 @@ def full_bptt(
 
     model: a SequenceModel, a recurrent layer, or whatever is called like one.  x and targets: as model and loss take
     them, time first, or the batch where the model is `batch_first`; beside lengths a loss is given time first always.
-    lengths: as the model takes them; means are then over valid steps only.  resets: as the model takes them.  Returns the loss's value and the final state;
-    what the model answered is their `.out`.
+    lengths: as the model takes them; means are then over valid steps only.  resets: as the model takes
+    them.  Returns the loss's value and the final state; what the model answered is their `.out`.
     """
     sequence_model(model), loss_function(loss)
     out, final, backward = _run(model, x, state, lengths, resets)

@@ -14,6 +14,7 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 
 from gpurnn import variables
+from gpurnn.kernels.deviates import LOG
 
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
@@ -162,7 +163,7 @@ class Emitter:
         e, f = b.sitofp(exponent, self.type), self.sub(m, self.constant(1))
         ff = self.mul(f, f)
         if single:
-            ratio = self.polynomial(f, LOG_F32)
+            ratio = self.polynomial(f, LOG)
         else:
             ratio = self.div(self.polynomial(f, LOG_F64_P), self.polynomial(f, LOG_F64_Q))
         high, low = 0.693359375, -2.121944400546905827679e-4  # of log 2; e times the first is exact
@@ -255,17 +256,6 @@ class Emitter:
 
 
 EXP_F32 = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-LOG_F32 = (
-    7.0376836292e-2,
-    -1.1514610310e-1,
-    1.1676998740e-1,
-    -1.2420140846e-1,
-    1.4249322787e-1,
-    -1.6668057665e-1,
-    2.0000714765e-1,
-    -2.4999993993e-1,
-    3.3333331174e-1,
-)
 LOG_F64_P = (
     1.01875663804580931796e-4,
     4.97494994976747001425e-1,
